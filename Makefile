@@ -1,0 +1,43 @@
+# make demo   real activations of a real model on real ARC tasks, from nothing, in a few minutes
+# make test   the whole test suite
+# make lint   ruff and pyright
+# make bench  the benchmark of docs/performance.md
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO_OUTPUT := demo_output/activations
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/core
+	@assets=$$($(BIN)/python launch/demo_assets.py) && \
+	$(BIN)/python distributed_inference_with_activations.py --model_path "$$assets/smollm2-135m-instruct.gguf" \
+	  --tasks_file "$$assets/arc-agi-1.json" --n_tasks 25 --activations_dir $(DEMO_OUTPUT) --overwrite
+	@echo && $(BIN)/jax-extract inspect $(DEMO_OUTPUT)
+
+test: .venv/dev
+	$(BIN)/python -m pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: .venv/dev
+	$(BIN)/python benchmarks/throughput.py
+
+clean:
+	rm -rf .venv demo_output build *.egg-info
+
+# The environment; a stamp says what is in it, and a changed pyproject.toml renews it.
+.venv/core: pyproject.toml
+	@echo "installing jax_extract into .venv (a minute or so)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; make PYTHON=python3.11 …")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+.venv/dev: .venv/core
+	@echo "installing what the tests need (torch for the comparison with Hugging Face)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[torch,dev]'
+	@touch $@

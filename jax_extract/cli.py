@@ -1,0 +1,138 @@
+"""`jax-extract <command>`, and the one way in which every command parses flags and reports mistakes.
+
+In: the words of a command line. Out: an exit code: 0 done, 2 a mistake that the user can mend,
+130 interrupted. Flags are the fields of a configuration dataclass, spelled as the fields are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+from jax_extract.errors import UserError
+
+_USAGE = """usage: jax-extract COMMAND …
+
+commands:
+  extract    extract activations of a language model (jax-extract extract --help)
+  inspect    summarise a run directory, or one shard (jax-extract inspect DIR)
+"""
+_INTERRUPTED = 130
+_CONFIG_FLAG = "--config"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `jax-extract` command."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE, end="")
+        return 0
+    commands: dict[str, Callable[[list[str]], None]] = {"extract": _extract, "inspect": _inspect}
+    if argv[0] not in commands:
+        print(f"error: unknown command {argv[0]!r}; the commands are: {', '.join(commands)}", file=sys.stderr)
+        return 2
+    return guarded(lambda: commands[argv[0]](argv[1:]))
+
+
+def extract_command(program: str, defaults: object = None, argv: Sequence[str] | None = None) -> int:
+    """An extraction as a script: `defaults` is a dataclass whose fields are (some of) `ExtractConfig`'s."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _extract(words, program, defaults))
+
+
+def guarded(command: Callable[[], None]) -> int:
+    """Runs a command: a user's mistake is one sentence and exit code 2, an interruption 130."""
+    _quiet_libraries()
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what is committed is safe: run the same command again to go on", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as in `jax-extract inspect … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Our own lines are the interface; libraries speak only in exceptions."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def _extract(argv: list[str], program: str = "jax-extract extract", defaults: object = None) -> None:
+    import tyro
+
+    from jax_extract.config import ExtractConfig, from_mapping, from_yaml
+    from jax_extract.extract import extract_to_directory
+
+    base = ExtractConfig()
+    if defaults is not None:
+        assert dataclasses.is_dataclass(defaults) and not isinstance(defaults, type)
+        base = from_mapping(dataclasses.asdict(defaults), base, type(defaults).__name__)
+    argv, path = _take_config(argv)
+    if path is not None:
+        base = from_yaml(path, base)
+    config = tyro.cli(
+        tyro.conf.configure(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)(ExtractConfig),
+        prog=program,
+        args=_spell_out_flags(argv, ExtractConfig),
+        default=base,
+        use_underscores=True,
+        description=f"{ExtractConfig.__doc__.splitlines()[0]} A YAML file of options: {_CONFIG_FLAG} FILE.",  # type: ignore[union-attr]
+    )
+    extract_to_directory(config)
+
+
+def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
+    """Takes `--config FILE` out of the words."""
+    rest, path = [], None
+    words = iter(argv)
+    for word in words:
+        if word == _CONFIG_FLAG:
+            path = next(words, None)
+            if path is None:
+                raise UserError(f"{_CONFIG_FLAG} needs a YAML file")
+        elif word.startswith(f"{_CONFIG_FLAG}="):
+            path = word.partition("=")[2]
+        else:
+            rest.append(word)
+    return rest, path
+
+
+def _spell_out_flags(argv: list[str], dataclass: type) -> list[str]:
+    """`--overwrite` alone means `--overwrite True`, as `--upload_to_cloud True` is written in full."""
+    switches = {f"--{field.name}" for field in dataclasses.fields(dataclass) if field.default in (True, False)}
+    switches |= {switch.replace("_", "-") for switch in switches}
+    words: list[str] = []
+    for i, word in enumerate(argv):
+        words.append(word)
+        following = argv[i + 1] if i + 1 < len(argv) else "--"
+        if word in switches and following.startswith("-"):
+            words.append("True")
+    return words
+
+
+def _inspect(argv: list[str]) -> None:
+    from jax_extract.inspect import inspect
+
+    if len(argv) != 1 or argv[0].startswith("-"):
+        print("usage: jax-extract inspect DIR | SHARD")
+        if argv not in (["-h"], ["--help"]):
+            raise UserError("inspect takes one run directory or one shard file")
+        return
+    inspect(argv[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

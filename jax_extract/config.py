@@ -1,0 +1,132 @@
+"""The configuration of an extraction: one frozen dataclass, which is also the command line.
+
+In: defaults here, a YAML file over them, flags over both. Out: `ExtractConfig`, validated as far as it
+can be without looking at files or devices. Flags are spelled as the fields are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from jax_extract.errors import UserError
+from models.hooks import DEFAULT_HOOK_POINT
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """Extract activations of a language model, matched to tokens.
+
+    Attributes:
+      model_path: Hugging Face folder, hub id, or .gguf file.
+      tasks_file: ARC tasks (.json or a folder), JSONL (.jsonl) or plain text (.txt).
+      dataset: Hugging Face dataset instead of a file, by hub name or local path; streamed.
+      dataset_config: configuration name of the dataset.
+      text_column: the column or JSON field that holds the text.
+      split: split of the dataset or of a file that has splits.
+      n_tasks: only the first so many ARC tasks.
+      n_samples: how many samples; more than there are makes augmented ARC samples.
+      grid_encoder: how ARC grids become text: digits, spaced, json or letters.
+      seed: of the ARC augmentation.
+      chat_template: put each text through the tokenizer's chat template as a user's turn.
+      revision: branch, tag or commit of a hub model.
+      layers_to_extract: layers, counted from 0; by default 10 to 23, or what the model has of them.
+      hook_points: where in the block, by name, TransformerLens name or glob.
+      positions: which tokens: all, last, mean, first:n, every:k, at:i,j,…
+      dtype: of the computation; by default bfloat16 on TPU and GPU, float32 on CPU.
+      capture_dtype: of the stored values.
+      shard_format: pickle, npz or safetensors.
+      activations_dir: where the run is written; the same command again resumes it.
+      batch_size: sequences per device.
+      mesh_shape: DATA,MODEL over all devices; by default all on DATA.
+      max_seq_length: longest sample in tokens; by default the smaller of 8192 and what the model allows.
+      slab_tokens: most tokens one device computes at once; by default what suits the platform.
+      gcs_bucket: gs://bucket/prefix to upload to.
+      upload_to_cloud: upload the shards to gcs_bucket.
+      overwrite: remove the run in activations_dir and start anew.
+      allow_numeric_change: resume although dtype, device kind or library versions changed.
+    """
+
+    model_path: str = ""
+    tasks_file: str | None = None
+    dataset: str | None = None
+    dataset_config: str | None = None
+    text_column: str | None = None
+    split: str | None = None
+    n_tasks: int | None = None
+    n_samples: int | None = None
+    grid_encoder: str = "digits"
+    seed: int = 0
+    chat_template: bool = False
+    revision: str | None = None
+    layers_to_extract: tuple[int, ...] | None = None
+    hook_points: tuple[str, ...] = (DEFAULT_HOOK_POINT,)
+    positions: str = "last"
+    dtype: Literal["float32", "bfloat16"] | None = None
+    capture_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    shard_format: Literal["pickle", "npz", "safetensors"] = "pickle"
+    activations_dir: str = "activations"
+    batch_size: int = 8
+    mesh_shape: str | None = None
+    max_seq_length: int | None = None
+    slab_tokens: int | None = None
+    gcs_bucket: str | None = None
+    upload_to_cloud: bool = False
+    overwrite: bool = False
+    allow_numeric_change: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_seq_length", "slab_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value} must be at least 1")
+        if not self.hook_points:
+            raise UserError("--hook_points is empty; name at least one, such as after_block")
+        if self.layers_to_extract is not None and not self.layers_to_extract:
+            raise UserError("--layers_to_extract is empty; name at least one layer, or leave the flag out")
+        if self.upload_to_cloud or self.gcs_bucket:
+            raise UserError(
+                "--gcs_bucket and --upload_to_cloud are not available in this version; "
+                "leave them out and copy the finished --activations_dir to the bucket"
+            )
+
+
+def from_mapping(values: Mapping[str, Any], defaults: ExtractConfig, origin: str) -> ExtractConfig:
+    """`defaults` with some fields replaced; UserError naming an unknown field and its nearest name."""
+    known = {field.name for field in dataclasses.fields(ExtractConfig)}
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            nearest = f"; the nearest is {near[0]!r}" if near else ""
+            raise UserError(f"{origin} has the unknown option {name!r}{nearest}")
+    clean = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    if isinstance(clean.get("mesh_shape"), tuple):
+        clean["mesh_shape"] = ",".join(map(str, clean["mesh_shape"]))
+    return dataclasses.replace(defaults, **clean)
+
+
+def from_yaml(path: str, defaults: ExtractConfig) -> ExtractConfig:
+    """`defaults` with what a YAML file says over them."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"configuration {path!r} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"configuration {path!r}{line} is not valid YAML; write one 'option: value' a line") from None
+    if not isinstance(values, dict):
+        raise UserError(f"configuration {path!r} must be a mapping; write one 'option: value' a line")
+    return from_mapping(values, defaults, f"configuration {path!r}")
+
+
+def to_yaml(config: ExtractConfig) -> str:
+    """The configuration as a YAML file that `--config` takes."""
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    return yaml.safe_dump(values, sort_keys=False)

@@ -1,0 +1,120 @@
+"""Samples to token ids: chat template, special tokens, truncation, counted and never silent.
+
+In: `Sample`s and a transformers tokenizer. Out: `TokenizedSample`s in input order, and counts of what
+was cut or left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from jax_extract.errors import UserError
+from jax_extract.inputs.samples import Sample
+
+_CHUNK = 256  # texts handed to the tokenizer at once, so that it can use all cores
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedSample:
+    """A sample as the model sees it.
+
+    Attributes:
+      sample_index: place in the input, from 0, samples without tokens included.
+      sample_id: the source's name for it.
+      token_ids: int32 [length], special tokens included, at most the maximum length.
+      full_length: how many tokens it had before truncation.
+      meta: the source's JSON values.
+    """
+
+    sample_index: int
+    sample_id: str
+    token_ids: np.ndarray
+    full_length: int
+    meta: Mapping[str, Any]
+
+    @property
+    def length(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def truncated(self) -> bool:
+        return self.length < self.full_length
+
+
+@dataclass
+class InputCounts:
+    """What happened to the input on its way; filled while the samples are read.
+
+    `dataset_hash` chains sha256 over the ids and texts in input order.
+    """
+
+    samples: int = 0
+    tokens: int = 0
+    truncated_samples: int = 0
+    truncated_tokens: int = 0
+    longest_sample: int = 0
+    empty_samples: list[str] = field(default_factory=list)
+    dataset_hash: str = ""
+
+    def add(self, sample: TokenizedSample, text: str) -> None:
+        chained = f"{self.dataset_hash}\n{sample.sample_id}\n{text}"
+        self.dataset_hash = hashlib.sha256(chained.encode("utf-8", "surrogatepass")).hexdigest()
+        self.samples += 1
+        self.tokens += sample.length
+        self.truncated_samples += sample.truncated
+        self.truncated_tokens += sample.full_length - sample.length
+        self.longest_sample = max(self.longest_sample, sample.full_length)
+
+
+def tokenize(
+    samples: Iterable[Sample], tokenizer: Any, max_length: int, chat_template: bool, counts: InputCounts
+) -> Iterator[TokenizedSample]:
+    """Tokenises lazily; texts without a single token are left out and named in `counts`.
+
+    Raises:
+      UserError: two samples with one id; a chat template asked for that the tokenizer lacks.
+    """
+    if chat_template and not getattr(tokenizer, "chat_template", None):
+        raise UserError("--chat_template was asked for, but this model's tokenizer has none; leave the flag out")
+    seen: set[str] = set()
+    numbered = enumerate(samples)
+    while chunk := list(itertools.islice(numbered, _CHUNK)):
+        for (index, sample), token_ids in zip(chunk, _encode(chunk, tokenizer, chat_template), strict=True):
+            if sample.sample_id in seen:
+                raise UserError(f"sample id {sample.sample_id!r} occurs twice in the input; ids must be unique")
+            seen.add(sample.sample_id)
+            if not token_ids:
+                counts.empty_samples.append(sample.sample_id)
+                continue
+            kept = np.asarray(token_ids[:max_length], np.int32)
+            tokenized = TokenizedSample(index, sample.sample_id, kept, len(token_ids), sample.meta)
+            counts.add(tokenized, sample.text)
+            yield tokenized
+
+
+def _encode(chunk: list[tuple[int, Sample]], tokenizer: Any, chat_template: bool) -> list[list[int]]:
+    texts = [sample.text for _, sample in chunk]
+    if chat_template:
+        texts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
+            for text in texts
+        ]
+    # A chat template writes the special tokens itself.
+    return tokenizer(texts, add_special_tokens=not chat_template, verbose=False)["input_ids"]
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """`sha256:…` over everything that decides how text becomes tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    template = getattr(tokenizer, "chat_template", None) or ""
+    return f"sha256:{hashlib.sha256((content + json.dumps(template)).encode()).hexdigest()}"

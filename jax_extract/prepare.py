@@ -1,0 +1,169 @@
+"""From a configuration to everything an extraction needs, each thing refused as early as it can be.
+
+In: `ExtractConfig` fields. Out: an opened model, the capture plan with its sites, the plan settings.
+No weights are read here and no program is compiled.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib
+import numpy as np
+from jax.sharding import Mesh
+
+from jax_extract.devices.mesh import make_mesh, parse_mesh_shape
+from jax_extract.devices.platform import device_kind, platform_defaults
+from jax_extract.errors import UserError
+from jax_extract.inputs.plan import PlanSettings
+from jax_extract.program import CaptureProgram
+from jax_extract.store.parts import Site
+from jax_extract.weights.checkpoint import Checkpoint, open_checkpoint
+from jax_extract.weights.load import Weights
+from models.hooks import HOOK_POINTS, CapturePlan, resolve_hook_points
+from models.layers import Numerics
+from models.ports import ModelConfig, Port, hook_width
+from models.positions import Positions
+from models.qwen2_jax_with_hooks import DEFAULT_SAE_LAYERS
+from models.registry import port_for
+
+LONGEST_DEFAULT = 8_192
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model whose configuration is understood and whose weights are not loaded yet."""
+
+    checkpoint: Checkpoint
+    port: Port
+    config: ModelConfig
+
+    @classmethod
+    def open(cls, model_path: str, revision: str | None = None) -> OpenModel:
+        if not model_path:
+            raise UserError("no model was given; pass --model_path with a folder, a hub id or a .gguf file")
+        checkpoint = open_checkpoint(model_path, revision)
+        port = port_for(checkpoint.config)
+        return cls(checkpoint, port, port.config(checkpoint.config))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return self.checkpoint.tokenizer()
+
+    @property
+    def name(self) -> str:
+        """The hub id where there is one, else the name of the folder or file."""
+        named = str(self.checkpoint.config.get("_name_or_path") or "")
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", named):
+            return named
+        source = self.checkpoint.source
+        path = Path(source).expanduser()
+        return (path.stem if path.suffix == ".gguf" else path.resolve().name) if path.exists() else source
+
+
+def choose_layers(wanted: Iterable[int] | None, num_layers: int) -> tuple[int, ...]:
+    """The layers to capture: the wanted ones, or 10 to 23 as far as the model has them, else all.
+
+    A list equal to the default counts as the default, so the documented command serves every model.
+    """
+    chosen = tuple(sorted(set(wanted))) if wanted is not None else None
+    if chosen is None or chosen == tuple(DEFAULT_SAE_LAYERS):
+        have = tuple(layer for layer in DEFAULT_SAE_LAYERS if layer < num_layers)
+        return have or tuple(range(num_layers))
+    for layer in chosen:
+        if not 0 <= layer < num_layers:
+            raise UserError(f"layer {layer} does not exist; the model has layers 0 to {num_layers - 1}")
+    return chosen
+
+
+def capture_plan(
+    model: OpenModel,
+    layers: Iterable[int] | None,
+    hook_points: Iterable[str],
+    positions: str,
+    capture_dtype: str,
+) -> CapturePlan:
+    """What is captured, checked against the architecture."""
+    num_layers = model.config.num_hidden_layers
+    chosen = choose_layers(layers, num_layers)
+    captures: list[tuple[str, tuple[int, ...]]] = []
+    for hook, named in resolve_hook_points(hook_points, model.port.hook_points(model.config)).items():
+        if not HOOK_POINTS[hook].per_layer:
+            captures.append((hook, ()))
+        else:
+            captures.append((hook, chosen if named is None else choose_layers(named, num_layers)))
+    return CapturePlan(tuple(captures), Positions.parse(positions), capture_dtype)
+
+
+def sites_of(plan: CapturePlan, config: ModelConfig) -> list[Site]:
+    """Every captured tensor with its width, in file order."""
+    return [Site(hook, layer, hook_width(config, HOOK_POINTS[hook].width)) for hook, layer in plan.sites()]
+
+
+def sequence_limit(wanted: int | None, config: ModelConfig) -> int:
+    """Longest sample in tokens."""
+    allowed = config.max_position_embeddings
+    if wanted is not None and wanted > allowed:
+        raise UserError(f"--max_seq_length {wanted} is more than the {allowed} positions this model allows")
+    return wanted or min(LONGEST_DEFAULT, allowed)
+
+
+def open_mesh(mesh_shape: str | None) -> Mesh:
+    return make_mesh(parse_mesh_shape(mesh_shape) if mesh_shape else None)
+
+
+def plan_settings(
+    plan: CapturePlan,
+    sites: Sequence[Site],
+    *,
+    devices: int,
+    batch_size: int,
+    max_length: int,
+    slab_tokens: int | None,
+    frozen: Mapping[str, Any] | None = None,
+) -> PlanSettings:
+    """How samples are batched; `frozen` are the settings of a run that is resumed, which devices do not change."""
+    defaults = platform_defaults()
+    frozen = frozen or {}
+    same_rows = frozen.get("rows") == batch_size
+    return PlanSettings(
+        samples_per_batch=frozen["samples_per_batch"] if same_rows else batch_size * devices,
+        rows=batch_size,
+        slab_tokens=slab_tokens or frozen.get("slab_tokens") or defaults.slab_tokens,
+        length_multiple=frozen.get("length_multiple") or defaults.length_multiple,
+        max_length=max_length,
+        positions=plan.positions,
+        bytes_per_row=max(site.width for site in sites) * (4 if plan.dtype == "float32" else 2),
+    )
+
+
+def compute_numerics(dtype: str | None) -> Numerics:
+    return Numerics("bfloat16" if (dtype or platform_defaults().dtype) == "bfloat16" else "float32")
+
+
+def numerics_fingerprint(numerics: Numerics) -> dict[str, str]:
+    """What decides the bits of a row, besides the plan's slab shapes: equal here means equal bytes."""
+    return {
+        "dtype": numerics.dtype,
+        "accumulation": "float32",
+        "attention": "blockwise",
+        "parameters": "gathered per layer, no reduction across devices",
+        "device_kind": device_kind(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def build_program(
+    model: OpenModel, weights: Weights, plan: CapturePlan, mesh: Mesh, numerics: Numerics
+) -> CaptureProgram:
+    """Loads the weights onto the mesh and makes the program; this is where the real work begins."""
+    params = weights.load(mesh, numerics.dtype)
+    return CaptureProgram(model.port, model.config, params, plan, mesh, numerics)

@@ -1,0 +1,1 @@
+"""Shards on disk: formats, durable create-only files, commit records, the writer and the reader."""

@@ -1,0 +1,312 @@
+"""The three shard formats: pickle, npz, safetensors, written as a stream and read by anyone.
+
+In: a `ShardHeader` and then rows. Out: a file that plain `pickle.load`, `np.load` or safetensors open,
+and the byte offset at which its array lies, so that ranges of rows can be read without parsing.
+The array's size is known before its first row, so nothing is held back in memory. docs/format.md
+describes every byte.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import pickletools
+import struct
+import zipfile
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+from numpy.lib import format as npy
+
+from jax_extract.errors import UserError
+from jax_extract.store.filesystem import Chunk
+
+DTYPES = ("float32", "bfloat16", "float16")
+_SAFETENSORS_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+SUFFIXES = {"pickle": "pkl", "npz": "npz", "safetensors": "safetensors"}
+
+
+class Sink(Protocol):
+    """Where a shard's bytes go."""
+
+    @property
+    def size(self) -> int: ...
+
+    def write(self, data: Chunk) -> int: ...
+
+
+@dataclass(frozen=True)
+class ShardHeader:
+    """Everything in a shard but its rows.
+
+    Attributes:
+      rows, width: shape of `activations`.
+      dtype: `float32` | `bfloat16` | `float16`.
+      hook, layer: what the rows are; layer is None where the hook point has none.
+      sample_ids: the samples, in row order.
+      row_offsets: int64 [samples + 1]: sample i has rows row_offsets[i] to row_offsets[i + 1].
+    """
+
+    rows: int
+    width: int
+    dtype: str
+    hook: str
+    layer: int | None
+    sample_ids: tuple[str, ...]
+    row_offsets: np.ndarray
+
+    @property
+    def stored_dtype(self) -> np.dtype:
+        """What NumPy sees: bfloat16 travels as its 16 bits where a format has no such type."""
+        return np.dtype("<u2") if self.dtype == "bfloat16" else np.dtype(self.dtype).newbyteorder("<")
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.width * self.stored_dtype.itemsize
+
+
+class ShardEncoder(ABC):
+    """Writes one shard: the constructor its head, `append` rows, `finish` its tail."""
+
+    offset: int  # where the array's bytes start in the file
+
+    def __init__(self, sink: Sink, header: ShardHeader) -> None:
+        self._sink = sink
+        self._header = header
+        self._written = 0
+        self._start()
+
+    @abstractmethod
+    def _start(self) -> None: ...
+
+    def append(self, rows: Chunk) -> None:
+        """The bytes of whole rows, C order, little-endian."""
+        self._sink.write(rows)
+        self._written += len(rows)
+
+    def finish(self) -> None:
+        """Completes the file; the rows appended must be exactly those announced."""
+        if self._written != self._header.nbytes:
+            raise AssertionError(f"shard announced {self._header.nbytes} bytes of rows but got {self._written}")
+        self._finish()
+
+    @abstractmethod
+    def _finish(self) -> None: ...
+
+
+class PickleEncoder(ShardEncoder):
+    """A pickled dictionary of arrays, strings and numbers.
+
+    Pickle protocol 5 can leave a buffer out of the stream; the array is left out and its bytes written
+    where the stream refers to them, as the opcode for bytes that are in the stream. Frames, which may
+    not contain them, are optional and taken out.
+    """
+
+    _FRAME_BYTES = 9
+
+    def _start(self) -> None:
+        header = self._header
+        array = np.empty((header.rows, header.width), header.stored_dtype)  # its memory is never touched
+        content = {
+            "activations": array,
+            "layer": header.layer,
+            "hook": header.hook,
+            "dtype": header.dtype,
+            "sample_ids": np.array(header.sample_ids, np.str_),
+            "row_offsets": header.row_offsets,
+        }
+        is_array = iter([True])  # the first buffer that is met; later ones stay in the stream
+        stream = pickle.dumps(content, protocol=5, buffer_callback=lambda _: not next(is_array, False))
+        head, tail = io.BytesIO(), io.BytesIO()
+        out = head
+        operations = list(pickletools.genops(stream))
+        for (code, _, start), end in zip(
+            operations, [position for _, _, position in operations[1:]] + [len(stream)], strict=True
+        ):
+            assert start is not None
+            if code.name == "NEXT_BUFFER":
+                out.write(pickle.BYTEARRAY8 + struct.pack("<Q", header.nbytes))
+                out = tail
+            elif code.name != "FRAME":
+                out.write(stream[start:end])
+        self._sink.write(head.getvalue())
+        self._tail = tail.getvalue()
+        self.offset = self._sink.size
+
+    def _finish(self) -> None:
+        self._sink.write(self._tail)
+
+
+class NpzEncoder(ShardEncoder):
+    """An uncompressed npz: one member a value, `activations` last."""
+
+    def _start(self) -> None:
+        header = self._header
+        self._zip = zipfile.ZipFile(_Unseekable(self._sink), "w", zipfile.ZIP_STORED)  # type: ignore[arg-type]
+        members = {
+            "layer": np.int64(-1 if header.layer is None else header.layer),
+            "hook": np.str_(header.hook),
+            "dtype": np.str_(header.dtype),
+            "sample_ids": np.array(header.sample_ids, np.str_),
+            "row_offsets": header.row_offsets,
+        }
+        for name, value in members.items():
+            with self._zip.open(_member(name), "w") as member:
+                npy.write_array(member, np.asarray(value), allow_pickle=False)
+        self._member = self._zip.open(_member("activations"), "w", force_zip64=True)
+        shape = {"descr": header.stored_dtype.str, "fortran_order": False, "shape": (header.rows, header.width)}
+        npy.write_array_header_1_0(self._member, shape)
+        self.offset = self._sink.size
+
+    def append(self, rows: Chunk) -> None:
+        self._member.write(rows)
+        self._written += len(rows)
+
+    def _finish(self) -> None:
+        self._member.close()
+        self._zip.close()
+
+
+class SafetensorsEncoder(ShardEncoder):
+    """A safetensors file: `activations` and `row_offsets`; the rest is in its string metadata."""
+
+    def _start(self) -> None:
+        header = self._header
+        offsets = header.row_offsets.astype("<i8")
+        head = {
+            "__metadata__": {
+                "layer": "" if header.layer is None else str(header.layer),
+                "hook": header.hook,
+                "dtype": header.dtype,
+                "sample_ids": json.dumps(header.sample_ids),
+            },
+            "activations": {
+                "dtype": _SAFETENSORS_TYPES[header.dtype],
+                "shape": [header.rows, header.width],
+                "data_offsets": [0, header.nbytes],
+            },
+            "row_offsets": {
+                "dtype": "I64",
+                "shape": [len(offsets)],
+                "data_offsets": [header.nbytes, header.nbytes + offsets.nbytes],
+            },
+        }
+        text = json.dumps(head, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._sink.write(struct.pack("<Q", len(text)) + text)
+        self._tail = offsets.tobytes()
+        self.offset = self._sink.size
+
+    def _finish(self) -> None:
+        self._sink.write(self._tail)
+
+
+ENCODERS: dict[str, type[ShardEncoder]] = {
+    "pickle": PickleEncoder,
+    "npz": NpzEncoder,
+    "safetensors": SafetensorsEncoder,
+}
+
+
+class _Unseekable(io.RawIOBase):
+    """A sink as zipfile wants it. It cannot seek, so checksums follow the data and nothing is rewritten."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        return self._sink.write(data)
+
+
+def _member(name: str) -> zipfile.ZipInfo:
+    return zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))  # equal content, equal bytes
+
+
+# --------------------------------------------------------------------------------- reading one shard
+
+_SAFE_GLOBALS = {
+    (f"numpy.{core}{module}", name)
+    for core in ("core.", "_core.")
+    for module, name in (("numeric", "_frombuffer"), ("multiarray", "_reconstruct"))
+} | {("numpy", "dtype"), ("numpy", "ndarray")}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles dictionaries of plain arrays, strings and numbers, and refuses everything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _SAFE_GLOBALS:
+            raise pickle.UnpicklingError(f"it calls {module}.{name}")
+        return super().find_class(module, name)
+
+
+def load_shard(path: str | Path) -> dict[str, Any]:
+    """Reads one shard of any format, on its own.
+
+    Returns:
+      `activations` [rows, width] (bfloat16 as `ml_dtypes.bfloat16`), `layer` (None where there is none),
+      `hook`, `dtype`, `sample_ids` (array of strings) and `row_offsets` int64 [samples + 1].
+
+    Raises:
+      UserError: the file is missing, damaged, not a shard, or a pickle that holds more than plain arrays.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"shard {path} does not exist; give a file such as layer_10_batch_000001.pkl")
+    readers = {".pkl": _load_pickle, ".npz": _load_npz, ".safetensors": _load_safetensors}
+    if path.suffix not in readers:
+        raise UserError(f"shard {path} has the suffix {path.suffix!r}; shards end in {', '.join(readers)}")
+    try:
+        shard = readers[path.suffix](path)
+        activations, layer = shard["activations"], shard["layer"]
+        dtype, hook = str(shard["dtype"]), str(shard["hook"])
+        if dtype == "bfloat16" and activations.dtype == np.uint16:
+            activations = activations.view(ml_dtypes.bfloat16)
+        if not (
+            isinstance(activations, np.ndarray)
+            and isinstance(shard["row_offsets"], np.ndarray)
+            and activations.ndim == 2  # noqa: PLR2004 ([rows, width])
+        ):
+            raise ValueError("it does not hold the arrays of a shard")
+        layer = None if layer is None or int(layer) < 0 else int(layer)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"shard {path} was not read: {error}; a shard holds plain arrays and nothing else") from None
+    except Exception as error:  # noqa: BLE001 (damaged bytes make every parser fail in its own way)
+        raise UserError(f"shard {path} is damaged ({error}); extract that batch again") from None
+    return {**shard, "activations": activations, "layer": layer, "hook": hook, "dtype": dtype}
+
+
+def _load_pickle(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        content = _ArrayUnpickler(file).load()
+    if not isinstance(content, dict):
+        raise ValueError("it does not hold a dictionary")
+    return content
+
+
+def _load_npz(path: Path) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+        return {
+            "activations": file.get_tensor("activations"),
+            "row_offsets": file.get_tensor("row_offsets"),
+            "sample_ids": np.array(json.loads(metadata["sample_ids"]), np.str_),
+            "layer": int(metadata["layer"]) if metadata["layer"] else None,
+            "hook": metadata["hook"],
+            "dtype": metadata["dtype"],
+        }

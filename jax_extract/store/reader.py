@@ -1,0 +1,246 @@
+"""Reads a run back, from disk or from memory, lazily and in bounded memory.
+
+In: a run directory, or parts in memory. Out: `Run`. Only ranges of rows are read, at the offsets that
+the sidecars name, whatever the shard format: nothing is unpickled. Every block read is checked
+against its CRC32C.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from jax_extract.errors import UserError
+from jax_extract.store.filesystem import Directory, crc32c
+from jax_extract.store.ledger import Ledger
+from jax_extract.store.parts import PartContent, Site
+from jax_extract.store.sidecar import BLOCK_BYTES, Sidecar, StoredArray
+
+
+class StoredPart(Protocol):
+    """A part that can be read."""
+
+    @property
+    def content(self) -> PartContent: ...
+
+    def rows(self, site: Site, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of a site's array, [rows, width]."""
+        ...
+
+
+@dataclass(frozen=True)
+class SampleActivations:
+    """One sample of a run.
+
+    Attributes:
+      sample_id: the source's name for it.
+      sample_index: its place in the input.
+      token_ids: int32 [tokens], all of them, special tokens included.
+      positions: int32 [rows], the token position of each stored row; -1 where a row is the mean of all.
+      meta: the source's JSON values.
+      truncated_tokens: how many tokens were cut off its end.
+    """
+
+    sample_id: str
+    sample_index: int
+    token_ids: np.ndarray
+    positions: np.ndarray
+    meta: Mapping[str, Any]
+    truncated_tokens: int
+    _run: Run = field(repr=False)
+    _part: StoredPart = field(repr=False)
+    _rows: tuple[int, int] = field(repr=False)
+
+    def get(self, layer: int | None = None, hook: str = "after_block") -> np.ndarray:
+        """Its activations, [positions, width], in the run's stored dtype.
+
+        Raises:
+          UserError: the run does not hold that layer or hook point, or its bytes are damaged.
+        """
+        return self._part.rows(self._run.site(layer, hook), *self._rows)
+
+
+@dataclass(frozen=True)
+class ActivationBatch:
+    """All rows of one part at one site.
+
+    Attributes:
+      batch, part: place in the run.
+      sample_ids: samples in row order.
+      row_offsets: int64 [samples + 1]: sample i has rows row_offsets[i] to row_offsets[i + 1].
+      positions: int32 [rows].
+      activations: [rows, width].
+    """
+
+    batch: int
+    part: int
+    sample_ids: tuple[str, ...]
+    row_offsets: np.ndarray
+    positions: np.ndarray
+    activations: np.ndarray
+
+
+class Run:
+    """The activations of one extraction, finished or not.
+
+    Attributes:
+      metadata: what metadata.json says.
+      sites: what was captured: hook point, layer, width.
+    """
+
+    def __init__(self, metadata: Mapping[str, Any], sites: Sequence[Site], parts: Sequence[StoredPart]) -> None:
+        self.metadata = metadata
+        self.sites = tuple(sites)
+        self._parts = parts
+
+    def __repr__(self) -> str:
+        return (
+            f"Run({self.metadata.get('model_name')!r}, {self.metadata.get('total_samples')} samples, "
+            f"layers {self.layers}, {', '.join(self.hook_points)})"
+        )
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted({site.layer for site in self.sites if site.layer is not None})
+
+    @property
+    def hook_points(self) -> list[str]:
+        return list(dict.fromkeys(site.hook for site in self.sites))
+
+    @property
+    def sample_ids(self) -> list[str]:
+        """In the order of the input."""
+        return list(self._places)
+
+    def site(self, layer: int | None, hook: str = "after_block") -> Site:
+        """The site at a layer (None where the hook point has none); UserError where it was not captured."""
+        for site in self.sites:
+            if site.hook == hook and (site.layer == layer or site.layer is None):
+                return site
+        if hook not in self.hook_points:
+            raise UserError(f"this run holds no {hook!r}; it holds: {', '.join(self.hook_points)}")
+        layers = [site.layer for site in self.sites if site.hook == hook]
+        raise UserError(f"this run holds no layer {layer} of {hook!r}; it holds the layers {layers}")
+
+    def sample(self, sample_id: str) -> SampleActivations:
+        """One sample by its id; UserError (with the nearest id) where the run does not hold it."""
+        if sample_id not in self._places:
+            near = difflib.get_close_matches(sample_id, list(self._places)[:10_000], n=1)
+            nearest = f"; the nearest is {near[0]!r}" if near else ""
+            raise UserError(f"this run holds no sample {sample_id!r}{nearest}")
+        number, place = self._places[sample_id]
+        part = self._parts[number]
+        content = part.content
+        return SampleActivations(
+            sample_id=sample_id,
+            sample_index=int(content.sample_indices[place]),
+            token_ids=content.token_ids[place],
+            positions=content.positions[place],
+            meta=content.meta[place],
+            truncated_tokens=int(content.full_lengths[place]) - len(content.token_ids[place]),
+            _run=self,
+            _part=part,
+            _rows=(int(content.row_offsets[place]), int(content.row_offsets[place + 1])),
+        )
+
+    def samples(self) -> Iterator[SampleActivations]:
+        """All samples in the order of the input."""
+        return map(self.sample, self._places)
+
+    def batches(self, layer: int | None = None, hook: str = "after_block") -> Iterator[ActivationBatch]:
+        """Every row of a site, a part at a time, in storage order; one part is in memory at once."""
+        site = self.site(layer, hook)
+        for part in self._parts:
+            content = part.content
+            yield ActivationBatch(
+                content.batch,
+                content.part,
+                content.sample_ids,
+                content.row_offsets,
+                np.concatenate(content.positions) if content.positions else np.zeros(0, np.int32),
+                part.rows(site, 0, content.rows),
+            )
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[int, int]]:
+        """Sample id -> (part number, place in it), in the order of the input."""
+        found = [
+            (int(index), sample_id, number, place)
+            for number, part in enumerate(self._parts)
+            for place, (index, sample_id) in enumerate(
+                zip(part.content.sample_indices, part.content.sample_ids, strict=True)
+            )
+        ]
+        return {sample_id: (number, place) for _, sample_id, number, place in sorted(found)}
+
+
+class _DirectoryPart:
+    def __init__(self, directory: Directory, record: Mapping[str, Any], dtype: str) -> None:
+        self._directory = directory
+        self._record = record
+        self._dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
+    @cached_property
+    def _sidecar(self) -> Sidecar:
+        named = self._record["sidecar"]
+        return Sidecar.read(self._directory, named["path"], named["crc32c"])
+
+    @property
+    def content(self) -> PartContent:
+        return self._sidecar.content
+
+    def rows(self, site: Site, start: int, stop: int) -> np.ndarray:
+        array = next(a for a in self._sidecar.arrays if a.site.key == site.key)
+        row_bytes = site.width * self._dtype.itemsize
+        data = self._bytes(array, start * row_bytes, stop * row_bytes, self.content.rows * row_bytes)
+        return data.view(self._dtype).reshape(stop - start, site.width)
+
+    def _bytes(self, array: StoredArray, start: int, stop: int, total: int) -> np.ndarray:
+        """uint8 [stop - start] of an array of `total` bytes, read in whole blocks that are checked."""
+        if start == stop:
+            return np.zeros(0, np.uint8)
+        first, last = start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)
+        begin, end = first * BLOCK_BYTES, min(last * BLOCK_BYTES, total)
+        data = np.empty(end - begin, np.uint8)
+        try:
+            with self._directory.path(array.path).open("rb", buffering=0) as file:
+                file.seek(array.offset + begin)
+                got = 0
+                while got < len(data) and (n := file.readinto(data[got:].data)):
+                    got += n
+        except OSError as error:
+            raise UserError(f"shard {array.path} cannot be read: {error.strerror}; restore it from a copy") from None
+        if got < len(data):
+            raise UserError(f"shard {array.path} is cut short; restore it from a copy, or start the run anew")
+        for block in range(first, last):
+            at = block * BLOCK_BYTES - begin
+            if crc32c(data[at : at + BLOCK_BYTES].data) != array.blocks[block]:
+                raise UserError(
+                    f"shard {array.path} is damaged (block {block} does not match its checksum); "
+                    "restore it from a copy, or start the run anew"
+                )
+        return data[start - begin : stop - begin]
+
+
+def open_activations(path: str | Path) -> Run:
+    """Opens a run directory; the run may still be going on, and then holds what is committed so far.
+
+    Raises:
+      UserError: there is no run, or its records are damaged.
+    """
+    directory = Directory(Path(path))
+    ledger = Ledger.open(directory)
+    identity = ledger.run["identity"]
+    sites = [Site(s["hook"], s["layer"], s["width"]) for s in identity["sites"]]
+    parts = [_DirectoryPart(directory, record, identity["capture_dtype"]) for record in ledger.committed().values()]
+    return Run(ledger.metadata(), sites, parts)

@@ -1,0 +1,147 @@
+"""The sidecar of a part: everything about its rows that the shards themselves need not repeat.
+
+In: a `PartContent` and the files written for it. Out: one safetensors file with the samples' indices,
+token ids and positions as arrays, and, for each shard, where its array lies and the CRC32C of every
+block of it, so that any range of rows can be read and checked without reading the whole file.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from jax_extract.errors import UserError
+from jax_extract.store.filesystem import Chunk, Directory, crc32c
+from jax_extract.store.parts import PartContent, Site, offsets
+
+BLOCK_BYTES = 1 << 20
+
+
+class BlockChecksums:
+    """CRC32C of every 1 MiB block of a stream of bytes."""
+
+    def __init__(self) -> None:
+        self._done: list[int] = []
+        self._open = 0
+        self._filled = 0
+
+    def update(self, data: Chunk) -> None:
+        view = memoryview(data)
+        while view:
+            piece = view[: BLOCK_BYTES - self._filled]
+            self._open = crc32c(piece, self._open)
+            self._filled += len(piece)
+            view = view[len(piece) :]
+            if self._filled == BLOCK_BYTES:
+                self._done.append(self._open)
+                self._open = self._filled = 0
+
+    def values(self) -> list[int]:
+        return [*self._done, *([self._open] if self._filled else [])]
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """Where one site's rows lie.
+
+    Attributes:
+      path: shard file.
+      offset: of the array's first byte in it.
+      blocks: CRC32C of each 1 MiB block of the array.
+    """
+
+    site: Site
+    path: str
+    offset: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    content: PartContent
+    arrays: tuple[StoredArray, ...]
+
+    def to_bytes(self) -> bytes:
+        content = self.content
+        tensors = {
+            "sample_indices": content.sample_indices,
+            "full_lengths": content.full_lengths,
+            "token_offsets": offsets([len(t) for t in content.token_ids]),
+            "token_ids": _concatenate(content.token_ids),
+            "row_offsets": content.row_offsets,
+            "positions": _concatenate(content.positions),
+            "block_offsets": offsets([len(array.blocks) for array in self.arrays]),
+            "block_crc32c": np.array([block for array in self.arrays for block in array.blocks], np.uint32),
+        }
+        metadata = {
+            "batch": str(content.batch),
+            "part": str(content.part),
+            "parts_in_batch": str(content.parts_in_batch),
+            "plan": content.plan,
+            "sample_ids": json.dumps(content.sample_ids),
+            "meta": json.dumps([dict(meta) for meta in content.meta]),
+            "files": json.dumps(
+                [
+                    {
+                        "path": a.path,
+                        "hook": a.site.hook,
+                        "layer": a.site.layer,
+                        "width": a.site.width,
+                        "offset": a.offset,
+                    }
+                    for a in self.arrays
+                ]
+            ),
+        }
+        return safetensors.numpy.save(tensors, metadata)
+
+    @classmethod
+    def read(cls, directory: Directory, name: str, expected_crc32c: int) -> Sidecar:
+        """Reads and checks a sidecar; UserError where it is missing or damaged."""
+        try:
+            data = directory.read(name)
+            if crc32c(data) != expected_crc32c:
+                raise ValueError("its checksum is wrong")
+            return cls._parse(data)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise UserError(
+                f"sidecar {directory.path(name)} is damaged ({error}); restore it from a copy, or start the run anew"
+            ) from None
+
+    @classmethod
+    def _parse(cls, data: bytes) -> Sidecar:
+        tensors = safetensors.numpy.load(data)
+        metadata: dict[str, str] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        content = PartContent(
+            batch=int(metadata["batch"]),
+            part=int(metadata["part"]),
+            parts_in_batch=int(metadata["parts_in_batch"]),
+            sample_indices=tensors["sample_indices"],
+            sample_ids=tuple(json.loads(metadata["sample_ids"])),
+            token_ids=_split(tensors["token_ids"], tensors["token_offsets"]),
+            positions=_split(tensors["positions"], tensors["row_offsets"]),
+            full_lengths=tensors["full_lengths"],
+            meta=tuple(json.loads(metadata["meta"])),
+            plan=metadata["plan"],
+        )
+        blocks = _split(tensors["block_crc32c"], tensors["block_offsets"])
+        files: list[dict[str, Any]] = json.loads(metadata["files"])
+        arrays = tuple(
+            StoredArray(Site(f["hook"], f["layer"], f["width"]), f["path"], f["offset"], tuple(int(b) for b in block))
+            for f, block in zip(files, blocks, strict=True)
+        )
+        return cls(content, arrays)
+
+
+def _concatenate(pieces: tuple[np.ndarray, ...]) -> np.ndarray:
+    return np.concatenate(pieces, dtype=np.int32) if pieces else np.zeros(0, np.int32)
+
+
+def _split(values: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, ...]:
+    return tuple(values[start:stop] for start, stop in itertools.pairwise(bounds))

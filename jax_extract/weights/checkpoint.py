@@ -1,0 +1,160 @@
+"""Opens a model: a Hugging Face folder, a hub id or a GGUF file, all behind one interface.
+
+In: `--model_path`. Out: a `Checkpoint` that gives the configuration, tensors by their Hugging Face
+names (read from disk only when asked for, row ranges only), the tokenizer and a digest.
+Safetensors and GGUF only: nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jax_extract.errors import UserError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+class Checkpoint(Protocol):
+    """A model on disk."""
+
+    @property
+    def source(self) -> str:
+        """As the user named it."""
+        ...
+
+    @property
+    def revision(self) -> str | None:
+        """Commit on the hub, where it came from there."""
+        ...
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json, or what it would be."""
+        ...
+
+    def names(self) -> frozenset[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """Rows of one tensor in the dtype it is stored in (quantised ones as float32)."""
+        ...
+
+    def digest(self, names: Iterable[str]) -> str:
+        """`sha256:…` over names, dtypes, shapes and stored bytes of these tensors, sorted by name."""
+        ...
+
+    def tokenizer(self) -> Any:
+        """A transformers tokenizer."""
+        ...
+
+
+def open_checkpoint(model_path: str, revision: str | None = None) -> Checkpoint:
+    """Finds out what `model_path` is; UserError where it is nothing that can be read."""
+    path = Path(model_path).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists() and len(ggufs := sorted(path.glob("*.gguf"))) == 1:
+            path = ggufs[0]
+        else:
+            return SafetensorsCheckpoint(path, source=model_path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"model {model_path!r} is a file but not .gguf; give the folder that holds config.json")
+        from jax_extract.weights.gguf import GgufCheckpoint
+
+        return GgufCheckpoint(path)
+    if _HUB_ID.fullmatch(model_path):
+        from jax_extract.weights.hub import download
+
+        folder, commit = download(model_path, revision)
+        return SafetensorsCheckpoint(folder, source=model_path, revision=commit)
+    raise UserError(f"model {model_path!r} was not found; give a Hugging Face folder, a .gguf file or a hub id")
+
+
+class SafetensorsCheckpoint:
+    """A Hugging Face folder with config.json and one or several safetensors files."""
+
+    def __init__(self, folder: Path, source: str, revision: str | None = None) -> None:
+        self.source = source
+        self.revision = revision
+        self._folder = folder
+        self.config = _read_json(folder / "config.json")
+        self._files = {}
+        for path in _weight_files(folder):
+            try:
+                handle = safe_open(path, framework="numpy")
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"weights file {path} cannot be read ({error}); it is truncated or damaged, download it again"
+                ) from None
+            for name in handle.keys():  # noqa: SIM118 (not a mapping)
+                if name in self._files:
+                    raise UserError(f"tensor {name!r} is in two files of {folder}; keep one set of weights there")
+                self._files[name] = handle
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        return self._files[name].get_slice(name)[rows]
+
+    def digest(self, names: Iterable[str]) -> str:
+        total = hashlib.sha256()
+        for name in sorted(names):
+            piece = self._files[name].get_slice(name)
+            total.update(f"{name} {piece.get_dtype()} {piece.get_shape()}\n".encode())
+            total.update(np.ascontiguousarray(self.read(name)).reshape(-1).view(np.uint8).data)
+        return f"sha256:{total.hexdigest()}"
+
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"no usable tokenizer in {self._folder} ({first_line}); add its tokenizer.json") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        listed = _read_json(index).get("weight_map", {})
+        names = sorted({str(name) for name in listed.values()})
+        for name in names:
+            if Path(name).name != name:
+                raise UserError(f"{index} names {name!r}, which is not a plain file name of that folder")
+            if not (folder / name).is_file():
+                raise UserError(f"{index} names {name!r}, which is missing from {folder}; download it again")
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if found := sorted(folder.glob("*.safetensors")):
+        return found
+    raise UserError(
+        f"no *.safetensors file in {folder}; convert the weights with save_pretrained(…, safe_serialization=True)"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path.name} is missing from {path.parent}; a Hugging Face model folder has one")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{path}{line} is not valid JSON; download it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object; a Hugging Face file does")
+    return value

@@ -1,0 +1,512 @@
+"""One GGUF file of the Llama family as a checkpoint: configuration, tensors and tokenizer.
+
+In: a `.gguf` file written by llama.cpp's tools (general.architecture `llama`, quantised or not).
+Out: what a Hugging Face folder would give: a `config.json` dictionary, tensors by Hugging Face name in
+[out, in] orientation as float32, and a fast tokenizer.
+
+The file is memory-mapped; opening reads only the header and dequantising holds one tensor at a time.
+The reader fails closed: a metadata key or a tensor whose meaning for the forward pass is not known here
+ends in a `UserError`, because ignoring it would give numbers that are silently wrong.
+"""
+
+import hashlib
+import mmap
+import struct
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from gguf.constants import (
+    GGML_QUANT_SIZES,
+    GGUF_DEFAULT_ALIGNMENT,
+    GGMLQuantizationType,
+    GGUFValueType,
+)
+from gguf.quants import dequantize
+
+from jax_extract.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+ARCHITECTURE = "llama"
+GGUF_MAGIC_BYTES = b"GGUF"
+GGUF_VERSIONS = (2, 3)
+
+FOLDER_MEND = "use the model's Hugging Face folder (safetensors) instead"
+CONVERT_MEND = "download or convert the model again"
+
+# llama.cpp falls back to this base when a file does not name one.
+DEFAULT_ROPE_THETA = 10_000.0
+
+# Every `llama.*` key that this module reads. Any other one is refused.
+HANDLED_LLAMA_KEYS = frozenset(
+    {
+        "llama.attention.head_count",
+        "llama.attention.head_count_kv",
+        "llama.attention.key_length",
+        "llama.attention.layer_norm_rms_epsilon",
+        "llama.attention.value_length",
+        "llama.block_count",
+        "llama.context_length",
+        "llama.embedding_length",
+        "llama.feed_forward_length",
+        "llama.rope.dimension_count",
+        "llama.rope.freq_base",
+        "llama.vocab_size",
+    }
+)
+
+# GGUF name -> Hugging Face name and shape by dimension letter:
+# v vocabulary, d model width, f feed-forward width, q query rows, k key/value rows.
+GLOBAL_TENSORS = {
+    "token_embd.weight": ("model.embed_tokens.weight", "vd"),
+    "output_norm.weight": ("model.norm.weight", "d"),
+    "output.weight": ("lm_head.weight", "vd"),
+}
+LAYER_TENSORS = {
+    "attn_norm.weight": ("input_layernorm.weight", "d"),
+    "attn_q.weight": ("self_attn.q_proj.weight", "qd"),
+    "attn_k.weight": ("self_attn.k_proj.weight", "kd"),
+    "attn_v.weight": ("self_attn.v_proj.weight", "kd"),
+    "attn_output.weight": ("self_attn.o_proj.weight", "dq"),
+    "ffn_norm.weight": ("post_attention_layernorm.weight", "d"),
+    "ffn_gate.weight": ("mlp.gate_proj.weight", "fd"),
+    "ffn_up.weight": ("mlp.up_proj.weight", "fd"),
+    "ffn_down.weight": ("mlp.down_proj.weight", "df"),
+}
+OPTIONAL_TENSORS = frozenset({"output.weight"})
+
+# gguf dequantises through several temporaries of the size of its input, so large tensors go in pieces.
+DEQUANTIZE_CHUNK_ELEMENTS = 1 << 22
+
+SCALAR_FORMATS = {
+    GGUFValueType.UINT8: "<B",
+    GGUFValueType.INT8: "<b",
+    GGUFValueType.UINT16: "<H",
+    GGUFValueType.INT16: "<h",
+    GGUFValueType.UINT32: "<I",
+    GGUFValueType.INT32: "<i",
+    GGUFValueType.FLOAT32: "<f",
+    GGUFValueType.BOOL: "<?",
+    GGUFValueType.UINT64: "<Q",
+    GGUFValueType.INT64: "<q",
+    GGUFValueType.FLOAT64: "<d",
+}
+
+
+@dataclass(frozen=True)
+class MetadataArray:
+    """A metadata array left where it lies in the file: vocabularies are large and rarely needed."""
+
+    kind: GGUFValueType
+    count: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor as stored: encoding, NumPy shape (rows first), and its bytes' place in the file."""
+
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class GgufCheckpoint:
+    """A Llama-architecture GGUF file with the interface of a Hugging Face checkpoint folder.
+
+    Attributes:
+        source: the path as given.
+        revision: always None; the file has no revision, `digest` identifies its content.
+        config: a dictionary in the form of Hugging Face's `config.json`.
+
+    Raises:
+        UserError: the file is missing, is not GGUF, is cut short, or holds anything that changes the
+            mathematics and is not understood here (architecture, metadata key, tensor, encoding).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.source = str(path)
+        self.revision: str | None = None
+        self._bytes = _map_file(path)
+        self._metadata, stored = _read_header(self._bytes, self.source)
+        _refuse_unknown_metadata(self._metadata, self.source)
+        self.config = _config(self._metadata, stored, self.source)
+        self._tensors = _by_hugging_face_name(stored, self.config, self.source)
+        _refuse_unreadable_encodings(self._tensors, self.source)
+
+    def names(self) -> frozenset[str]:
+        """Hugging Face names of all tensors; `lm_head.weight` only where it is not tied."""
+        return frozenset(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape in Hugging Face orientation: [out, in] for a projection, [width] for a norm."""
+        return self._tensor(name).shape
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """`rows` of the tensor `name`, dequantised: a new float32 array that the caller owns.
+
+        Only the rows asked for are dequantised, so a large tensor can be read shard by shard.
+        """
+        tensor = self._tensor(name)
+        stored = _stored_rows(self._bytes, tensor)
+        if len(tensor.shape) == 1:
+            return _dequantize(stored, tensor)[0, rows].copy()
+        if name.endswith("self_attn.q_proj.weight"):
+            stored = stored[_rotary_row_order(len(stored), self.config["num_attention_heads"])[rows]]
+        elif name.endswith("self_attn.k_proj.weight"):
+            stored = stored[_rotary_row_order(len(stored), self.config["num_key_value_heads"])[rows]]
+        else:
+            stored = stored[rows]
+        return _dequantize(stored, tensor)
+
+    def digest(self, names: Iterable[str]) -> str:
+        """`sha256:<hex>` over names, encodings, shapes and stored bytes, whatever the order of `names`."""
+        sha256 = hashlib.sha256()
+        for name in sorted(set(names)):
+            tensor = self._tensor(name)
+            sha256.update(f"{name}\n{tensor.kind.name}\n{tensor.shape}\n{tensor.nbytes}\n".encode())
+            sha256.update(self._bytes[tensor.offset : tensor.offset + tensor.nbytes])
+        return f"sha256:{sha256.hexdigest()}"
+
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        """The tokenizer stored in the file; its `model_max_length` is the model's context length."""
+        # Importing transformers takes about a second, which a reader of weights need not spend.
+        from jax_extract.weights.gguf_tokenizer import build_tokenizer
+
+        fields = {
+            key: _decode(self._bytes, value) for key, value in self._metadata.items() if key.startswith("tokenizer.")
+        }
+        tokenizer = build_tokenizer(fields)
+        tokenizer.model_max_length = self.config["max_position_embeddings"]
+        return tokenizer
+
+    def _tensor(self, name: str) -> StoredTensor:
+        if name not in self._tensors:
+            raise UserError(
+                f"{self.source} has no tensor {name!r}; expected a Hugging Face name such as "
+                "'model.norm.weight': use one of those that names() lists."
+            )
+        return self._tensors[name]
+
+
+def _map_file(path: Path) -> memoryview:
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; expected one .gguf file: check the path.")
+    with path.open("rb") as file:
+        magic = file.read(len(GGUF_MAGIC_BYTES))
+        if magic != GGUF_MAGIC_BYTES:
+            raise UserError(
+                f"{path} begins with {magic!r}, so it is not a GGUF file; expected {GGUF_MAGIC_BYTES!r}: "
+                "give a .gguf file, or the folder where the model is in safetensors."
+            )
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+class _Cursor:
+    """Reads little-endian header fields in turn; running over the end means a truncated file."""
+
+    def __init__(self, data: memoryview, source: str) -> None:
+        self.data = data
+        self.source = source
+        self.offset = 0
+
+    def skip(self, nbytes: int) -> int:
+        """Step over `nbytes` and return where they began."""
+        start = self.offset
+        if start + nbytes > len(self.data):
+            raise _truncated(self.source, start + nbytes, len(self.data))
+        self.offset = start + nbytes
+        return start
+
+    def scalar(self, layout: str) -> Any:
+        return struct.unpack_from(layout, self.data, self.skip(struct.calcsize(layout)))[0]
+
+    def string(self) -> str:
+        length = self.scalar("<Q")
+        start = self.skip(length)
+        return _text(self.data[start : start + length], self.source)
+
+    def value(self, kind: GGUFValueType) -> Any:
+        """A scalar or a string, or a `MetadataArray` that says where the elements are."""
+        if kind is GGUFValueType.STRING:
+            return self.string()
+        if kind is not GGUFValueType.ARRAY:
+            return self.scalar(SCALAR_FORMATS[kind])
+        element = self.value_kind()
+        count = self.scalar("<Q")
+        array = MetadataArray(element, count, self.offset)
+        if element is GGUFValueType.STRING:
+            for _ in range(count):
+                self.skip(self.scalar("<Q"))
+        elif element is GGUFValueType.ARRAY:
+            raise UserError(f"{self.source} holds a metadata array of arrays; expected flat arrays: {CONVERT_MEND}.")
+        else:
+            self.skip(count * struct.calcsize(SCALAR_FORMATS[element]))
+        return array
+
+    def value_kind(self) -> GGUFValueType:
+        number = self.scalar("<I")
+        try:
+            return GGUFValueType(number)
+        except ValueError as error:
+            raise UserError(
+                f"{self.source} holds metadata of type {number}; expected one of GGUF's types 0 to "
+                f"{max(GGUFValueType).value}: the file is damaged, {CONVERT_MEND}."
+            ) from error
+
+
+def _truncated(source: str, needed: int, size: int) -> UserError:
+    return UserError(
+        f"{source} is truncated or damaged: it has {size:,} bytes; expected at least {needed:,} "
+        "from its header: download or copy it again."
+    )
+
+
+def _text(raw: memoryview, source: str) -> str:
+    try:
+        return str(raw, "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{source} holds metadata text {bytes(raw[:40])!r}; expected UTF-8: the file is damaged, {CONVERT_MEND}."
+        ) from error
+
+
+def _decode(data: memoryview, value: Any) -> Any:
+    """A metadata value as plain Python: arrays become lists, everything else is already plain."""
+    if not isinstance(value, MetadataArray):
+        return value
+    if value.kind is not GGUFValueType.STRING:
+        return np.frombuffer(data, SCALAR_FORMATS[value.kind], value.count, value.offset).tolist()
+    cursor = _Cursor(data, "the GGUF file")
+    cursor.offset = value.offset
+    return [cursor.string() for _ in range(value.count)]
+
+
+def _read_header(data: memoryview, source: str) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """Metadata and tensor directory of a GGUF file (layout: docs/gguf.md of the ggml project)."""
+    cursor = _Cursor(data, source)
+    cursor.skip(len(GGUF_MAGIC_BYTES))
+    version = cursor.scalar("<I")
+    if version not in GGUF_VERSIONS:
+        raise UserError(
+            f"{source} has GGUF version {version:#x}; expected version 2 or 3, little-endian: "
+            "convert the model again with a current llama.cpp."
+        )
+    tensor_count, metadata_count = cursor.scalar("<Q"), cursor.scalar("<Q")
+    metadata: dict[str, Any] = {}
+    for _ in range(metadata_count):
+        key = _new_name(cursor.string(), metadata, source)
+        metadata[key] = cursor.value(cursor.value_kind())
+    relative: dict[str, StoredTensor] = {}
+    for _ in range(tensor_count):
+        name = _new_name(cursor.string(), relative, source)
+        relative[name] = _directory_entry(cursor, name)
+    alignment = _integer(metadata, "general.alignment", source, GGUF_DEFAULT_ALIGNMENT)
+    data_start = -(-cursor.offset // alignment) * alignment
+    needed = data_start + max((tensor.offset + tensor.nbytes for tensor in relative.values()), default=0)
+    if needed > len(data):
+        raise _truncated(source, needed, len(data))
+    return metadata, {name: replace(tensor, offset=data_start + tensor.offset) for name, tensor in relative.items()}
+
+
+def _new_name(name: str, seen: Collection[str], source: str) -> str:
+    if name in seen:
+        raise UserError(f"{source} holds {name!r} twice; expected it once: {CONVERT_MEND}.")
+    return name
+
+
+def _directory_entry(cursor: _Cursor, name: str) -> StoredTensor:
+    """What follows a tensor's name; the offset is still relative to the start of the data."""
+    dimensions = [cursor.scalar("<Q") for _ in range(cursor.scalar("<I"))]
+    # GGML counts the fastest-moving dimension first, NumPy last.
+    shape = tuple(reversed(dimensions))
+    number = cursor.scalar("<I")
+    try:
+        kind = GGMLQuantizationType(number)
+    except ValueError as error:
+        raise UserError(
+            f"Tensor {name!r} of {cursor.source} has encoding number {number}; expected one that the "
+            "installed gguf package knows: upgrade gguf, or take a file in a common encoding such as Q8_0."
+        ) from error
+    block_elements, block_bytes = GGML_QUANT_SIZES[kind]
+    if not shape or shape[-1] % block_elements:
+        raise UserError(
+            f"Tensor {name!r} of {cursor.source} has shape {shape}; expected rows of whole {kind.name} "
+            f"blocks of {block_elements}: the file is damaged, {CONVERT_MEND}."
+        )
+    nbytes = prod(shape) // block_elements * block_bytes
+    return StoredTensor(kind, shape, cursor.scalar("<Q"), nbytes)
+
+
+def _refuse_unknown_metadata(metadata: Mapping[str, Any], source: str) -> None:
+    architecture = metadata.get("general.architecture")
+    if architecture != ARCHITECTURE:
+        raise UserError(
+            f"{source} has general.architecture {architecture!r}; expected {ARCHITECTURE!r}: {FOLDER_MEND}."
+        )
+    content = metadata.get("general.type", "model")
+    if content != "model":
+        raise UserError(f"{source} has general.type {content!r}; expected 'model': give the file of the model itself.")
+    pieces = metadata.get("split.count", 1)
+    if pieces > 1:
+        raise UserError(
+            f"{source} is one of {pieces} pieces of a model; expected one whole file: "
+            "join them first with llama.cpp's `llama-gguf-split --merge`."
+        )
+    llama_keys = {key for key in metadata if key.startswith(f"{ARCHITECTURE}.")}
+    unknown = sorted(llama_keys - HANDLED_LLAMA_KEYS)
+    if unknown:
+        raise UserError(
+            f"{source} sets {', '.join(unknown)}; expected only keys of a plain Llama model, "
+            f"because others may change the mathematics: {FOLDER_MEND}."
+        )
+
+
+def _integer(metadata: Mapping[str, Any], key: str, source: str, default: int | None = None) -> int:
+    value = metadata.get(key, default)
+    # Some models store a list with one entry a layer: no single config value stands for it.
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        shown = "a list" if isinstance(value, MetadataArray) else repr(value)
+        raise UserError(f"{source} has {shown} for {key}; expected one positive integer: {FOLDER_MEND}.")
+    return value
+
+
+def _number(metadata: Mapping[str, Any], key: str, source: str, default: float | None = None) -> float:
+    """The decimal that a float32 stands for: the shortest that rounds to it (1e-05, not 9.9999997e-06)."""
+    value = metadata.get(key, default)
+    if not isinstance(value, float) or not value > 0:
+        raise UserError(f"{source} has {value!r} for {key}; expected one positive number: {FOLDER_MEND}.")
+    return float(str(np.float32(value)))
+
+
+def _config(metadata: Mapping[str, Any], stored: Mapping[str, StoredTensor], source: str) -> dict[str, Any]:
+    hidden = _integer(metadata, "llama.embedding_length", source)
+    heads = _integer(metadata, "llama.attention.head_count", source)
+    head_dim = _integer(metadata, "llama.attention.key_length", source, hidden // heads)
+    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        if _integer(metadata, key, source, head_dim) != head_dim:
+            raise UserError(
+                f"{source} has {metadata[key]} for {key}; expected the width of a head, {head_dim}, "
+                f"as in every plain Llama model: {FOLDER_MEND}."
+            )
+    embedding = stored.get("token_embd.weight")
+    vocabulary = _integer(metadata, "llama.vocab_size", source, embedding.shape[0] if embedding else None)
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, MetadataArray) and tokens.count > vocabulary:
+        raise UserError(
+            f"{source} has {tokens.count:,} entries in tokenizer.ggml.tokens; expected at most "
+            f"{vocabulary:,}, the rows of the embedding: {CONVERT_MEND}."
+        )
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": hidden,
+        "intermediate_size": _integer(metadata, "llama.feed_forward_length", source),
+        "num_hidden_layers": _integer(metadata, "llama.block_count", source),
+        "num_attention_heads": heads,
+        "num_key_value_heads": _integer(metadata, "llama.attention.head_count_kv", source, heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rms_norm_eps": _number(metadata, "llama.attention.layer_norm_rms_epsilon", source),
+        "rope_theta": _number(metadata, "llama.rope.freq_base", source, DEFAULT_ROPE_THETA),
+        "max_position_embeddings": _integer(metadata, "llama.context_length", source),
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": "output.weight" not in stored,
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+        "torch_dtype": "float32",
+    }
+
+
+def _expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """GGUF name -> Hugging Face name and shape, for every tensor that `config` calls for."""
+    sizes = {
+        "v": config["vocab_size"],
+        "d": config["hidden_size"],
+        "f": config["intermediate_size"],
+        "q": config["num_attention_heads"] * config["head_dim"],
+        "k": config["num_key_value_heads"] * config["head_dim"],
+    }
+    letters = dict(GLOBAL_TENSORS)
+    for layer in range(config["num_hidden_layers"]):
+        for gguf_name, (name, dimensions) in LAYER_TENSORS.items():
+            letters[f"blk.{layer}.{gguf_name}"] = (f"model.layers.{layer}.{name}", dimensions)
+    return {
+        gguf_name: (name, tuple(sizes[letter] for letter in dimensions))
+        for gguf_name, (name, dimensions) in letters.items()
+    }
+
+
+def _by_hugging_face_name(
+    stored: Mapping[str, StoredTensor], config: Mapping[str, Any], source: str
+) -> dict[str, StoredTensor]:
+    expected = _expected_tensors(config)
+    unknown = sorted(stored.keys() - expected.keys())
+    if unknown:
+        raise UserError(
+            f"{source} holds the tensor {unknown[0]!r} ({len(unknown)} unknown in all); expected only those "
+            f"of a plain {config['num_hidden_layers']}-layer Llama model, because ignoring one would give "
+            f"wrong numbers: {FOLDER_MEND}."
+        )
+    missing = sorted(expected.keys() - stored.keys() - OPTIONAL_TENSORS)
+    if missing:
+        raise UserError(
+            f"{source} lacks the tensor {missing[0]!r} ({len(missing)} missing in all); expected it from the "
+            f"metadata: {CONVERT_MEND}."
+        )
+    for gguf_name, tensor in stored.items():
+        shape = expected[gguf_name][1]
+        if tensor.shape != shape:
+            raise UserError(
+                f"Tensor {gguf_name!r} of {source} has shape {tensor.shape}; expected {shape} from the "
+                f"metadata: {CONVERT_MEND}."
+            )
+    return {expected[gguf_name][0]: tensor for gguf_name, tensor in stored.items()}
+
+
+def _refuse_unreadable_encodings(tensors: Mapping[str, StoredTensor], source: str) -> None:
+    """Find out at opening, from one block of zeros, whether gguf can dequantise each encoding in the file."""
+    for kind in sorted({tensor.kind for tensor in tensors.values()}):
+        try:
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        except NotImplementedError as error:
+            raise UserError(
+                f"{source} holds tensors in {kind.name}; expected an encoding that the installed gguf "
+                "package can dequantise: take a file in another one, such as Q8_0 or F16."
+            ) from error
+
+
+def _stored_rows(data: memoryview, tensor: StoredTensor) -> np.ndarray:
+    """The tensor's bytes in the file, [rows, bytes of a row] uint8 and read-only; a vector is one row."""
+    rows = prod(tensor.shape[:-1])
+    return np.frombuffer(data, np.uint8, tensor.nbytes, tensor.offset).reshape(rows, tensor.nbytes // rows)
+
+
+def _dequantize(stored: np.ndarray, tensor: StoredTensor) -> np.ndarray:
+    """float32 values [rows, width] of the rows [rows, bytes of a row] of `tensor`."""
+    width = tensor.shape[-1]
+    values = np.empty((len(stored), width), np.float32)
+    step = max(1, DEQUANTIZE_CHUNK_ELEMENTS // width)
+    for start in range(0, len(stored), step):
+        values[start : start + step] = dequantize(stored[start : start + step], tensor.kind)
+    return values
+
+
+def _rotary_row_order(rows: int, heads: int) -> np.ndarray:
+    """For each row of a q or k projection in Hugging Face order, the row of the file that holds it.
+
+    llama.cpp rotates neighbouring rows (0, 1), (2, 3), … of a head and its converter orders the rows to
+    suit; Hugging Face rotates row i with row i + head_dim/2. Blocks never cross rows, so the quantised
+    rows can be put in order as they are.
+    """
+    neighbours = np.arange(rows).reshape(heads, rows // heads // 2, 2)
+    return neighbours.swapaxes(1, 2).reshape(rows)

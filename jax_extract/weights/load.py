@@ -1,0 +1,123 @@
+"""Checkpoint tensors to sharded parameters, straight onto their devices.
+
+In: a `Checkpoint`, a port and its configuration, how many blocks run, a mesh, a dtype. Out: the
+nested dictionary of arrays that the port's forward takes. Each device's shard is read from disk by
+itself, so the host never holds more than one parameter beside what the devices hold, and nothing of
+a block that will not run is read. Anything missing, misshapen or not understood is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jax_extract.devices.sharding import dotted, named, parameter_spec
+from jax_extract.errors import UserError
+from jax_extract.weights.checkpoint import Checkpoint
+from models.ports import Parameters, Port, TensorSource
+
+_PREFIX = "model."  # of all tensors but the head, absent where only the base model was saved
+
+
+class Weights:
+    """The tensors of one checkpoint that a run needs, checked against the port before anything is read."""
+
+    def __init__(self, checkpoint: Checkpoint, port: Port, config: Any, num_blocks: int) -> None:
+        self.checkpoint = checkpoint
+        self.num_blocks = num_blocks
+        self._port = port
+        self._config = config
+        self._sources = port.sources(config)
+        self._names = _stored_names(checkpoint, port, config, self._sources)
+
+    def tensor_names(self) -> list[str]:
+        """Stored names of the tensors that will be loaded."""
+        return [
+            self._names[name.replace("{i}", str(layer))]
+            for source in self._sources.values()
+            for name in source.names
+            for layer in (range(self.num_blocks) if source.per_layer else (0,))
+        ]
+
+    def provenance(self) -> str:
+        """`hub:<commit>` where the hub vouches for the content, else a checksum of the tensors loaded."""
+        if self.checkpoint.revision:
+            return f"hub:{self.checkpoint.revision}"
+        return self.checkpoint.digest(self.tensor_names())
+
+    def load(self, mesh: Mesh, dtype: str) -> Parameters:
+        """Parameters on the mesh in `dtype`; see `devices.sharding` for how they lie there."""
+        structure = nnx.to_pure_dict(
+            nnx.state(nnx.eval_shape(lambda: self._port.structure(self._config, self.num_blocks, dtype)))
+        )
+
+        def place(path: tuple[Any, ...], value: jax.ShapeDtypeStruct) -> jax.Array:
+            name = dotted(path)
+            sharding = named(mesh, parameter_spec(name, value.shape, mesh.shape["model"]))
+            return jax.make_array_from_callback(
+                value.shape, sharding, lambda index: self._read(name, value.shape, index or (), dtype)
+            )
+
+        return jax.tree_util.tree_map_with_path(place, structure)
+
+    def _read(self, path: str, shape: tuple[int, ...], index: tuple[slice, ...], dtype: str) -> np.ndarray:
+        """The part of a parameter that lies at `index`; only the output axis is ever cut."""
+        source = self._sources[path]
+        target = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+        axis = 1 if source.per_layer else 0
+        start, stop, _ = index[axis].indices(shape[axis])
+        piece = np.empty((*shape[:axis], stop - start, *shape[axis + 1 :]), target)
+        for layer in range(self.num_blocks) if source.per_layer else (0,):
+            self._fill(piece[layer] if source.per_layer else piece, source, layer, start, stop)
+        return piece
+
+    def _fill(self, out: np.ndarray, source: TensorSource, layer: int, start: int, stop: int) -> None:
+        offset = 0
+        for template, rows in zip(source.names, source.rows, strict=True):
+            first, last = max(start, offset), min(stop, offset + rows)
+            if first < last:
+                stored = self._names[template.replace("{i}", str(layer))]
+                out[first - start : last - start] = self.checkpoint.read(stored, slice(first - offset, last - offset))
+            offset += rows
+
+
+def _stored_names(
+    checkpoint: Checkpoint, port: Port, config: Any, sources: Mapping[str, TensorSource]
+) -> dict[str, str]:
+    """Canonical tensor name -> the name in this file; refuses missing, unknown and misshapen tensors."""
+    stored = checkpoint.names()
+    prefix = _PREFIX if any(name.startswith(_PREFIX) for name in stored) else ""
+    structure = nnx.to_pure_dict(
+        nnx.state(nnx.eval_shape(lambda: port.structure(config, config.num_hidden_layers, "float32")))
+    )
+    shapes = {dotted(path): value.shape for path, value in jax.tree_util.tree_leaves_with_path(structure)}
+    names: dict[str, str] = {}
+    for path, source in sources.items():
+        for template, rows in zip(source.names, source.rows, strict=True):
+            expected = (rows, *shapes[path][2 if source.per_layer else 1 :])
+            for layer in range(config.num_hidden_layers) if source.per_layer else (0,):
+                name = template.replace("{i}", str(layer))
+                names[name] = prefix + name.removeprefix(_PREFIX)
+                if names[name] not in stored:
+                    raise UserError(
+                        f"the weights of {checkpoint.source} lack {names[name]!r}; the checkpoint is incomplete"
+                    )
+                if (shape := checkpoint.shape(names[name])) != expected:
+                    raise UserError(
+                        f"{names[name]!r} in {checkpoint.source} has shape {shape} where config.json means {expected}; "
+                        "weights and configuration do not belong together"
+                    )
+    ignored = {prefix + n.removeprefix(_PREFIX) for n in port.unused_tensors(config)} | port.unused_tensors(config)
+    if unknown := sorted(stored - set(names.values()) - ignored):
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise UserError(
+            f"the weights of {checkpoint.source} hold {unknown[0]!r}{more}, which the {config.model_type} port does "
+            "not compute with; this is another architecture or a modified one"
+        )
+    return names

@@ -1,0 +1,109 @@
+"""Which token positions of a sample are kept: `all`, `last`, `mean`, `first:n`, `every:k`, `at:i,j,…`.
+
+In: the user's words. Out: `Positions`, which selects on the device (padded rows, before they are
+buffered) and says on the host which positions those rows are. Positions count real tokens; padding
+is always on the right, so position p of a sample is column p of its row. A sample that is too short
+for a position simply gives fewer rows.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from models.errors import UserError
+
+MEAN_POSITION = -1  # what stands for "no single token" where a row is the mean over all of them
+
+_KINDS = "all, last, mean, first:n, every:k, at:i,j,…"
+
+
+@dataclass(frozen=True)
+class Positions:
+    """A choice of token positions, the same for every sample.
+
+    Attributes:
+      kind: `all` | `last` | `mean` | `first` | `every` | `at`.
+      count: n of `first:n`, k of `every:k` (positions 0, k, 2k, …), else 0.
+      indices: the ascending positions of `at`, else empty.
+    """
+
+    kind: Literal["all", "last", "mean", "first", "every", "at"]
+    count: int = 0
+    indices: tuple[int, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Positions:
+        """Reads `all`, `last`, `mean`, `first:8`, `every:4` or `at:0,5,9`; raises UserError otherwise."""
+        if text in ("all", "last", "mean"):
+            return cls(text)
+        if match := re.fullmatch(r"(first|every):(\d+)", text):
+            if (count := int(match[2])) < 1:
+                raise UserError(f"positions {text!r} keep nothing; the number must be at least 1")
+            return cls("first", count) if match[1] == "first" else cls("every", count)
+        if match := re.fullmatch(r"at:(\d+(?:,\d+)*)", text):
+            indices = tuple(sorted({int(i) for i in match[1].split(",")}))
+            if len(indices) != match[1].count(",") + 1:
+                raise UserError(f"positions {text!r} name a position twice; name each once")
+            return cls("at", indices=indices)
+        raise UserError(f"unknown positions {text!r}; expected one of: {_KINDS} (counted from 0)")
+
+    def __str__(self) -> str:
+        if self.kind == "at":
+            return "at:" + ",".join(map(str, self.indices))
+        return f"{self.kind}:{self.count}" if self.count else self.kind
+
+    @property
+    def one_row_per_sample(self) -> bool:
+        """True where every sample gives exactly one row."""
+        return self.kind in ("last", "mean")
+
+    def of(self, length: int) -> np.ndarray:
+        """int32 [rows]: the positions kept of a sample of `length` real tokens."""
+        if self.kind == "mean":
+            return np.full(1, MEAN_POSITION, np.int32)
+        if self.kind == "last":
+            return np.array([length - 1], np.int32)
+        if self.kind == "at":
+            return np.array([i for i in self.indices if i < length], np.int32)
+        if self.kind == "first":
+            return np.arange(min(self.count, length), dtype=np.int32)
+        return np.arange(0, length, self.count or 1, dtype=np.int32)
+
+    def rows(self, length: int) -> int:
+        """How many rows a sample of `length` real tokens gives."""
+        if self.kind == "all":
+            return length
+        if self.one_row_per_sample:
+            return 1
+        if self.kind == "first":
+            return min(self.count, length)
+        if self.kind == "every":
+            return -(-length // self.count)
+        return sum(i < length for i in self.indices)
+
+    def slots(self, padded_length: int) -> int:
+        """How many rows are buffered for a sample that is padded to `padded_length` tokens."""
+        return self.rows(padded_length)
+
+    def select(self, x: Array, lengths: Array) -> Array:
+        """x [batch, tokens, width] -> [batch, slots, width]; `lengths` int32 [batch], all at least 1."""
+        if self.kind == "all":
+            return x
+        if self.kind == "last":
+            return jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
+        if self.kind == "mean":
+            # Always float32: a long sum in bfloat16 would lose the small terms.
+            real = jnp.arange(x.shape[1], dtype=lengths.dtype)[None, :, None] < lengths[:, None, None]
+            total = jnp.sum(jnp.where(real, x.astype(jnp.float32), 0.0), axis=1, keepdims=True)
+            return total / lengths[:, None, None].astype(jnp.float32)
+        if self.kind == "first":
+            return x[:, : self.count]
+        if self.kind == "every":
+            return x[:, :: self.count]
+        return x[:, np.array([i for i in self.indices if i < x.shape[1]], np.int32)]

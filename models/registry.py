@@ -1,0 +1,30 @@
+"""model_type of a config.json -> the port that computes it.
+
+In: a Hugging Face configuration dictionary. Out: a `Port`, or a sentence that lists what there is.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from models import qwen2_jax_with_hooks
+from models.errors import UserError
+from models.ports import Port
+
+PORTS: Mapping[str, Port] = dict.fromkeys(qwen2_jax_with_hooks.MODEL_TYPES, qwen2_jax_with_hooks.PORT)
+
+
+def port_for(config: Mapping[str, Any]) -> Port:
+    """The port for `config["model_type"]`; UserError where there is none."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise UserError("config.json has no 'model_type'; it must be a Hugging Face configuration of a decoder")
+    if model_type not in PORTS:
+        near = difflib.get_close_matches(model_type, PORTS, n=1)
+        nearest = f" (the nearest is {near[0]!r})" if near else ""
+        raise UserError(
+            f"unsupported architecture {model_type!r}{nearest}; supported model types: {', '.join(sorted(PORTS))}"
+        )
+    return PORTS[model_type]

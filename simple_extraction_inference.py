@@ -1,0 +1,36 @@
+#!/usr/bin/env python3
+"""Extraction on one host: the same command without a mesh to think about.
+
+    python simple_extraction_inference.py --model_path MODEL --tasks_file arc_tasks.json
+
+Edit the defaults of `SimpleExtractionConfig` or pass flags; `--help` lists them all.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import List, Optional  # noqa: UP035 (the documented spelling, which users edit)
+
+
+@dataclass
+class SimpleExtractionConfig:
+    """Defaults of the one-host command; all its devices are used."""
+
+    model_path: str = ""
+    tasks_file: Optional[str] = None  # noqa: UP045
+    layers_to_extract: Optional[List[int]] = None  # noqa: UP006, UP045
+    batch_size: int = 8
+    activations_dir: str = "activations"
+
+    def __post_init__(self):
+        if self.layers_to_extract is None:
+            self.layers_to_extract = list(range(10, 24))
+
+
+def main() -> int:
+    from jax_extract.cli import extract_command
+
+    return extract_command("simple_extraction_inference.py", SimpleExtractionConfig())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,6 +6,7 @@ No weights are read here and no program is compiled.
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 import numpy as np
 from jax.sharding import Mesh
 
@@ -156,7 +156,7 @@ def numerics_fingerprint(numerics: Numerics) -> dict[str, str]:
         "parameters": "gathered per layer, no reduction across devices",
         "device_kind": device_kind(),
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
         "numpy": np.__version__,
     }
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from jax_extract.errors import UserError
 from jax_extract.inputs.arc import ArcTask, Grid, arc_samples, read_tasks
-from jax_extract.inputs.arc_augment import Augmentation, augmentation
+from jax_extract.inputs.arc_augment import Augmentation, _shuffled, augmentation
 from jax_extract.inputs.arc_encoders import ENCODERS, grid_encoder, prompt
 from jax_extract.inputs.sources import Source, open_source
 
@@ -290,6 +290,13 @@ def test_numbers_of_one_task_give_distinct_augmentations_of_every_kind() -> None
     assert {change.dihedral for change in changes} == set(range(8))
     assert {change.pair_order for change in changes} == set(itertools.permutations(range(3)))
     assert {change.colours[0] for change in changes} == set(range(10))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000])
+def test_shuffling_meets_each_position_once(size: int) -> None:
+    order = [_shuffled(position, size, b"key") for position in range(size)]
+    assert sorted(order) == list(range(size))
+    assert order != [_shuffled(position, size, b"other") for position in range(size)] or size < 5
 
 
 def test_an_augmentation_depends_on_seed_task_and_number_alone() -> None:

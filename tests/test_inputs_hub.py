@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -18,6 +19,7 @@ import pyarrow.parquet
 import pytest
 
 from jax_extract.errors import UserError
+from jax_extract.inputs import hub
 from jax_extract.inputs.hub import dataset_samples, open_dataset
 from jax_extract.inputs.sources import Source, open_source
 
@@ -186,6 +188,23 @@ def test_an_unreachable_hub_is_told_at_once() -> None:
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.usefixtures("unreachable_hub")
+def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_up = threading.Event()
+
+    class SilentClient:
+        def head(self, url: str, timeout: float) -> None:
+            given_up.wait(10)
+
+    monkeypatch.setattr(huggingface_hub, "get_session", SilentClient)
+    monkeypatch.setattr(hub, "HUB_ANSWERS_WITHIN", 0.1)
+    start = time.monotonic()
+    with pytest.raises(UserError, match="could not be reached"):
+        open_dataset("owner/name", None, None, None)
+    assert time.monotonic() - start < 5
+    given_up.set()
+
+
 def test_offline_a_dataset_that_was_never_downloaded_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="cannot be opened from the local cache"):
@@ -193,8 +212,13 @@ def test_offline_a_dataset_that_was_never_downloaded_is_told(monkeypatch: pytest
 
 
 def test_nothing_is_printed_and_the_libraries_settings_are_left_alone(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The library's own handler holds the stderr of its import, which capfd does not see.
+    logged: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", logged.append)
+    monkeypatch.setattr(logging.getLogger("datasets"), "handlers", [handler])
     path = write_parquet(tmp_path / "p.parquet")
     before = (
         logging.getLogger("datasets").level,
@@ -207,6 +231,7 @@ def test_nothing_is_printed_and_the_libraries_settings_are_left_alone(
         open_dataset(str(tmp_path / "p.jsonl"), None, None, None)
     after = logging.getLogger("datasets").level, datasets.are_progress_bars_disabled(), list(warnings.filters)
     assert after == before
+    assert not logged
     assert capfd.readouterr() == ("", "")
 
 

@@ -93,7 +93,7 @@ def _samples(rows: Any, name: str, config_name: str | None, split: str, field: s
 
 def _load(name: str, config_name: str | None, revision: str | None) -> Mapping[Any, Any]:
     """The splits of a dataset by name."""
-    import datasets  # here, and not above: it takes most of a second, and most runs read no dataset
+    import datasets  # here, because it takes most of a second and most runs read no dataset
 
     path = Path(name).expanduser()
     if not path.exists():

@@ -137,6 +137,7 @@ def plan_settings(
         rows=batch_size,
         slab_tokens=slab_tokens or frozen.get("slab_tokens") or defaults.slab_tokens,
         length_multiple=frozen.get("length_multiple") or defaults.length_multiple,
+        compile_tokens=frozen.get("compile_tokens", defaults.compile_tokens),
         max_length=max_length,
         positions=plan.positions,
         bytes_per_row=max(site.width for site in sites) * (4 if plan.dtype == "float32" else 2),

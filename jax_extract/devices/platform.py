@@ -16,17 +16,19 @@ class PlatformDefaults:
     dtype: compute dtype.
     slab_tokens: most tokens (rows x length) that one device computes at once.
     length_multiple: padded lengths are multiples of this.
+    compile_tokens: tokens that could be computed in the time that compiling one more shape takes.
     """
 
     dtype: str
     slab_tokens: int
     length_multiple: int
+    compile_tokens: int
 
 
 # CPU: 4,096 tokens saturate the matrix products while the activations still fit the last-level cache.
-_CPU = PlatformDefaults("float32", 4_096, 16)
+_CPU = PlatformDefaults("float32", 4_096, 16, 200)
 # Accelerators: enough tokens to hide the parameter traffic; 128 is the tile of the matrix units.
-_ACCELERATOR = PlatformDefaults("bfloat16", 16_384, 128)
+_ACCELERATOR = PlatformDefaults("bfloat16", 16_384, 128, 500_000)
 
 
 def platform_defaults() -> PlatformDefaults:

@@ -26,7 +26,7 @@ from models.positions import Positions
 WINDOW_SAMPLES = 65_536
 MAX_SHARD_BYTES = 256_000_000
 # What starting a slab costs, in tokens: it reads every parameter once. Keeps slabs from becoming tiny.
-SLAB_OVERHEAD_TOKENS = 128
+SLAB_OVERHEAD_TOKENS = 64
 
 Shapes = tuple[tuple[int, int], ...]  # (padded length, rows) of the slabs in use, ascending
 
@@ -41,7 +41,8 @@ class PlanSettings:
       slab_tokens: most tokens of a slab, where a single row is not longer.
       length_multiple: padded lengths are multiples of this.
       max_length: longest sample, in tokens.
-      max_shapes: how many slab shapes may be used.
+      compile_tokens: what one more slab shape must save to be worth compiling.
+      max_shapes: how many slab shapes may be used at most.
       positions: which positions are stored.
       bytes_per_row: of the widest hook point, in the stored dtype.
       max_shard_bytes: size of one shard's array at which a batch is cut into parts.
@@ -54,7 +55,8 @@ class PlanSettings:
     max_length: int
     positions: Positions
     bytes_per_row: int
-    max_shapes: int = 8
+    compile_tokens: int = 0
+    max_shapes: int = 16
     max_shard_bytes: int = MAX_SHARD_BYTES
 
     def row_choices(self, length: int) -> list[int]:
@@ -140,7 +142,7 @@ def plan_windows(
 
 
 def choose_shapes(longest_first: list[int], settings: PlanSettings, more_to_come: bool = False) -> Shapes:
-    """The slab shapes, at most `max_shapes`, in which the least is computed.
+    """The slab shapes in which the least is computed: at most `max_shapes`, and none that does not pay.
 
     Exact dynamic programming over runs of samples that share a shape. A run [i, j) has the padded length
     of its first sample and the rows that suit it best; it costs whole steps of a slab on every device.
@@ -149,8 +151,7 @@ def choose_shapes(longest_first: list[int], settings: PlanSettings, more_to_come
     padded = np.array([settings.padded(n) for n in longest_first])
     starts = np.flatnonzero(np.diff(padded, prepend=-1))
     needs = padded[starts]
-    counts = np.append(starts, len(padded))[None, :] - starts[:, None]
-    cost, rows = _run_costs(counts, needs, settings)
+    cost, rows = _run_costs(starts, np.append(starts, len(padded)), needs, settings)
     groups = len(needs)
     best = np.full(groups + 1, np.inf)
     best[0] = 0.0
@@ -160,7 +161,7 @@ def choose_shapes(longest_first: list[int], settings: PlanSettings, more_to_come
         through = best[:groups, None] + cost
         choices.append(through.argmin(axis=0))
         best = through.min(axis=0)
-        totals.append(float(best[groups]))
+        totals.append(float(best[groups]) + len(choices) * settings.compile_tokens)
     shapes: dict[int, int] = {}
     end = groups
     for choice in reversed(choices[: int(np.argmin(totals)) + 1]):
@@ -173,17 +174,24 @@ def choose_shapes(longest_first: list[int], settings: PlanSettings, more_to_come
     return tuple(sorted(shapes.items()))
 
 
-def _run_costs(counts: np.ndarray, needs: np.ndarray, settings: PlanSettings) -> tuple[np.ndarray, np.ndarray]:
-    """(cost in slab tokens, best rows) of runs that start at group i and end before group j; inf where empty."""
-    devices = max(1, settings.samples_per_batch // settings.rows)
-    cost = np.full(counts.shape, np.inf)
-    rows = np.ones(counts.shape, np.int64)
-    for i, length in enumerate(needs):
+def _run_costs(
+    starts: np.ndarray, ends: np.ndarray, needs: np.ndarray, settings: PlanSettings
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of every run of samples [starts[i], ends[j]): (cost in slab tokens, best rows); inf where it is empty."""
+    batch = settings.samples_per_batch
+    devices = max(1, batch // settings.rows)
+    cost = np.full((len(starts), len(ends)), np.inf)
+    rows = np.ones(cost.shape, np.int64)
+    for i, (start, length) in enumerate(zip(starts, needs, strict=True)):
+        # A slab does not cross batches: the run's share of its first and last batch is rounded up on its own.
+        head = np.minimum(ends, -(-(start + 1) // batch) * batch) - start
+        tail = np.where(ends - start > head, (ends - start - head) % batch, 0)
+        whole = ends - start - head - tail
         for r in settings.row_choices(int(length)):
-            steps = -(-counts[i] // (devices * r))
-            with_rows = np.where(counts[i] > 0, steps * devices * (r * length + SLAB_OVERHEAD_TOKENS), np.inf)
-            better = with_rows < cost[i]
-            cost[i][better], rows[i][better] = with_rows[better], r
+            slabs = -(-head // r) + whole // r - (-tail // r)
+            total = -(-slabs // devices) * devices * (r * length + SLAB_OVERHEAD_TOKENS)
+            better = (ends > start) & (total < cost[i])
+            cost[i][better], rows[i][better] = total[better], r
     return cost, rows
 
 

@@ -363,7 +363,7 @@ def _announce(
     if counts.truncated_samples:
         cut = f"; {plural(counts.truncated_samples, 'sample')} truncated to {job.max_length:,} tokens"
     if counts.empty_samples:
-        cut += f"; {plural(len(counts.empty_samples), 'sample')} without a token left out"
+        cut += f"; {plural(counts.empty_samples, 'sample')} without a token left out"
     terminal.line(
         "input",
         f"{source.name}: {plural(counts.samples, 'sample')}, {plural(counts.tokens, 'token')}, "

@@ -18,6 +18,7 @@ import numpy as np
 from jax_extract.errors import UserError
 from jax_extract.inputs.samples import Sample
 
+_EMPTY_NAMED = 20  # how many samples without a token are named; the rest are counted
 _CHUNK = 256  # texts handed to the tokenizer at once, so that it can use all cores
 
 
@@ -60,7 +61,8 @@ class InputCounts:
     truncated_samples: int = 0
     truncated_tokens: int = 0
     longest_sample: int = 0
-    empty_samples: list[str] = field(default_factory=list)
+    empty_samples: int = 0
+    first_empty_samples: list[str] = field(default_factory=list)
     dataset_hash: str = ""
 
     def add(self, sample: TokenizedSample, text: str) -> None:
@@ -71,6 +73,11 @@ class InputCounts:
         self.truncated_samples += sample.truncated
         self.truncated_tokens += sample.full_length - sample.length
         self.longest_sample = max(self.longest_sample, sample.full_length)
+
+    def leave_out(self, sample_id: str) -> None:
+        self.empty_samples += 1
+        if len(self.first_empty_samples) < _EMPTY_NAMED:
+            self.first_empty_samples.append(sample_id)
 
 
 def tokenize(
@@ -91,7 +98,7 @@ def tokenize(
                 raise UserError(f"sample id {sample.sample_id!r} occurs twice in the input; ids must be unique")
             seen.add(sample.sample_id)
             if not token_ids:
-                counts.empty_samples.append(sample.sample_id)
+                counts.leave_out(sample.sample_id)
                 continue
             kept = np.asarray(token_ids[:max_length], np.int32)
             tokenized = TokenizedSample(index, sample.sample_id, kept, len(token_ids), sample.meta)

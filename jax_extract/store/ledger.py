@@ -128,6 +128,8 @@ class Ledger:
                 entry[count] += record[count]
             entry["files"] += [file["path"] for file in record["files"]]
         sessions = self.sessions()
+        plans = self.directory.names(PLAN)
+        plan = _json(self.directory, f"{PLAN}/{plans[-1]}") if plans else {}
         layers = sorted({site["layer"] for site in identity["sites"] if site["layer"] is not None})
         return {
             "model_name": description["model_name"],
@@ -142,6 +144,8 @@ class Ledger:
             "padding_waste": _waste(sessions),
             "format_version": self.run["format_version"],
             **identity,
+            "plan_fingerprint": plan.get("digest"),
+            "input": plan.get("input"),
             "numerics": self.run["numerics"],
             **{key: value for key, value in description.items() if key not in ("model_name", "hidden_dim")},
             "sessions": sessions,

@@ -11,13 +11,17 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jax_extract.errors import UserError
+
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16}
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -79,6 +83,20 @@ def open_checkpoint(model_path: str, revision: str | None = None) -> Checkpoint:
     raise UserError(f"model {model_path!r} was not found; give a Hugging Face folder, a .gguf file or a hub id")
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies: dtype as safetensors names it, offset in bytes from the start of the file."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        return np.dtype(_DTYPES[self.dtype])
+
+
 class SafetensorsCheckpoint:
     """A Hugging Face folder with config.json and one or several safetensors files."""
 
@@ -87,34 +105,39 @@ class SafetensorsCheckpoint:
         self.revision = revision
         self._folder = folder
         self.config = _read_json(folder / "config.json")
-        self._files = {}
+        self._tensors: dict[str, _Stored] = {}
         for path in _weight_files(folder):
-            try:
-                handle = safe_open(path, framework="numpy")
-            except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"weights file {path} cannot be read ({error}); it is truncated or damaged, download it again"
-                ) from None
-            for name in handle.keys():  # noqa: SIM118 (not a mapping)
-                if name in self._files:
+            for name, stored in _read_header(path).items():
+                if name in self._tensors:
                     raise UserError(f"tensor {name!r} is in two files of {folder}; keep one set of weights there")
-                self._files[name] = handle
+                self._tensors[name] = stored
 
     def names(self) -> frozenset[str]:
-        return frozenset(self._files)
+        return frozenset(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return self._tensors[name].shape
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        return self._files[name].get_slice(name)[rows]
+        # Read, not mapped: mapped pages would stay in the process beside the parameters made of them.
+        stored = self._tensors[name]
+        start, stop, _ = rows.indices(stored.shape[0])
+        row_values = int(np.prod(stored.shape[1:], dtype=np.int64))
+        dtype = stored.numpy_dtype
+        values = np.fromfile(
+            stored.path,
+            dtype,
+            count=(stop - start) * row_values,
+            offset=stored.offset + start * row_values * dtype.itemsize,
+        )
+        return values.reshape(stop - start, *stored.shape[1:])
 
     def digest(self, names: Iterable[str]) -> str:
         total = hashlib.sha256()
         for name in sorted(names):
-            piece = self._files[name].get_slice(name)
-            total.update(f"{name} {piece.get_dtype()} {piece.get_shape()}\n".encode())
-            total.update(np.ascontiguousarray(self.read(name)).reshape(-1).view(np.uint8).data)
+            stored = self._tensors[name]
+            total.update(f"{name} {stored.dtype} {list(stored.shape)}\n".encode())
+            total.update(self.read(name).reshape(-1).view(np.uint8).data)
         return f"sha256:{total.hexdigest()}"
 
     def tokenizer(self) -> Any:
@@ -125,6 +148,29 @@ class SafetensorsCheckpoint:
         except (OSError, ValueError, KeyError, TypeError) as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"no usable tokenizer in {self._folder} ({first_line}); add its tokenizer.json") from None
+
+
+def _read_header(path: Path) -> dict[str, _Stored]:
+    """The tensors of one file; the library checks that the file is whole, the header says where they lie."""
+    try:
+        with safe_open(path, framework="numpy"), path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(size))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"weights file {path} cannot be read ({error}); it is truncated or damaged, download it again"
+        ) from None
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise UserError(
+                f"tensor {name!r} in {path} is stored as {entry['dtype']}, which is not understood; "
+                f"convert the weights to one of {', '.join(_DTYPES)}"
+            )
+    return {
+        name: _Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -22,6 +22,7 @@ from jax_extract.errors import UserError
 from jax_extract.weights.checkpoint import Checkpoint
 from models.ports import Parameters, Port, TensorSource
 
+_ALIGNMENT = 64
 _PREFIX = "model."  # of all tensors but the head, absent where only the base model was saved
 
 
@@ -72,7 +73,7 @@ class Weights:
         target = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
         axis = 1 if source.per_layer else 0
         start, stop, _ = index[axis].indices(shape[axis])
-        piece = np.empty((*shape[:axis], stop - start, *shape[axis + 1 :]), target)
+        piece = _aligned_empty((*shape[:axis], stop - start, *shape[axis + 1 :]), np.dtype(target))
         for layer in range(self.num_blocks) if source.per_layer else (0,):
             self._fill(piece[layer] if source.per_layer else piece, source, layer, start, stop)
         return piece
@@ -85,6 +86,14 @@ class Weights:
                 stored = self._names[template.replace("{i}", str(layer))]
                 out[first - start : last - start] = self.checkpoint.read(stored, slice(first - offset, last - offset))
             offset += rows
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised memory at a 64-byte boundary, which a CPU device adopts instead of copying it."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    buffer = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def _stored_names(

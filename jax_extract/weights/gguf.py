@@ -10,10 +10,7 @@ ends in a `UserError`, because ignoring it would give numbers that are silently 
 """
 
 import hashlib
-import mmap
-import struct
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,24 +18,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from gguf.constants import (
     GGML_QUANT_SIZES,
-    GGUF_DEFAULT_ALIGNMENT,
-    GGMLQuantizationType,
-    GGUFValueType,
 )
 from gguf.quants import dequantize
 
 from jax_extract.errors import UserError
+from jax_extract.weights.gguf_container import (
+    CONVERT_MEND,
+    MetadataArray,
+    StoredTensor,
+    decode,
+    integer,
+    map_file,
+    read_header,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 ARCHITECTURE = "llama"
-GGUF_MAGIC_BYTES = b"GGUF"
-GGUF_VERSIONS = (2, 3)
-
 FOLDER_MEND = "use the model's Hugging Face folder (safetensors) instead"
-CONVERT_MEND = "download or convert the model again"
-
 # llama.cpp falls back to this base when a file does not name one.
 DEFAULT_ROPE_THETA = 10_000.0
 
@@ -83,39 +81,6 @@ OPTIONAL_TENSORS = frozenset({"output.weight"})
 # gguf dequantises through several temporaries of the size of its input, so large tensors go in pieces.
 DEQUANTIZE_CHUNK_ELEMENTS = 1 << 22
 
-SCALAR_FORMATS = {
-    GGUFValueType.UINT8: "<B",
-    GGUFValueType.INT8: "<b",
-    GGUFValueType.UINT16: "<H",
-    GGUFValueType.INT16: "<h",
-    GGUFValueType.UINT32: "<I",
-    GGUFValueType.INT32: "<i",
-    GGUFValueType.FLOAT32: "<f",
-    GGUFValueType.BOOL: "<?",
-    GGUFValueType.UINT64: "<Q",
-    GGUFValueType.INT64: "<q",
-    GGUFValueType.FLOAT64: "<d",
-}
-
-
-@dataclass(frozen=True)
-class MetadataArray:
-    """A metadata array left where it lies in the file: vocabularies are large and rarely needed."""
-
-    kind: GGUFValueType
-    count: int
-    offset: int
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor as stored: encoding, NumPy shape (rows first), and its bytes' place in the file."""
-
-    kind: GGMLQuantizationType
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
 
 class GgufCheckpoint:
     """A Llama-architecture GGUF file with the interface of a Hugging Face checkpoint folder.
@@ -133,8 +98,8 @@ class GgufCheckpoint:
     def __init__(self, path: Path) -> None:
         self.source = str(path)
         self.revision: str | None = None
-        self._bytes = _map_file(path)
-        self._metadata, stored = _read_header(self._bytes, self.source)
+        self._bytes = map_file(path)
+        self._metadata, stored = read_header(self._bytes, self.source)
         _refuse_unknown_metadata(self._metadata, self.source)
         self.config = _config(self._metadata, stored, self.source)
         self._tensors = _by_hugging_face_name(stored, self.config, self.source)
@@ -180,7 +145,7 @@ class GgufCheckpoint:
         from jax_extract.weights.gguf_tokenizer import build_tokenizer
 
         fields = {
-            key: _decode(self._bytes, value) for key, value in self._metadata.items() if key.startswith("tokenizer.")
+            key: decode(self._bytes, value) for key, value in self._metadata.items() if key.startswith("tokenizer.")
         }
         tokenizer = build_tokenizer(fields)
         tokenizer.model_max_length = self.config["max_position_embeddings"]
@@ -193,155 +158,6 @@ class GgufCheckpoint:
                 "'model.norm.weight': use one of those that names() lists."
             )
         return self._tensors[name]
-
-
-def _map_file(path: Path) -> memoryview:
-    if not path.is_file():
-        raise UserError(f"{path} is not a file; expected one .gguf file: check the path.")
-    with path.open("rb") as file:
-        magic = file.read(len(GGUF_MAGIC_BYTES))
-        if magic != GGUF_MAGIC_BYTES:
-            raise UserError(
-                f"{path} begins with {magic!r}, so it is not a GGUF file; expected {GGUF_MAGIC_BYTES!r}: "
-                "give a .gguf file, or the folder where the model is in safetensors."
-            )
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-
-
-class _Cursor:
-    """Reads little-endian header fields in turn; running over the end means a truncated file."""
-
-    def __init__(self, data: memoryview, source: str) -> None:
-        self.data = data
-        self.source = source
-        self.offset = 0
-
-    def skip(self, nbytes: int) -> int:
-        """Step over `nbytes` and return where they began."""
-        start = self.offset
-        if start + nbytes > len(self.data):
-            raise _truncated(self.source, start + nbytes, len(self.data))
-        self.offset = start + nbytes
-        return start
-
-    def scalar(self, layout: str) -> Any:
-        return struct.unpack_from(layout, self.data, self.skip(struct.calcsize(layout)))[0]
-
-    def string(self) -> str:
-        length = self.scalar("<Q")
-        start = self.skip(length)
-        return _text(self.data[start : start + length], self.source)
-
-    def value(self, kind: GGUFValueType) -> Any:
-        """A scalar or a string, or a `MetadataArray` that says where the elements are."""
-        if kind is GGUFValueType.STRING:
-            return self.string()
-        if kind is not GGUFValueType.ARRAY:
-            return self.scalar(SCALAR_FORMATS[kind])
-        element = self.value_kind()
-        count = self.scalar("<Q")
-        array = MetadataArray(element, count, self.offset)
-        if element is GGUFValueType.STRING:
-            for _ in range(count):
-                self.skip(self.scalar("<Q"))
-        elif element is GGUFValueType.ARRAY:
-            raise UserError(f"{self.source} holds a metadata array of arrays; expected flat arrays: {CONVERT_MEND}.")
-        else:
-            self.skip(count * struct.calcsize(SCALAR_FORMATS[element]))
-        return array
-
-    def value_kind(self) -> GGUFValueType:
-        number = self.scalar("<I")
-        try:
-            return GGUFValueType(number)
-        except ValueError as error:
-            raise UserError(
-                f"{self.source} holds metadata of type {number}; expected one of GGUF's types 0 to "
-                f"{max(GGUFValueType).value}: the file is damaged, {CONVERT_MEND}."
-            ) from error
-
-
-def _truncated(source: str, needed: int, size: int) -> UserError:
-    return UserError(
-        f"{source} is truncated or damaged: it has {size:,} bytes; expected at least {needed:,} "
-        "from its header: download or copy it again."
-    )
-
-
-def _text(raw: memoryview, source: str) -> str:
-    try:
-        return str(raw, "utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{source} holds metadata text {bytes(raw[:40])!r}; expected UTF-8: the file is damaged, {CONVERT_MEND}."
-        ) from error
-
-
-def _decode(data: memoryview, value: Any) -> Any:
-    """A metadata value as plain Python: arrays become lists, everything else is already plain."""
-    if not isinstance(value, MetadataArray):
-        return value
-    if value.kind is not GGUFValueType.STRING:
-        return np.frombuffer(data, SCALAR_FORMATS[value.kind], value.count, value.offset).tolist()
-    cursor = _Cursor(data, "the GGUF file")
-    cursor.offset = value.offset
-    return [cursor.string() for _ in range(value.count)]
-
-
-def _read_header(data: memoryview, source: str) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """Metadata and tensor directory of a GGUF file (layout: docs/gguf.md of the ggml project)."""
-    cursor = _Cursor(data, source)
-    cursor.skip(len(GGUF_MAGIC_BYTES))
-    version = cursor.scalar("<I")
-    if version not in GGUF_VERSIONS:
-        raise UserError(
-            f"{source} has GGUF version {version:#x}; expected version 2 or 3, little-endian: "
-            "convert the model again with a current llama.cpp."
-        )
-    tensor_count, metadata_count = cursor.scalar("<Q"), cursor.scalar("<Q")
-    metadata: dict[str, Any] = {}
-    for _ in range(metadata_count):
-        key = _new_name(cursor.string(), metadata, source)
-        metadata[key] = cursor.value(cursor.value_kind())
-    relative: dict[str, StoredTensor] = {}
-    for _ in range(tensor_count):
-        name = _new_name(cursor.string(), relative, source)
-        relative[name] = _directory_entry(cursor, name)
-    alignment = _integer(metadata, "general.alignment", source, GGUF_DEFAULT_ALIGNMENT)
-    data_start = -(-cursor.offset // alignment) * alignment
-    needed = data_start + max((tensor.offset + tensor.nbytes for tensor in relative.values()), default=0)
-    if needed > len(data):
-        raise _truncated(source, needed, len(data))
-    return metadata, {name: replace(tensor, offset=data_start + tensor.offset) for name, tensor in relative.items()}
-
-
-def _new_name(name: str, seen: Collection[str], source: str) -> str:
-    if name in seen:
-        raise UserError(f"{source} holds {name!r} twice; expected it once: {CONVERT_MEND}.")
-    return name
-
-
-def _directory_entry(cursor: _Cursor, name: str) -> StoredTensor:
-    """What follows a tensor's name; the offset is still relative to the start of the data."""
-    dimensions = [cursor.scalar("<Q") for _ in range(cursor.scalar("<I"))]
-    # GGML counts the fastest-moving dimension first, NumPy last.
-    shape = tuple(reversed(dimensions))
-    number = cursor.scalar("<I")
-    try:
-        kind = GGMLQuantizationType(number)
-    except ValueError as error:
-        raise UserError(
-            f"Tensor {name!r} of {cursor.source} has encoding number {number}; expected one that the "
-            "installed gguf package knows: upgrade gguf, or take a file in a common encoding such as Q8_0."
-        ) from error
-    block_elements, block_bytes = GGML_QUANT_SIZES[kind]
-    if not shape or shape[-1] % block_elements:
-        raise UserError(
-            f"Tensor {name!r} of {cursor.source} has shape {shape}; expected rows of whole {kind.name} "
-            f"blocks of {block_elements}: the file is damaged, {CONVERT_MEND}."
-        )
-    nbytes = prod(shape) // block_elements * block_bytes
-    return StoredTensor(kind, shape, cursor.scalar("<Q"), nbytes)
 
 
 def _refuse_unknown_metadata(metadata: Mapping[str, Any], source: str) -> None:
@@ -368,15 +184,6 @@ def _refuse_unknown_metadata(metadata: Mapping[str, Any], source: str) -> None:
         )
 
 
-def _integer(metadata: Mapping[str, Any], key: str, source: str, default: int | None = None) -> int:
-    value = metadata.get(key, default)
-    # Some models store a list with one entry a layer: no single config value stands for it.
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        shown = "a list" if isinstance(value, MetadataArray) else repr(value)
-        raise UserError(f"{source} has {shown} for {key}; expected one positive integer: {FOLDER_MEND}.")
-    return value
-
-
 def _number(metadata: Mapping[str, Any], key: str, source: str, default: float | None = None) -> float:
     """The decimal that a float32 stands for: the shortest that rounds to it (1e-05, not 9.9999997e-06)."""
     value = metadata.get(key, default)
@@ -386,17 +193,17 @@ def _number(metadata: Mapping[str, Any], key: str, source: str, default: float |
 
 
 def _config(metadata: Mapping[str, Any], stored: Mapping[str, StoredTensor], source: str) -> dict[str, Any]:
-    hidden = _integer(metadata, "llama.embedding_length", source)
-    heads = _integer(metadata, "llama.attention.head_count", source)
-    head_dim = _integer(metadata, "llama.attention.key_length", source, hidden // heads)
+    hidden = integer(metadata, "llama.embedding_length", source)
+    heads = integer(metadata, "llama.attention.head_count", source)
+    head_dim = integer(metadata, "llama.attention.key_length", source, hidden // heads)
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        if _integer(metadata, key, source, head_dim) != head_dim:
+        if integer(metadata, key, source, head_dim) != head_dim:
             raise UserError(
                 f"{source} has {metadata[key]} for {key}; expected the width of a head, {head_dim}, "
                 f"as in every plain Llama model: {FOLDER_MEND}."
             )
     embedding = stored.get("token_embd.weight")
-    vocabulary = _integer(metadata, "llama.vocab_size", source, embedding.shape[0] if embedding else None)
+    vocabulary = integer(metadata, "llama.vocab_size", source, embedding.shape[0] if embedding else None)
     tokens = metadata.get("tokenizer.ggml.tokens")
     if isinstance(tokens, MetadataArray) and tokens.count > vocabulary:
         raise UserError(
@@ -407,17 +214,17 @@ def _config(metadata: Mapping[str, Any], stored: Mapping[str, StoredTensor], sou
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": hidden,
-        "intermediate_size": _integer(metadata, "llama.feed_forward_length", source),
-        "num_hidden_layers": _integer(metadata, "llama.block_count", source),
+        "intermediate_size": integer(metadata, "llama.feed_forward_length", source),
+        "num_hidden_layers": integer(metadata, "llama.block_count", source),
         "num_attention_heads": heads,
-        "num_key_value_heads": _integer(metadata, "llama.attention.head_count_kv", source, heads),
+        "num_key_value_heads": integer(metadata, "llama.attention.head_count_kv", source, heads),
         "head_dim": head_dim,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
         "rms_norm_eps": _number(metadata, "llama.attention.layer_norm_rms_epsilon", source),
         "rope_theta": _number(metadata, "llama.rope.freq_base", source, DEFAULT_ROPE_THETA),
-        "max_position_embeddings": _integer(metadata, "llama.context_length", source),
+        "max_position_embeddings": integer(metadata, "llama.context_length", source),
         "vocab_size": vocabulary,
         "tie_word_embeddings": "output.weight" not in stored,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),

@@ -177,11 +177,11 @@ def extract(
     counts = InputCounts()
     source = Source("texts", "text", finite=True, samples=lambda: (Sample(i, text) for i, text in named.items()))
     windows = list(_windows(source, job, settings, chat_template, counts))
+    if not windows:
+        raise UserError("none of the texts has a token; there is nothing to extract")
     sink = MemorySink(job.sites, capture_dtype)
-    statistics = LoopStatistics()
-    if windows:
-        pending = (part for window in windows for part in window.parts)
-        statistics = _run(job, job.weights(), pending, sink, terminal, counts.tokens)
+    pending = (part for window in windows for part in window.parts)
+    statistics = _run(job, job.weights(), pending, sink, terminal, counts.tokens)
     metadata = {
         **_identity_of_capture(job),
         **_description(job),

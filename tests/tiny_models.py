@@ -1,0 +1,198 @@
+"""Tiny random Hugging Face models of the whole family, and what torch computes at every hook point of them.
+
+In: the name of a variant. Out: a folder with config.json, safetensors and a tokenizer, as `jax_extract`
+takes it; and, from the torch model by forward hooks, the rows of every hook point, one text at a time,
+without padding. Nothing is left at its initial value: fresh models have zero biases and unit norms,
+which would hide a bias or a norm weight that is applied wrongly.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.utils import logging as transformers_logging
+
+transformers_logging.disable_progress_bar()
+
+Rows = dict[tuple[str, int | None], np.ndarray]  # (hook point, layer) -> [tokens, width]
+
+CHARACTERS = 94  # printable ASCII from "!" on: the tokens that texts are made of
+_FIRST_CHARACTER = 33
+_END = "<|endoftext|>"
+
+_ROOT = tempfile.TemporaryDirectory(prefix="tiny_models_")
+atexit.register(_ROOT.cleanup)
+
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def _sizes(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 3e-3,  # so large that forgetting or misreading it shows
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+
+
+def _theta(theta: float) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": theta}
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    # On a `model` axis of 8 every matrix of this one shards but gate_up (2 x 50 rows); heads divide nothing.
+    "qwen2": lambda: Qwen2Config(**_sizes(56, 50, 4, 7, 1, 136), rope_parameters=_theta(7e4)),
+    "qwen2_window": lambda: Qwen2Config(
+        **_sizes(54, 70, 5, 9, 3, 131), use_sliding_window=True, sliding_window=29, max_window_layers=2
+    ),
+    "qwen2_tied": lambda: Qwen2Config(**_sizes(36, 52, 4, 6, 2, 130), tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**_sizes(48, 72, 4, 6, 2, 133), head_dim=10, rope_parameters=_theta(3e5)),
+    "llama": lambda: LlamaConfig(**_sizes(54, 80, 5, 9, 3, 129)),
+    "llama_llama3_rope": lambda: LlamaConfig(**_sizes(48, 61, 4, 6, 2, 128), rope_parameters=_LLAMA3),
+    "llama_linear_rope": lambda: LlamaConfig(
+        **_sizes(42, 66, 4, 7, 1, 131), rope_parameters={"rope_type": "linear", "rope_theta": 5e3, "factor": 2.5}
+    ),
+    "llama_biases": lambda: LlamaConfig(**_sizes(54, 64, 4, 9, 3, 131), attention_bias=True, mlp_bias=True),
+    "mistral": lambda: MistralConfig(**_sizes(64, 90, 4, 8, 2, 127), head_dim=6, sliding_window=21),
+    "long": lambda: LlamaConfig(**{**_sizes(36, 44, 2, 6, 2, 131), "max_position_embeddings": 8_192}),
+}
+
+
+@functools.cache
+def tiny_model(family: str) -> PreTrainedModel:
+    """The torch model in float32 with eager attention; every value is representable in bfloat16 too,
+    as in real checkpoints, so that a bfloat16 run differs by its arithmetic alone."""
+    config = FAMILIES[family]()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    random = torch.Generator().manual_seed(sum(family.encode()))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("norm.weight"):
+                value.uniform_(0.5, 1.5, generator=random)
+            elif name.endswith("bias"):
+                value.normal_(0.0, 0.3, generator=random)
+            else:
+                value.normal_(0.0, 1.0 if "embed" in name else value.shape[1] ** -0.5, generator=random)
+            value.copy_(value.bfloat16().float())
+    return model
+
+
+@functools.cache
+def tiny_folder(family: str) -> Path:
+    """The same model saved as `save_pretrained` does, with a tokenizer."""
+    folder = Path(_ROOT.name) / family
+    save(tiny_model(family), folder)
+    return folder
+
+
+def save(model: PreTrainedModel, folder: Path, **options: Any) -> None:
+    """Config, safetensors and a tokenizer of single characters; `options` as of `save_pretrained`."""
+    model.save_pretrained(folder, **options)
+    # No merges, byte level: what transformers makes of any tokenizer that it finds beside a Qwen2 model.
+    vocabulary = {chr(_FIRST_CHARACTER + i): i for i in range(CHARACTERS)} | {_END: CHARACTERS}
+    characters = Tokenizer(BPE(vocabulary, merges=[]))
+    characters.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    PreTrainedTokenizerFast(tokenizer_object=characters, eos_token=_END).save_pretrained(folder)
+
+
+def random_ids(lengths: Iterable[int], seed: int = 0) -> list[np.ndarray]:
+    """int32 token ids of printable characters, one array a length."""
+    random = np.random.default_rng(seed)
+    return [random.integers(0, CHARACTERS, length).astype(np.int32) for length in lengths]
+
+
+def text_of(token_ids: np.ndarray) -> str:
+    """The text that the tiny tokenizer turns into these ids."""
+    return "".join(chr(_FIRST_CHARACTER + i) for i in token_ids)
+
+
+def reference(model: PreTrainedModel, token_ids: np.ndarray, layers: Sequence[int] | None = None) -> Rows:
+    """Every hook point of one text, unbatched and unpadded, as torch computes it, in float32.
+
+    Args:
+      layers: only these; None for all.
+    """
+    rows: Rows = {}
+    base = model.base_model
+
+    def keep(key: tuple[str, int | None], value: Any) -> None:
+        value = value[0] if isinstance(value, tuple) else value
+        rows[key] = value[0].detach().float().numpy().copy()
+
+    def output(hook: str, layer: int | None) -> Callable[..., None]:
+        return lambda module, args, result: keep((hook, layer), result)
+
+    def inputs(hook: str, layer: int | None) -> Callable[..., None]:
+        return lambda module, args, kwargs: keep((hook, layer), args or kwargs["hidden_states"])
+
+    handles = [
+        base.embed_tokens.register_forward_hook(output("embeddings", None)),
+        base.norm.register_forward_hook(output("final_norm", None)),
+    ]
+    for i in range(len(base.layers)) if layers is None else layers:
+        block = base.layers[i]
+        for hook, module in (("residual_before", block), ("after_attention", block.post_attention_layernorm)):
+            handles.append(module.register_forward_pre_hook(inputs(hook, i), with_kwargs=True))
+        handles.append(block.mlp.down_proj.register_forward_pre_hook(inputs("ffn_hidden", i), with_kwargs=True))
+        for hook, module in (
+            ("attention_out", block.self_attn),
+            ("ffn_gate", block.mlp.gate_proj),
+            ("ffn_up", block.mlp.up_proj),
+            ("ffn_out", block.mlp),
+            ("after_block", block),
+        ):
+            handles.append(module.register_forward_hook(output(hook, i)))
+    try:
+        with torch.inference_mode():
+            base(torch.from_numpy(np.asarray(token_ids, np.int64))[None], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return rows
+
+
+def row_errors(rows: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """float64 [rows]: relative distance of each row, absolute where the true row is zero."""
+    assert rows.shape == truth.shape, (rows.shape, truth.shape)
+    rows, truth = rows.astype(np.float64), truth.astype(np.float64)
+    norm = np.linalg.norm(truth, axis=-1)
+    return np.linalg.norm(rows - truth, axis=-1) / np.where(norm == 0, 1.0, norm)
+
+
+def run_rows(run: Any, sample_id: str) -> Rows:
+    """All that a run holds of one sample."""
+    sample = run.sample(sample_id)
+    return {(site.hook, site.layer): sample.get(site.layer, site.hook) for site in run.sites}

@@ -6,8 +6,12 @@ In: the words of a command line. Out: an exit code: 0 done, 2 a mistake that the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import itertools
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -83,15 +87,35 @@ def _extract(argv: list[str], program: str = "jax-extract extract", defaults: ob
     argv, path = _take_config(argv)
     if path is not None:
         base = from_yaml(path, base)
-    config = tyro.cli(
-        tyro.conf.configure(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)(ExtractConfig),
-        prog=program,
-        args=_spell_out_flags(argv, ExtractConfig),
-        default=base,
-        use_underscores=True,
-        description=f"{ExtractConfig.__doc__.splitlines()[0]} A YAML file of options: {_CONFIG_FLAG} FILE.",  # type: ignore[union-attr]
-    )
+    base.check()
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config = tyro.cli(
+                tyro.conf.configure(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)(ExtractConfig),
+                prog=program,
+                args=_spell_out_flags(argv, ExtractConfig),
+                default=base,
+                use_underscores=True,
+                description=f"{ExtractConfig.__doc__.splitlines()[0]} A YAML file of options: {_CONFIG_FLAG} FILE.",  # type: ignore[union-attr]
+            )
+    except SystemExit as ended:
+        if not ended.code:  # --help
+            raise
+        raise UserError(f"{_one_sentence(said.getvalue())}; {program} --help lists the flags") from None
     extract_to_directory(config)
+
+
+def _one_sentence(box: str) -> str:
+    """What tyro says in a box of several lines, without frame, rules, title and help."""
+    lines = [line.strip("│| ") for line in box.splitlines()[1:]]
+    paragraphs = [" ".join(words) for rule, words in itertools.groupby(lines, _is_rule) if not rule]
+    kept = [p.strip() for p in paragraphs if p.strip() and not p.startswith(("For full helptext", "Argument helptext"))]
+    return re.sub(r"\s+", " ", "; ".join(kept)).rstrip(".")
+
+
+def _is_rule(line: str) -> bool:
+    return bool(re.fullmatch(r"[-─╭╮╰╯]+", line))
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], str | None]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+import types
+import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -81,7 +83,10 @@ class ExtractConfig:
     overwrite: bool = False
     allow_numeric_change: bool = False
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuses values that no run can have; `extract_to_directory` calls it first."""
+        for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name))
         for name in ("batch_size", "max_seq_length", "slab_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -95,6 +100,38 @@ class ExtractConfig:
                 "--gcs_bucket and --upload_to_cloud are not available in this version; "
                 "leave them out and copy the finished --activations_dir to the bucket"
             )
+
+
+_TYPES = typing.get_type_hints(ExtractConfig)
+
+
+def _check_type(name: str, value: object) -> None:
+    """UserError where a value (of a YAML file, which may hold anything) is not of its option's type."""
+    hint = _TYPES[name]
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for option in options:
+        if typing.get_origin(option) is Literal:
+            if value in typing.get_args(option):
+                return
+        elif typing.get_origin(option) is tuple:
+            if isinstance(value, tuple) and all(type(item) is typing.get_args(option)[0] for item in value):
+                return
+        elif type(value) is option:
+            return
+    raise UserError(f"--{name} {value!r} is not what the option takes; expected {_expected(options)}")
+
+
+def _expected(options: Sequence[Any]) -> str:
+    words = {int: "a whole number", str: "text", bool: "True or False", type(None): "nothing"}
+    said = []
+    for option in options:
+        if typing.get_origin(option) is Literal:
+            said.append(" or ".join(typing.get_args(option)))
+        elif typing.get_origin(option) is tuple:
+            said.append("a list")
+        elif option is not type(None):
+            said.append(words[option])
+    return " or ".join(said)
 
 
 def from_mapping(values: Mapping[str, Any], defaults: ExtractConfig, origin: str) -> ExtractConfig:

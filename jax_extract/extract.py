@@ -68,6 +68,7 @@ def extract_to_directory(config: ExtractConfig, terminal: Terminal | None = None
     Raises:
       UserError: anything the user can mend; nothing that was committed is lost.
     """
+    config.check()
     terminal = terminal or Terminal()
     model = prepare.OpenModel.open(config.model_path, config.revision)
     source = open_source(
@@ -96,18 +97,27 @@ def extract_to_directory(config: ExtractConfig, terminal: Terminal | None = None
         raise UserError(f"--activations_dir {config.activations_dir!r} is a file; name a directory")
     _describe(job, config, terminal)
     weights = job.weights()
-    ledger, settings = _open_ledger(config, directory, job, weights)
+    found = Ledger.open(directory) if directory.exists(RUN_FILE) and not config.overwrite else None
+    frozen = found.run["identity"]["plan_settings"] if found else None
+    settings = _settings(job, batch_size=config.batch_size, slab_tokens=config.slab_tokens, frozen=frozen)
+    run = _run_of(config, job, weights, settings)
+    if found:
+        found.require_same(run["identity"], run["numerics"], config.allow_numeric_change)
     counts = InputCounts()
     windows = _windows(source, job, settings, config.chat_template, counts)
     if source.finite:  # a complete plan, before the first step
         windows = list(windows)
         if not windows:
             raise UserError(f"{source.name} gave no sample with a token; there is nothing to extract")
-    committed = ledger.committed()
+        if found:  # whose inputs must be these, be it finished or not
+            for window in windows:
+                found.keep_plan(window.number, _plan_json(window, counts))
+    committed = found.committed() if found else {}
     if committed:
         samples = sum(record["samples"] for record in committed.values())
         terminal.line("resume", f"{plural(samples, 'sample')} are committed already")
     total = _announce(source, windows, counts, job, directory, committed, terminal)
+    ledger = found or _start(config, directory, run)  # only now, when nothing is left to refuse
     attempt = uuid.uuid4().hex[:12]
     sink = PartWriter(ledger, job.sites, config.shard_format, config.capture_dtype, attempt)
     statistics = LoopStatistics()
@@ -220,34 +230,35 @@ def _settings(job: _Job, **options: Any) -> PlanSettings:
     return prepare.plan_settings(job.plan, job.sites, devices=job.mesh.size, max_length=job.max_length, **options)
 
 
-def _open_ledger(
-    config: ExtractConfig, directory: Directory, job: _Job, weights: Weights
-) -> tuple[Ledger, PlanSettings]:
-    """The run in the directory, started or found to be the same; refuses to mix."""
-    exists = directory.exists(RUN_FILE)
-    if exists and config.overwrite:
-        erase(directory)
-        exists = False
-    found = Ledger.open(directory) if exists else None
-    frozen = found.run["identity"]["plan_settings"] if found else None
-    settings = _settings(job, batch_size=config.batch_size, slab_tokens=config.slab_tokens, frozen=frozen)
-    identity = {
-        **_identity_of_capture(job),
-        "shard_format": config.shard_format,
-        "chat_template": config.chat_template,
-        "weights": weights.provenance(),
-        "tokenizer_hash": tokenizer_digest(job.model.tokenizer),
-        "plan_settings": settings.as_json(),
+def _run_of(config: ExtractConfig, job: _Job, weights: Weights, settings: PlanSettings) -> dict[str, Any]:
+    """What run.json says of this run; decides whether a directory holds the same one."""
+    return {
+        "identity": {
+            **_identity_of_capture(job),
+            "shard_format": config.shard_format,
+            "chat_template": config.chat_template,
+            "weights": weights.provenance(),
+            "tokenizer_hash": tokenizer_digest(job.model.tokenizer),
+            "plan_settings": settings.as_json(),
+        },
+        "numerics": prepare.numerics_fingerprint(job.numerics),
+        "description": {
+            **_description(job),
+            "source": config.dataset or config.tasks_file,
+            "mesh": dict(job.mesh.shape),
+        },
     }
-    numerics = prepare.numerics_fingerprint(job.numerics)
-    if found:
-        found.require_same(identity, numerics, config.allow_numeric_change)
-        return found, settings
+
+
+def _start(config: ExtractConfig, directory: Directory, run: Mapping[str, Any]) -> Ledger:
+    """A new run in the directory; with `overwrite` the one that is there goes first."""
+    if directory.exists(RUN_FILE):
+        erase(directory)
     directory.make("_run")
-    description = {**_description(job), "source": config.dataset or config.tasks_file, "mesh": dict(job.mesh.shape)}
-    ledger = Ledger.start(directory, {"identity": identity, "numerics": numerics, "description": description})
-    directory.replace(CONFIG_FILE, to_yaml(config).encode())
-    return ledger, settings
+    ledger = Ledger.start(directory, run)
+    again = dataclasses.replace(config, overwrite=False)  # fed back, it resumes
+    directory.replace(CONFIG_FILE, to_yaml(again).encode())
+    return ledger
 
 
 def _identity_of_capture(job: _Job) -> dict[str, Any]:
@@ -276,7 +287,7 @@ def _windows(
     source: Source, job: _Job, settings: PlanSettings, chat_template: bool, counts: InputCounts
 ) -> Iterable[Window]:
     samples: Iterator[TokenizedSample] = tokenize(
-        source.samples(), job.model.tokenizer, job.max_length, chat_template, counts
+        source.samples(), job.model.tokenizer, job.max_length, chat_template, counts, job.model.config.vocab_size
     )
     return plan_windows(samples, settings)
 

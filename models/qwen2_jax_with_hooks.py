@@ -364,6 +364,9 @@ def _from_hf(config: Mapping[str, Any]) -> Qwen2Config:
     _require(config, "rope_interleaved", (False,), False)
     _require(config, "pretraining_tp", (0, 1), 1)
     try:
+        for size in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if int(config[size]) < 1:
+                raise UserError(f"config.json has {size} {config[size]}; it must be at least 1")
         heads = int(config["num_attention_heads"])
         layers = int(config["num_hidden_layers"])
         hidden = int(config["hidden_size"])

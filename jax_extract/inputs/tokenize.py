@@ -81,12 +81,18 @@ class InputCounts:
 
 
 def tokenize(
-    samples: Iterable[Sample], tokenizer: Any, max_length: int, chat_template: bool, counts: InputCounts
+    samples: Iterable[Sample],
+    tokenizer: Any,
+    max_length: int,
+    chat_template: bool,
+    counts: InputCounts,
+    vocab_size: int | None = None,
 ) -> Iterator[TokenizedSample]:
     """Tokenises lazily; texts without a single token are left out and named in `counts`.
 
     Raises:
-      UserError: two samples with one id; a chat template asked for that the tokenizer lacks.
+      UserError: two samples with one id; a chat template asked for that the tokenizer lacks; a token that
+        is not among the `vocab_size` of the model.
     """
     if chat_template and not getattr(tokenizer, "chat_template", None):
         raise UserError("--chat_template was asked for, but this model's tokenizer has none; leave the flag out")
@@ -101,6 +107,11 @@ def tokenize(
                 counts.leave_out(sample.sample_id)
                 continue
             kept = np.asarray(token_ids[:max_length], np.int32)
+            if vocab_size is not None and kept.max() >= vocab_size:
+                raise UserError(
+                    f"sample {sample.sample_id!r} has the token id {kept.max()} but the model knows 0 to "
+                    f"{vocab_size - 1}; the tokenizer is of another model"
+                )
             tokenized = TokenizedSample(index, sample.sample_id, kept, len(token_ids), sample.meta)
             counts.add(tokenized, sample.text)
             yield tokenized

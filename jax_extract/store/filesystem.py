@@ -103,7 +103,8 @@ class Directory:
             os.close(fd)
 
     def free_bytes(self) -> int:
-        stat = os.statvfs(self.root)
+        root = self.root.absolute()
+        stat = os.statvfs(next(path for path in (root, *root.parents) if path.exists()))
         return stat.f_bavail * stat.f_frsize
 
 

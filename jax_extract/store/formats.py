@@ -293,8 +293,9 @@ def _load_pickle(path: Path) -> dict[str, Any]:
 
 
 def _load_npz(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+    # Opened here, because np.load leaves the file open when it is no zip file.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+        return {name: content[name] for name in content.files}
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:

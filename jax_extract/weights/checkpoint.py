@@ -144,7 +144,10 @@ class SafetensorsCheckpoint:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)
+            if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # without files it is made empty
+                raise ValueError("it has no vocabulary")
+            return tokenizer
         except (OSError, ValueError, KeyError, TypeError) as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"no usable tokenizer in {self._folder} ({first_line}); add its tokenizer.json") from None

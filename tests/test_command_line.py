@@ -1,0 +1,190 @@
+"""The commands as the user's document writes them, run as a user runs them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from small_run import ROOT, SCRIPT, make_model, run_cli, run_here, shards, write_arc, write_jsonl
+
+from jax_extract import cli, open_activations
+from jax_extract.config import ExtractConfig
+
+IMPORT = """
+import sys
+from distributed_inference_with_activations import DistributedARCConfig
+
+config = DistributedARCConfig()
+print(f"Extracting layers: {config.layers_to_extract}")
+print(f"Number of layers: {len(config.layers_to_extract)}")
+print(sorted({name.partition(".")[0] for name in sys.modules} & {"jax", "jaxlib", "flax", "torch", "transformers"}))
+"""
+DEFAULT_LAYERS = [str(layer) for layer in range(10, 24)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    return write_arc(tmp_path / "arc_tasks.json")
+
+
+def _extract(*words: object) -> int:
+    return cli.main(["extract", *map(str, words)])
+
+
+def test_the_documented_command_works_quietly_and_its_shards_are_where_the_document_says(
+    model: Path, tasks: Path, tmp_path: Path
+) -> None:
+    words = ["--model_path", model, "--tasks_file", "arc_tasks.json", "--layers_to_extract", *DEFAULT_LAYERS]
+    done = run_cli(*words, "--batch_size", 8, "--mesh_shape", "1,1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert set(shards(tmp_path / "activations")) == {"layer_10_batch_000001.pkl", "layer_11_batch_000001.pkl"}
+    assert json.loads((tmp_path / "activations/metadata.json").read_text())["total_samples"] == 4
+    labels = [line.split()[0] for line in done.stdout.splitlines()]
+    assert labels == ["model", "capture", "input", "plan", "done", "output", "read"]
+    assert "after_block at layers 10-11 (2)" in done.stdout
+    assert not re.search("warn", done.stdout + done.stderr, re.IGNORECASE)
+    bar = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
+    assert bar
+    assert all(line.startswith("extract:") for line in bar)
+    inspected = run_cli("inspect", "activations", cwd=tmp_path, script=None)
+    assert (inspected.returncode, inspected.stderr) == (0, "")
+    assert "mean norm" in inspected.stdout
+    run = open_activations(tmp_path / "activations")
+    for layer in (10, 11):
+        norms = [float((s.get(layer).astype("float64") ** 2).sum() ** 0.5) for s in run.samples()]
+        assert re.search(rf"after_block +{layer} +4 x 32 +{sum(norms) / 4:.4g} ", inspected.stdout)
+
+
+def test_the_one_host_command_works(model: Path, tasks: Path, tmp_path: Path) -> None:
+    script = ROOT / "simple_extraction_inference.py"
+    done = run_cli("--model_path", model, "--tasks_file", tasks, cwd=tmp_path, script=script)
+    assert done.returncode == 0, done.stderr
+    assert set(shards(tmp_path / "activations")) == {"layer_10_batch_000001.pkl", "layer_11_batch_000001.pkl"}
+
+
+def test_the_documented_verification_prints_what_the_document_prints_and_imports_no_jax(tmp_path: Path) -> None:
+    (tmp_path / "check.py").write_text(IMPORT)
+    done = run_cli(cwd=tmp_path, script=tmp_path / "check.py")
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        "Extracting layers: [10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23]",
+        "Number of layers: 14",
+        "[]",
+    ]
+
+
+def test_edited_defaults_of_the_documented_class_are_used(model: Path, tasks: Path, tmp_path: Path) -> None:
+    source = (
+        SCRIPT.read_text()
+        .replace("list(range(10, 24))", "[3, 5]")
+        .replace("batch_size: int = 8", "batch_size: int = 2")
+    )
+    (tmp_path / "edited.py").write_text(source)
+    done = run_cli("--model_path", model, "--tasks_file", tasks, cwd=tmp_path, script=tmp_path / "edited.py")
+    assert done.returncode == 0, done.stderr
+    assert set(shards(tmp_path / "activations")) == {f"layer_{i}_batch_{b:06d}.pkl" for i in (3, 5) for b in (1, 2)}
+
+
+@pytest.mark.parametrize("layers", [None, tuple(range(10, 24))])
+def test_default_layers_are_10_to_the_last_also_when_the_default_is_written_out(
+    model: Path, tasks: Path, tmp_path: Path, layers: tuple[int, ...] | None
+) -> None:
+    assert run_here(model, tasks, tmp_path / "a", layers_to_extract=layers)["layers_extracted"] == [10, 11]
+
+
+def test_a_model_of_fewer_than_10_layers_gives_all_of_them(tasks: Path, tmp_path: Path) -> None:
+    small = make_model(tmp_path / "small", layers=3)
+    assert run_here(small, tasks, tmp_path / "a")["layers_extracted"] == [0, 1, 2]
+
+
+def test_flags_go_over_the_yaml_file_and_the_file_over_the_defaults(model: Path, tasks: Path, tmp_path: Path) -> None:
+    options = {"model_path": str(model), "tasks_file": str(tasks), "layers_to_extract": [4, 5], "batch_size": 3}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
+    words = ["--config", tmp_path / "run.yaml", "--batch_size", 2, "--activations_dir", tmp_path / "a"]
+    assert _extract(*words) == 0
+    assert set(shards(tmp_path / "a")) == {f"layer_{i}_batch_{b:06d}.pkl" for i in (4, 5) for b in (1, 2)}
+
+
+def test_the_configuration_written_beside_the_output_can_be_fed_back(
+    model: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--layers_to_extract", 4, 5, "--positions", "every:3", "--hook_points", "ffn_out", "after_block"]
+    assert _extract("--model_path", model, "--tasks_file", tasks, "--activations_dir", tmp_path / "a", *words) == 0
+    config = tmp_path / "a/_run/config.yaml"
+    assert set(yaml.safe_load(config.read_text())) == {field.name for field in dataclasses.fields(ExtractConfig)}
+    capsys.readouterr()
+    assert _extract("--config", config) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert _extract(f"--config={config}", "--activations_dir", tmp_path / "b") == 0
+    assert shards(tmp_path / "b") == shards(tmp_path / "a")
+
+
+@pytest.mark.parametrize("word", [[], ["True"]])
+def test_overwrite_starts_anew_bare_or_with_true(
+    model: Path, tasks: Path, tmp_path: Path, word: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model_path", model, "--tasks_file", tasks, "--activations_dir", tmp_path / "a"]
+    assert _extract(*words, "--layers_to_extract", 1) == 0
+    assert _extract(*words, "--overwrite", *word, "--layers_to_extract", 2) == 0
+    assert set(shards(tmp_path / "a")) == {"layer_2_batch_000001.pkl"}
+    capsys.readouterr()
+    assert _extract(*words, "--layers_to_extract", 2, "--overwrite", "False") == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_the_configuration_of_an_overwriting_run_fed_back_does_not_overwrite_it(
+    model: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_here(model, tasks, tmp_path / "a", layers_to_extract=(1,), overwrite=True)
+    assert _extract("--config", tmp_path / "a/_run/config.yaml") == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_dashes_in_flags_mean_underscores(model: Path, tasks: Path, tmp_path: Path) -> None:
+    words = ["--model-path", model, "--tasks-file", tasks, "--activations-dir", tmp_path / "a"]
+    assert _extract(*words, "--layers-to-extract", 1) == 0
+    assert set(shards(tmp_path / "a")) == {"layer_1_batch_000001.pkl"}
+
+
+def test_inspect_reads_one_shard_and_an_unfinished_run(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = write_jsonl(tmp_path / "in.jsonl", [40] * 6)
+    run_here(model, tasks, tmp_path / "a", layers_to_extract=(1,), batch_size=4)
+    assert cli.main(["inspect", str(tmp_path / "a/layer_1_batch_000001.pkl")]) == 0
+    assert re.search(r"after_block +1 +4 x 32 ", capsys.readouterr().out)
+    (tmp_path / "a/_run/commits/000002_001.json").unlink()
+    assert cli.main(["inspect", str(tmp_path / "a")]) == 0
+    assert "4 samples, 160 tokens" in capsys.readouterr().out
+    assert cli.main(["inspect", str(tmp_path / "nothing")]) == 2
+    assert cli.main(["inspect", str(tmp_path)]) == 2
+    assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())
+
+
+def test_usage_is_printed_without_a_command_and_an_unknown_command_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main([]) == cli.main(["--help"]) == 0
+    assert capsys.readouterr().out.count("usage: jax-extract") == 2
+    assert cli.main(["extrct"]) == 2
+    assert capsys.readouterr().err.startswith("error: unknown command 'extrct'")
+
+
+def test_help_lists_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        _extract("--help")
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert all(f"--{field.name}" in out for field in dataclasses.fields(ExtractConfig))
+    assert "--config" in out
+    assert sys.executable not in out

@@ -1,0 +1,70 @@
+"""Host memory has a bound: ten times the samples do not take more of it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+from small_run import environment, make_model, write_jsonl
+
+from jax_extract.store.background import BackgroundWorker
+
+# Captured rows that wait for the writer are bounded by a gigabyte, more than a test should write; with a
+# smaller bound the same machinery shows whether anything is held that should have gone.
+PROGRAM = """
+import resource, sys
+from jax_extract import loop
+from jax_extract.config import ExtractConfig
+from jax_extract.extract import extract_to_directory
+from jax_extract.terminal import Terminal
+
+loop.WAITING_BYTES = 8 << 20
+model, tasks, directory = sys.argv[1:]
+config = ExtractConfig(model_path=model, tasks_file=tasks, activations_dir=directory, positions="all",
+                       layers_to_extract=tuple(range(12)), batch_size=8)
+metadata = extract_to_directory(config, Terminal(silent=True))
+print(metadata["total_bytes"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def _measure(model: Path, root: Path, samples: int) -> tuple[int, int]:
+    """(bytes written, peak resident bytes) of a run in a process of its own."""
+    lengths = [int(n) for n in np.random.default_rng(0).integers(90, 161, 100)] * (samples // 100)
+    tasks = write_jsonl(root / f"{samples}.jsonl", lengths)
+    words = [sys.executable, "-c", PROGRAM, model, tasks, root / str(samples)]
+    done = subprocess.run(
+        [str(w) for w in words], env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(root / str(samples))
+    written, peak = map(int, done.stdout.split())
+    return written, peak
+
+
+def test_peak_memory_with_all_positions_does_not_grow_with_the_number_of_samples(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", hidden=64)
+    _, few = _measure(model, tmp_path, 100)
+    written, many = _measure(model, tmp_path, 1_000)
+    # The allowance: allocators keep pages, the larger input has its own tokens and file names, and which
+    # of the writer and the computation is ahead differs from run to run. What was written is far more.
+    allowance = few // 10 + 30_000_000
+    assert written > 3 * allowance
+    assert many <= few + allowance
+
+
+def test_rows_wait_for_the_writer_only_up_to_the_bound() -> None:
+    worker, go = BackgroundWorker(100), threading.Event()
+    worker.submit(lambda: go.wait(30) and None, 80)
+    second = threading.Thread(target=worker.submit, args=(lambda: None, 30))
+    second.start()
+    second.join(0.3)
+    assert second.is_alive()
+    go.set()
+    second.join(10)
+    assert not second.is_alive()
+    worker.submit(lambda: None, 1_000)  # larger than the bound: let through alone
+    worker.close()

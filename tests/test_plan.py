@@ -1,0 +1,179 @@
+"""The batch plan: a pure function, every sample exactly once, few shapes, little padding."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jax_extract.inputs import tokenize as tokenize_module
+from jax_extract.inputs.plan import PlanSettings, Window, plan_windows
+from jax_extract.inputs.samples import Sample
+from jax_extract.inputs.tokenize import InputCounts, TokenizedSample, tokenize
+from models.positions import Positions
+
+few_examples = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+lengths_of_samples = st.lists(st.integers(1, 300), min_size=1, max_size=70)
+
+
+def plan_settings(**changes: Any) -> PlanSettings:
+    values: dict[str, Any] = {
+        "samples_per_batch": 8,
+        "rows": 8,
+        "slab_tokens": 1024,
+        "length_multiple": 16,
+        "max_length": 1024,
+        "positions": Positions.parse("all"),
+        "bytes_per_row": 128,
+    }
+    return PlanSettings(**{**values, **changes})
+
+
+def tokenized(lengths: list[int]) -> list[TokenizedSample]:
+    return [TokenizedSample(i, f"s{i}", np.full(n, i, np.int32), n, {}) for i, n in enumerate(lengths)]
+
+
+def plan(lengths: list[int], chosen: PlanSettings | None = None, **options: Any) -> list[Window]:
+    return list(plan_windows(tokenized(lengths), chosen or plan_settings(), **options))
+
+
+def shapes_used(windows: list[Window]) -> set[tuple[int, int]]:
+    return {(slab.length, slab.rows) for window in windows for part in window.parts for slab in part.slabs}
+
+
+def waste(windows: list[Window]) -> float:
+    parts = [part for window in windows for part in window.parts]
+    return 1 - sum(p.tokens for p in parts) / sum(s.rows * s.length for p in parts for s in p.slabs)
+
+
+def check(windows: list[Window], chosen: PlanSettings, count: int) -> None:
+    """What holds of every plan."""
+    parts = [part for window in windows for part in window.parts]
+    assert sorted(s.sample_index for part in parts for s in part.samples) == list(range(count))
+    assert len({part.key for part in parts}) == len(parts)
+    assert [part.key for part in parts] == sorted(part.key for part in parts)
+    batches = {key: list(group) for key, group in itertools.groupby(parts, lambda part: part.batch)}
+    assert list(batches) == list(range(1, len(batches) + 1))
+    for batch in batches.values():
+        assert [part.part for part in batch] == list(range(1, len(batch) + 1))
+        assert {part.parts_in_batch for part in batch} == {len(batch)}
+        assert sum(len(part.samples) for part in batch) <= chosen.samples_per_batch
+    for part in parts:
+        following = 0
+        for slab in part.slabs:
+            assert slab.first == following
+            assert 1 <= slab.count <= slab.rows <= chosen.rows
+            assert slab.rows == 1 or slab.rows * slab.length <= chosen.slab_tokens
+            inside = part.samples[slab.first : slab.first + slab.count]
+            assert len(inside) == slab.count
+            assert max(sample.length for sample in inside) <= slab.length
+            following += slab.count
+        assert following == len(part.samples)
+        size = sum(chosen.positions.rows(s.length) for s in part.samples) * chosen.bytes_per_row
+        assert size <= chosen.max_shard_bytes or len(part.samples) == 1 or chosen.positions.one_row_per_sample
+    assert len(shapes_used(windows)) <= chosen.max_shapes
+
+
+@few_examples
+@given(lengths_of_samples, st.sampled_from([1, 3, 8]), st.sampled_from([1, 2]), st.sampled_from([64, 512, 4096]))
+def test_every_sample_is_in_exactly_one_slab_and_the_limits_hold(
+    lengths: list[int], rows: int, devices: int, slab_tokens: int
+) -> None:
+    chosen = plan_settings(rows=rows, samples_per_batch=rows * devices, slab_tokens=slab_tokens, max_shard_bytes=60_000)
+    check(plan(lengths, chosen), chosen, len(lengths))
+
+
+@few_examples
+@given(lengths_of_samples, st.sampled_from([5, 16, 64]), st.sampled_from(["all", "last", "every:7", "at:0,250"]))
+def test_a_stream_of_several_windows_covers_every_sample_once(
+    lengths: list[int], window_samples: int, positions: str
+) -> None:
+    chosen = plan_settings(max_length=300, positions=Positions.parse(positions))
+    windows = plan(lengths, chosen, window_samples=window_samples)
+    assert [w.number for w in windows] == list(range(-(-len(lengths) // window_samples)))
+    check(windows, chosen, len(lengths))
+
+
+@few_examples
+@given(lengths_of_samples)
+def test_the_plan_is_a_pure_function_of_samples_and_settings(lengths: list[int]) -> None:
+    first, second = plan(lengths), plan(lengths)
+    assert [w.digest for w in first] == [w.digest for w in second]
+    assert [[p.slabs for p in w.parts] for w in first] == [[p.slabs for p in w.parts] for w in second]
+
+
+def test_the_plan_does_not_depend_on_how_the_input_is_iterated(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(3)
+    samples = [Sample(f"s{i}", "x" * int(n)) for i, n in enumerate(random.integers(1, 200, 90))]
+
+    def tokenizer(texts: list[str], **_: object) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+
+    def digests(chunk: int) -> list[str]:
+        monkeypatch.setattr(tokenize_module, "_CHUNK", chunk)
+        stream = tokenize(iter(samples), tokenizer, 150, False, InputCounts())
+        return [w.digest for w in plan_windows(stream, plan_settings(), window_samples=32)]
+
+    as_list = list(tokenize(samples, tokenizer, 150, False, InputCounts()))
+    expected = [w.digest for w in plan_windows(as_list, plan_settings(), window_samples=32)]
+    assert digests(1) == digests(7) == digests(256) == expected
+
+
+def test_every_token_id_name_and_setting_changes_the_digest() -> None:
+    base = tokenized([20, 30, 40])
+    digest = next(iter(plan_windows(base, plan_settings()))).digest
+    changed = [
+        [TokenizedSample(0, "s0", np.full(20, 7, np.int32), 20, {}), *base[1:]],
+        [TokenizedSample(0, "other", base[0].token_ids, 20, {}), *base[1:]],
+        [TokenizedSample(0, "s0", base[0].token_ids, 21, {}), *base[1:]],
+        base[:2],
+    ]
+    digests = {next(iter(plan_windows(samples, plan_settings()))).digest for samples in changed}
+    digests |= {next(iter(plan_windows(base, plan_settings(**c)))).digest for c in ({"rows": 4}, {"slab_tokens": 512})}
+    assert len(digests | {digest}) == 7
+
+
+def test_windows_chain_their_digests() -> None:
+    lengths = [20, 30, 40, 50, 60, 70]
+    whole = plan(lengths, window_samples=2)
+    other = plan([21, *lengths[1:]], window_samples=2)
+    assert len(whole) == 3
+    assert all(a.digest != b.digest for a, b in zip(whole, other, strict=True))
+    assert [p.digest for p in whole[2].parts] == [p.digest for p in other[2].parts]
+
+
+def test_one_vector_a_sample_makes_one_part_a_batch_however_large() -> None:
+    chosen = plan_settings(positions=Positions.parse("last"), max_shard_bytes=1)
+    assert {part.parts_in_batch for part in plan([50] * 20, chosen)[0].parts} == {1}
+
+
+def test_a_batch_is_cut_into_parts_below_the_shard_limit_between_whole_slabs() -> None:
+    chosen = plan_settings(rows=2, samples_per_batch=16, max_shard_bytes=5 * 100 * 128)
+    parts = plan([100] * 16, chosen)[0].parts
+    assert [len(part.samples) for part in parts] == [4, 4, 4, 4]
+
+
+def test_samples_longer_than_all_of_the_first_window_fit_later() -> None:
+    chosen = plan_settings(max_length=1000)
+    windows = plan([40] * 16 + [1000, 999, 41] + [40] * 13, chosen, window_samples=16)
+    check(windows, chosen, 32)
+    assert {part.samples[0].length for part in windows[1].parts} >= {1000}
+    assert windows[0].shapes == windows[1].shapes
+
+
+def test_batches_go_on_counting_across_windows() -> None:
+    windows = plan([40] * 20, window_samples=10)
+    assert [part.batch for window in windows for part in window.parts] == [1, 2, 3, 4]
+
+
+def test_padding_of_a_mixed_length_distribution_is_at_most_a_tenth() -> None:
+    random = np.random.default_rng(0)
+    lengths = [int(n) for n in random.integers(55, 1025, 64)]
+    chosen = plan_settings(slab_tokens=4096)
+    windows = plan(lengths, chosen)
+    check(windows, chosen, 64)
+    assert waste(windows) <= 0.10

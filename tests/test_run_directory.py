@@ -1,0 +1,312 @@
+"""The run directory: documented names and metadata, the reader's promises, damage told and not read over."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_run import make_model, run_here, shards, texts, write_jsonl
+
+import jax_extract
+from jax_extract import UserError, load_shard, open_activations, prepare
+from jax_extract.store.filesystem import crc32c
+
+LENGTHS = [33, 60, 40, 61, 35, 50, 47, 62, 63, 34, 48, 64, 49, 36, 51, 37, 38, 52, 39, 53]  # one slab shape
+LAYERS = (10, 11)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("input") / "texts.jsonl", LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def last(model: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one row a sample, as the document has it."""
+    directory = tmp_path_factory.mktemp("last") / "activations"
+    run_here(model, tasks, directory, layers_to_extract=LAYERS)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def all_formats(model: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs of every position, one a shard format, otherwise equal."""
+    root = tmp_path_factory.mktemp("all")
+    for name in ("pickle", "npz", "safetensors"):
+        run_here(model, tasks, root / name, layers_to_extract=LAYERS, positions="all", shard_format=name)
+    return {name: root / name for name in ("pickle", "npz", "safetensors")}
+
+
+@pytest.fixture
+def damaged(all_formats: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of a run, to be damaged."""
+
+    def copy(name: str = "pickle") -> Path:
+        for path in all_formats[name].rglob("*"):
+            target = tmp_path / path.relative_to(all_formats[name])
+            if path.is_file():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+        return tmp_path
+
+    return copy
+
+
+def _record(directory: Path, name: str = "000001_001") -> tuple[Path, dict[str, Any]]:
+    path = directory / "_run" / "commits" / f"{name}.json"
+    return path, json.loads(path.read_text())
+
+
+def test_file_names_and_count_are_those_of_the_document(last: Path) -> None:
+    expected = {f"layer_{layer}_batch_{batch:06d}.pkl" for layer in LAYERS for batch in (1, 2, 3)}
+    assert {path.name for path in last.iterdir()} == expected | {"metadata.json", "_run"}
+
+
+def test_a_default_pickle_shard_is_a_batch_of_rows_in_float32(last: Path) -> None:
+    shard = load_shard(last / "layer_10_batch_000001.pkl")
+    assert shard["activations"].shape == (8, 32)
+    assert shard["activations"].dtype == np.float32
+
+
+def test_metadata_has_the_keys_of_the_document(last: Path) -> None:
+    metadata = json.loads((last / "metadata.json").read_text())
+    documented = ["model_name", "layers_extracted", "hidden_dim", "num_layers_extracted", "total_samples", "batches"]
+    assert [key for key in metadata if key in documented] == documented
+    assert metadata["layers_extracted"] == list(LAYERS)
+    assert (metadata["hidden_dim"], metadata["num_layers_extracted"], metadata["total_samples"]) == (32, 2, 20)
+    assert [batch["samples"] for batch in metadata["batches"]] == [8, 8, 4]
+    assert {name for batch in metadata["batches"] for name in batch["files"]} == set(shards(last))
+
+
+def test_other_hook_points_are_named_in_the_file_names(model: Path, tasks: Path, tmp_path: Path) -> None:
+    hooks = ("ffn_hidden", "embeddings", "final_norm", "after_block", "blocks.2.hook_attn_out")
+    run_here(model, tasks, tmp_path / "a", layers_to_extract=(11,), hook_points=hooks, n_samples=3)
+    assert set(shards(tmp_path / "a")) == {
+        "layer_11_batch_000001.pkl",
+        "layer_11_ffn_hidden_batch_000001.pkl",
+        "layer_2_attention_out_batch_000001.pkl",
+        "embeddings_batch_000001.pkl",
+        "final_norm_batch_000001.pkl",
+    }
+    run = open_activations(tmp_path / "a")
+    assert run.sample("s0001").get(11, "ffn_hidden").shape == (1, 48)
+    assert run.sample("s0001").get(hook="final_norm").shape == (1, 32)
+
+
+def test_only_a_batch_of_several_parts_has_part_in_its_file_names(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings_of = prepare.plan_settings
+    monkeypatch.setattr(
+        prepare,
+        "plan_settings",
+        lambda *words, **named: dataclasses.replace(settings_of(*words, **named), max_shard_bytes=5 * 64 * 128),
+    )
+    tasks = write_jsonl(tmp_path / "in.jsonl", [64] * 12 + [33])
+    run_here(model, tasks, tmp_path / "a", layers_to_extract=(10,), positions="all", batch_size=4)
+    names = set(shards(tmp_path / "a"))
+    assert names == {f"layer_10_batch_{batch:06d}.pkl" for batch in (1, 2, 3, 4)}
+    monkeypatch.setattr(
+        prepare,
+        "plan_settings",
+        lambda *words, **named: dataclasses.replace(settings_of(*words, **named), max_shard_bytes=2 * 64 * 128),
+    )
+    metadata = run_here(model, tasks, tmp_path / "b", layers_to_extract=(10,), positions="all", batch_size=4)
+    parts = {f"layer_10_batch_{batch:06d}_part_{part:03d}.pkl" for batch in (1, 2, 3) for part in (1, 2)}
+    assert set(shards(tmp_path / "b")) == parts | {"layer_10_batch_000004.pkl"}
+    assert [batch["parts"] for batch in metadata["batches"]] == [2, 2, 2, 1]
+    whole, cut = open_activations(tmp_path / "a"), open_activations(tmp_path / "b")
+    assert cut.sample_ids == whole.sample_ids
+    for sample in cut.samples():
+        assert sample.get(10).tobytes() == whole.sample(sample.sample_id).get(10).tobytes()
+
+
+def test_samples_come_in_the_order_of_the_input_with_their_tokens_and_positions(all_formats: dict[str, Path]) -> None:
+    run = open_activations(all_formats["pickle"])
+    named = texts(LENGTHS)
+    assert run.sample_ids == list(named)
+    assert len(run) == 20
+    letters = {}
+    for index, sample in enumerate(run.samples()):
+        assert (sample.sample_index, sample.truncated_tokens) == (index, 0)
+        assert sample.meta == {"line": index + 1}
+        assert sample.token_ids.dtype == np.int32
+        assert sample.positions.tolist() == list(range(LENGTHS[index]))
+        assert sample.get(layer=10).shape == (LENGTHS[index], 32)
+        letters.update(zip(named[sample.sample_id], sample.token_ids.tolist(), strict=True))
+        assert [letters[letter] for letter in named[sample.sample_id]] == sample.token_ids.tolist()
+
+
+def test_the_last_position_is_the_last_row_of_all_positions(last: Path, all_formats: dict[str, Path]) -> None:
+    everything = open_activations(all_formats["pickle"])
+    for sample in open_activations(last).samples():
+        assert sample.positions.tolist() == [len(sample.token_ids) - 1]
+        np.testing.assert_array_equal(sample.get(10)[0], everything.sample(sample.sample_id).get(10)[-1])
+
+
+def test_truncation_is_counted_in_the_sample_and_in_the_run(model: Path, tasks: Path, tmp_path: Path) -> None:
+    run_here(model, tasks, tmp_path / "a", layers_to_extract=(10,), max_seq_length=40, n_samples=4)
+    run = open_activations(tmp_path / "a")
+    assert [sample.truncated_tokens for sample in run.samples()] == [0, 20, 0, 21]
+    plan = json.loads((tmp_path / "a/_run/plan/000000.json").read_text())
+    assert plan["input"]["truncated_samples"] == 2
+
+
+def test_all_formats_read_back_to_the_same_rows(all_formats: dict[str, Path]) -> None:
+    runs = {name: open_activations(path) for name, path in all_formats.items()}
+    for sample in runs["pickle"].samples():
+        for layer in LAYERS:
+            rows = {name: run.sample(sample.sample_id).get(layer).tobytes() for name, run in runs.items()}
+            assert len(set(rows.values())) == 1
+    for name, path in all_formats.items():
+        suffix = {"pickle": "pkl"}.get(name, name)
+        for batch in runs[name].batches(11):
+            shard = load_shard(path / f"layer_11_batch_{batch.batch:06d}.{suffix}")
+            np.testing.assert_array_equal(batch.activations, shard["activations"])
+            assert list(batch.sample_ids) == shard["sample_ids"].tolist()
+            np.testing.assert_array_equal(batch.row_offsets, shard["row_offsets"])
+            assert len(batch.positions) == len(batch.activations)
+
+
+@pytest.mark.parametrize("capture_dtype", ["float32", "bfloat16"])
+def test_a_run_in_memory_has_the_very_rows_of_the_run_on_disk(
+    model: Path, tasks: Path, tmp_path: Path, capture_dtype: str
+) -> None:
+    options: dict[str, Any] = {"positions": "every:5", "capture_dtype": capture_dtype, "batch_size": 4}
+    run_here(model, tasks, tmp_path / "a", layers_to_extract=LAYERS, **options)
+    on_disk = open_activations(tmp_path / "a")
+    in_memory = jax_extract.extract(str(model), texts(LENGTHS), layers=LAYERS, **options)
+    assert in_memory.sample_ids == on_disk.sample_ids
+    assert (in_memory.layers, in_memory.hook_points) == (on_disk.layers, on_disk.hook_points)
+    for sample in in_memory.samples():
+        other = on_disk.sample(sample.sample_id)
+        np.testing.assert_array_equal(sample.positions, other.positions)
+        np.testing.assert_array_equal(sample.token_ids, other.token_ids)
+        for layer in LAYERS:
+            assert sample.get(layer).dtype == other.get(layer).dtype
+            assert sample.get(layer).tobytes() == other.get(layer).tobytes()
+
+
+def test_what_a_run_does_not_hold_is_told_with_what_it_holds(last: Path) -> None:
+    run = open_activations(last)
+    with pytest.raises(UserError, match=r"no sample 's00013'; the nearest is 's0013'"):
+        run.sample("s00013")
+    with pytest.raises(UserError, match=r"no layer 9 of 'after_block'; it holds the layers \[10, 11\]"):
+        run.sample("s0001").get(layer=9)
+    with pytest.raises(UserError, match=r"no 'ffn_out'; it holds: after_block"):
+        run.sample("s0001").get(layer=10, hook="ffn_out")
+    with pytest.raises(UserError, match="no layer 4"):
+        next(run.batches(4))
+
+
+def test_an_unfinished_run_is_read_as_far_as_it_is_committed(damaged: Callable[..., Path]) -> None:
+    directory = damaged()
+    _, record = _record(directory, "000003_001")
+    (directory / "_run/commits/000003_001.json").unlink()
+    run = open_activations(directory)
+    assert len(run) == 16
+    assert run.metadata["total_samples"] == 16
+    assert [batch.batch for batch in run.batches(10)] == [1, 2]
+    assert record["samples"] == 4
+    assert run.sample_ids == sorted(run.sample_ids)
+
+
+@pytest.mark.parametrize("shard_format", ["pickle", "npz", "safetensors"])
+def test_a_changed_byte_is_found_when_its_rows_are_read_and_the_file_is_named(
+    damaged: Callable[[str], Path], shard_format: str
+) -> None:
+    directory = damaged(shard_format)
+    name = next(n for n in shards(directory) if n.startswith("layer_10_batch_000002"))
+    content = bytearray((directory / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (directory / name).write_bytes(content)
+    run = open_activations(directory)
+    batches = run.batches(10)
+    assert next(batches).batch == 1
+    with pytest.raises(UserError, match=f"{name}.*damaged"):
+        next(batches)
+    assert [batch.batch for batch in run.batches(11)] == [1, 2, 3]
+
+
+def test_a_cut_shard_is_found_and_named(damaged: Callable[..., Path]) -> None:
+    directory = damaged()
+    path = directory / "layer_11_batch_000001.pkl"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"layer_11_batch_000001\.pkl.*cut short"):
+        list(open_activations(directory).batches(11))
+    path.unlink()
+    with pytest.raises(UserError, match=r"layer_11_batch_000001\.pkl cannot be read"):
+        list(open_activations(directory).batches(11))
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut", "gone"])
+def test_a_damaged_sidecar_is_found_and_named(damaged: Callable[..., Path], damage: str) -> None:
+    directory = damaged()
+    path = directory / "_run/parts/000001_001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 255
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(content if damage == "changed" else content[:300])
+    with pytest.raises(UserError, match=r"000001_001\.safetensors"):
+        open_activations(directory).sample("s0001")
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "_run/../../secret"])
+def test_a_record_that_leads_out_of_the_directory_is_refused(damaged: Callable[..., Path], name: str) -> None:
+    directory = damaged()
+    path, record = _record(directory)
+    record["sidecar"]["path"] = name
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"leads out of"):
+        open_activations(directory).sample("s0001")
+
+
+def test_a_sidecar_that_leads_out_of_the_directory_is_refused(damaged: Callable[..., Path]) -> None:
+    directory = damaged()
+    sidecar = directory / "_run/parts/000001_001.safetensors"
+    good, bad = b"layer_10_batch_000001.pkl", b"../../../../../etc/passwd"
+    assert len(good) == len(bad)
+    sidecar.write_bytes(sidecar.read_bytes().replace(good, bad))
+    path, record = _record(directory)
+    record["sidecar"]["crc32c"] = crc32c(sidecar.read_bytes())
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"leads out of"):
+        list(open_activations(directory).batches(10))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])
+def test_a_damaged_record_is_found_and_named(damaged: Callable[..., Path], content: str) -> None:
+    directory = damaged()
+    (directory / "_run/commits/000001_001.json").write_text(content)
+    with pytest.raises(UserError, match=r"000001_001\.json"):
+        open_activations(directory)
+
+
+def test_a_directory_without_a_run_and_one_of_another_format_version_are_refused(
+    damaged: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with pytest.raises(UserError, match="holds no run"):
+        open_activations(tmp_path_factory.mktemp("empty"))
+    directory = damaged()
+    run = json.loads((directory / "_run/run.json").read_text())
+    (directory / "_run/run.json").write_text(json.dumps({**run, "format_version": 99}))
+    with pytest.raises(UserError, match="format version 99"):
+        open_activations(directory)
+
+
+def test_metadata_can_be_derived_anew_from_the_records(damaged: Callable[..., Path]) -> None:
+    directory = damaged()
+    written = json.loads((directory / "metadata.json").read_text())
+    (directory / "metadata.json").unlink()
+    assert json.loads(json.dumps(open_activations(directory).metadata)) == written

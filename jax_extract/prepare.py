@@ -1,14 +1,16 @@
 """From a configuration to everything an extraction needs, each thing refused as early as it can be.
 
-In: `ExtractConfig` fields. Out: an opened model, the capture plan with its sites, the plan settings.
-No weights are read here and no program is compiled.
+In: `ExtractConfig`. Out: a `Job`: an opened model, the capture plan with its sites, the mesh, the numerics,
+and from them, when asked for, the batch plan, the weights and the program.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
+import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +20,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jax_extract.config import ExtractConfig
 from jax_extract.devices.mesh import make_mesh, parse_mesh_shape
 from jax_extract.devices.platform import device_kind, platform_defaults
 from jax_extract.errors import UserError
-from jax_extract.inputs.plan import PlanSettings
+from jax_extract.inputs.plan import PlanSettings, Window, plan_windows
+from jax_extract.inputs.samples import Sample
+from jax_extract.inputs.tokenize import InputCounts, TokenizedSample, tokenize
 from jax_extract.program import CaptureProgram
 from jax_extract.store.parts import Site
 from jax_extract.weights.checkpoint import Checkpoint, open_checkpoint
@@ -34,6 +39,8 @@ from models.qwen2_jax_with_hooks import DEFAULT_SAE_LAYERS
 from models.registry import port_for
 
 LONGEST_DEFAULT = 8_192
+
+_PACKAGES = ("jax_extract", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -118,32 +125,6 @@ def open_mesh(mesh_shape: str | None) -> Mesh:
     return make_mesh(parse_mesh_shape(mesh_shape) if mesh_shape else None)
 
 
-def plan_settings(
-    plan: CapturePlan,
-    sites: Sequence[Site],
-    *,
-    devices: int,
-    batch_size: int,
-    max_length: int,
-    slab_tokens: int | None,
-    frozen: Mapping[str, Any] | None = None,
-) -> PlanSettings:
-    """How samples are batched; `frozen` are the settings of a run that is resumed, which devices do not change."""
-    defaults = platform_defaults()
-    frozen = frozen or {}
-    same_rows = frozen.get("rows") == batch_size
-    return PlanSettings(
-        samples_per_batch=frozen["samples_per_batch"] if same_rows else batch_size * devices,
-        rows=batch_size,
-        slab_tokens=slab_tokens or frozen.get("slab_tokens") or defaults.slab_tokens,
-        length_multiple=frozen.get("length_multiple") or defaults.length_multiple,
-        compile_tokens=frozen.get("compile_tokens", defaults.compile_tokens),
-        max_length=max_length,
-        positions=plan.positions,
-        bytes_per_row=max(site.width for site in sites) * (4 if plan.dtype == "float32" else 2),
-    )
-
-
 def compute_numerics(dtype: str | None) -> Numerics:
     return Numerics("bfloat16" if (dtype or platform_defaults().dtype) == "bfloat16" else "float32")
 
@@ -162,9 +143,96 @@ def numerics_fingerprint(numerics: Numerics) -> dict[str, str]:
     }
 
 
-def build_program(
-    model: OpenModel, weights: Weights, plan: CapturePlan, mesh: Mesh, numerics: Numerics
-) -> CaptureProgram:
-    """Loads the weights onto the mesh and makes the program; this is where the real work begins."""
-    params = weights.load(mesh, numerics.dtype)
-    return CaptureProgram(model.port, model.config, params, plan, mesh, numerics)
+@dataclass(frozen=True)
+class Job:
+    """Everything that is decided before the first weight is read.
+
+    Attributes:
+      sites: every captured tensor, in file order.
+      max_length: longest sample in tokens.
+    """
+
+    model: OpenModel
+    plan: CapturePlan
+    sites: tuple[Site, ...]
+    mesh: Mesh
+    numerics: Numerics
+    max_length: int
+
+    @classmethod
+    def open(cls, config: ExtractConfig) -> Job:
+        """Opens the model and checks the request against it and against the devices; UserError."""
+        model = OpenModel.open(config.model_path, config.revision)
+        plan = capture_plan(model, config.layers_to_extract, config.hook_points, config.positions, config.capture_dtype)
+        return cls(
+            model=model,
+            plan=plan,
+            sites=tuple(sites_of(plan, model.config)),
+            max_length=sequence_limit(config.max_seq_length, model.config),
+            mesh=open_mesh(config.mesh_shape),
+            numerics=compute_numerics(config.dtype),
+        )
+
+    @property
+    def value_bytes(self) -> int:
+        return 4 if self.plan.dtype == "float32" else 2
+
+    def plan_settings(self, config: ExtractConfig, frozen: Mapping[str, Any] | None = None) -> PlanSettings:
+        """How samples are batched; `frozen` are the settings of a run that is resumed, which devices do not change."""
+        defaults = platform_defaults()
+        frozen = frozen or {}
+        same_rows = frozen.get("rows") == config.batch_size
+        return PlanSettings(
+            samples_per_batch=frozen["samples_per_batch"] if same_rows else config.batch_size * self.mesh.size,
+            rows=config.batch_size,
+            slab_tokens=config.slab_tokens or frozen.get("slab_tokens") or defaults.slab_tokens,
+            length_multiple=frozen.get("length_multiple") or defaults.length_multiple,
+            compile_tokens=frozen.get("compile_tokens", defaults.compile_tokens),
+            max_length=self.max_length,
+            positions=self.plan.positions,
+            bytes_per_row=max(site.width for site in self.sites) * self.value_bytes,
+        )
+
+    def windows(
+        self, samples: Iterable[Sample], settings: PlanSettings, chat_template: bool, counts: InputCounts
+    ) -> Iterator[Window]:
+        """Tokenises and plans, lazily; `counts` tells afterwards what the input was."""
+        tokenizer, vocabulary = self.model.tokenizer, self.model.config.vocab_size
+        return plan_windows(tokenize(samples, tokenizer, self.max_length, chat_template, counts, vocabulary), settings)
+
+    def weights(self) -> Weights:
+        """The tensors that will be loaded, checked by name and shape."""
+        blocks = self.plan.blocks_needed(self.model.config.num_hidden_layers)
+        return Weights(self.model.checkpoint, self.model.port, self.model.config, blocks)
+
+    def program(self, weights: Weights) -> CaptureProgram:
+        """Loads the weights onto the mesh; this is where the real work begins."""
+        params = weights.load(self.mesh, self.numerics.dtype)
+        return CaptureProgram(self.model.port, self.model.config, params, self.plan, self.mesh, self.numerics)
+
+    def bytes_stored(self, samples: Iterable[TokenizedSample]) -> int:
+        """Bytes of all the rows that these samples give, over all sites."""
+        rows = sum(self.plan.positions.rows(sample.length) for sample in samples)
+        return rows * sum(site.width for site in self.sites) * self.value_bytes
+
+    def identity(self) -> dict[str, Any]:
+        """What of the run decides which rows there are; plain JSON."""
+        return {
+            "model_type": self.model.config.model_type,
+            "sites": [dataclasses.asdict(site) for site in self.sites],
+            "hook_points": [hook for hook, _ in self.plan.layers],
+            "positions": str(self.plan.positions),
+            "capture_dtype": self.plan.dtype,
+        }
+
+    def description(self) -> dict[str, Any]:
+        """Provenance that may differ between sessions of one run; plain JSON."""
+        return {
+            "model_name": self.model.name,
+            "model_path": self.model.checkpoint.source,
+            "model_revision": self.model.checkpoint.revision,
+            "hidden_dim": self.model.config.hidden_size,
+            "num_hidden_layers": self.model.config.num_hidden_layers,
+            "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+            "python": platform.python_version(),
+        }

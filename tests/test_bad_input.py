@@ -156,19 +156,6 @@ def test_a_tokenizer_of_another_model_whose_ids_the_embedding_lacks_is_told(refu
     assert "tokenizer" in refused()
 
 
-def test_a_folder_without_any_tokenizer_file_is_told(refused: Refused, model: Path) -> None:
-    (model / "tokenizer.json").unlink()
-    (model / "tokenizer_config.json").unlink()
-    assert "tokenizer" in refused()
-
-
-def test_a_tokenizer_of_another_model_whose_ids_the_embedding_lacks_is_told(refused: Refused, model: Path) -> None:
-    write_config(model, num_hidden_layers=2, vocab_size=50)
-    weights = random_weights(layers=2)
-    write_weights(model, {**weights, "model.embed_tokens.weight": weights["model.embed_tokens.weight"][:50]})
-    assert "tokenizer" in refused()
-
-
 def test_an_unknown_tokenizer_class_is_named(refused: Refused, model: Path) -> None:
     (model / "tokenizer.json").unlink()
     (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "NoSuchTokenizer"}))

@@ -37,6 +37,7 @@ from transformers import AutoModel, LlamaConfig, LlamaModel
 
 from jax_extract import extract, prepare
 from jax_extract.inputs.arc import arc_samples, read_tasks
+from jax_extract.program import CaptureProgram
 from jax_extract.weights.gguf import GgufCheckpoint
 from jax_extract.weights.load import Weights
 from models.hooks import HOOK_POINTS
@@ -84,7 +85,8 @@ def captured_in_one_slab(folder: Path, sequences: Sequence[np.ndarray], dtype: s
     plan = prepare.capture_plan(model, layers, ("*",), "all", "float32")
     weights = Weights(model.checkpoint, model.port, model.config, len(layers))
     numerics = prepare.compute_numerics(dtype)
-    program = prepare.build_program(model, weights, plan, prepare.open_mesh("1,1"), numerics)
+    mesh = prepare.open_mesh("1,1")
+    program = CaptureProgram(model.port, model.config, weights.load(mesh, numerics.dtype), plan, mesh, numerics)
     padded = max(map(len, sequences)) + 4
     tokens = np.random.default_rng(1).integers(0, CHARACTERS, (len(sequences), padded)).astype(np.int32)
     for row, sequence in zip(tokens, sequences, strict=True):

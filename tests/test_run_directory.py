@@ -106,9 +106,9 @@ def test_other_hook_points_are_named_in_the_file_names(model: Path, tasks: Path,
 def test_only_a_batch_of_several_parts_has_part_in_its_file_names(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings_of = prepare.plan_settings
+    settings_of = prepare.Job.plan_settings
     monkeypatch.setattr(
-        prepare,
+        prepare.Job,
         "plan_settings",
         lambda *words, **named: dataclasses.replace(settings_of(*words, **named), max_shard_bytes=5 * 64 * 128),
     )
@@ -117,7 +117,7 @@ def test_only_a_batch_of_several_parts_has_part_in_its_file_names(
     names = set(shards(tmp_path / "a"))
     assert names == {f"layer_10_batch_{batch:06d}.pkl" for batch in (1, 2, 3, 4)}
     monkeypatch.setattr(
-        prepare,
+        prepare.Job,
         "plan_settings",
         lambda *words, **named: dataclasses.replace(settings_of(*words, **named), max_shard_bytes=2 * 64 * 128),
     )

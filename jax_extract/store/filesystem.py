@@ -42,6 +42,15 @@ class Directory:
     def __init__(self, root: Path) -> None:
         self.root = root
 
+    def require_usable(self) -> None:
+        """UserError where the directory, or what it would be made in, cannot be written to."""
+        root = self.root.absolute()
+        nearest = next(path for path in (root, *root.parents) if path.exists())
+        if not nearest.is_dir():
+            raise UserError(f"directory {self.root} cannot be used: {nearest} is a file; name another directory")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(f"directory {self.root} cannot be written to; name another, or change its permissions")
+
     def make(self, *folders: str) -> None:
         """Creates the directory and these folders in it."""
         for folder in ("", *folders):

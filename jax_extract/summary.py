@@ -1,0 +1,91 @@
+"""What the command tells a person, before and after: request, input, plan, result.
+
+In: the job, the input's counts, the plan, what came of it. Out: labelled lines on a `Terminal`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax_extract.config import ExtractConfig
+from jax_extract.inputs.plan import Part
+from jax_extract.inputs.sources import Source
+from jax_extract.inputs.tokenize import InputCounts
+from jax_extract.loop import LoopStatistics
+from jax_extract.prepare import Job
+from jax_extract.store.formats import SUFFIXES
+from jax_extract.terminal import Terminal, bytes_text, plural, ranges_text, share_text
+
+
+def tell_request(job: Job, config: ExtractConfig, terminal: Terminal) -> None:
+    model, mesh = job.model.config, job.mesh.shape
+    device = job.mesh.devices.flat[0].device_kind
+    terminal.line(
+        "model",
+        f"{job.model.name} ({model.model_type}, {model.num_hidden_layers} layers, d_model {model.hidden_size}) in "
+        f"{job.numerics.dtype} on {plural(job.mesh.size, device + ' device')}, mesh {mesh['data']},{mesh['model']}",
+    )
+    captures = "; ".join(
+        f"{hook} at layers {ranges_text(layers)} ({len(layers)})" if layers else hook
+        for hook, layers in job.plan.layers
+    )
+    terminal.line(
+        "capture",
+        f"{captures}; positions {job.plan.positions}, {job.plan.dtype}, as {config.shard_format} "
+        f"into {config.activations_dir}/",
+    )
+
+
+def tell_input(source: Source, counts: InputCounts, job: Job, terminal: Terminal) -> None:
+    if not source.finite:
+        terminal.line("input", f"{source.name}, read as a stream")
+        return
+    cut = ""
+    if counts.truncated_samples:
+        cut = f"; {plural(counts.truncated_samples, 'sample')} truncated to {plural(job.max_length, 'token')}"
+    if counts.empty_samples:
+        cut += f"; {plural(counts.empty_samples, 'sample')} without a token left out"
+    terminal.line(
+        "input",
+        f"{source.name}: {plural(counts.samples, 'sample')}, {plural(counts.tokens, 'token')}, "
+        f"longest {counts.longest_sample:,}{cut}",
+    )
+
+
+def tell_plan(parts: Sequence[Part], terminal: Terminal) -> None:
+    shapes = {(slab.length, slab.rows) for part in parts for slab in part.slabs}
+    slab_tokens = sum(slab.rows * slab.length for part in parts for slab in part.slabs)
+    padding = 1 - sum(part.tokens for part in parts) / slab_tokens
+    terminal.line(
+        "plan",
+        f"{plural(parts[-1].batch, 'batch')} in {plural(len(parts), 'part')}, "
+        f"{plural(len(shapes), 'slab shape')} up to {max(shapes)[0]:,} tokens, padding {share_text(padding)}",
+    )
+
+
+def tell_result(
+    metadata: Mapping[str, Any], statistics: LoopStatistics, activations_dir: str, terminal: Terminal
+) -> None:
+    if statistics.parts:
+        terminal.line(
+            "done",
+            f"{plural(statistics.samples, 'sample')}, {plural(statistics.tokens, 'token')} in "
+            f"{statistics.seconds:.1f} s: {statistics.tokens / statistics.seconds:,.0f} tokens/s "
+            f"(and {statistics.compile_seconds:.1f} s compiling), "
+            f"padding {share_text(1 - statistics.tokens / statistics.slab_tokens)}",
+        )
+    else:
+        terminal.line("done", "everything was committed already; nothing to do")
+    shards = sum(len(batch["files"]) for batch in metadata["batches"])
+    terminal.line(
+        "output",
+        f"{plural(metadata['total_samples'], 'sample')}, {plural(metadata['total_rows'], 'row')} a site, "
+        f"{plural(shards, SUFFIXES[metadata['shard_format']] + ' shard')}, {bytes_text(metadata['total_bytes'])} "
+        f"in {activations_dir}/",
+    )
+    if cut := (metadata["input"] or {}).get("truncated_samples"):
+        terminal.line(
+            "note", f"{plural(cut, 'sample')} truncated to {metadata['plan_settings']['max_length']:,} tokens"
+        )
+    terminal.line("read it", f"jax-extract inspect {activations_dir}")

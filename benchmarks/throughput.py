@@ -8,7 +8,7 @@ Both sides get the same token ids, keep layers 10-23 at all positions in float32
 safetensors. Hugging Face runs as well as it can here: base model without a head, prompts sorted by length,
 batches of 8, `inference_mode`, forward hooks. Each side has a process of its own; they run in turn, so that
 the machine's drift meets both, and what is compared is the ratio of medians. Not timed: imports, loading,
-compilation. Between the rounds the machine's float32 matrix-product peak is measured on the model's shapes.
+planning, compilation. Between the rounds the machine's float32 matrix-product peak is measured on the model's shapes.
 """
 
 from __future__ import annotations
@@ -62,12 +62,11 @@ def compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     peaks: list[float] = []
     try:
-        for number in range(args.rounds + 1):  # the first round warms up and is not counted
+        for number in range(1, args.rounds + 1):
             for name, worker in sides.items():
                 result = worker.ask("run")
                 print(f"round {number}, {name}: {result['tokens'] / result['seconds']:.1f} tokens/s", file=sys.stderr)
-                if number:
-                    rounds[name].append(result)
+                rounds[name].append(result)
             peaks.append(sides["jax_extract"].ask("peak")["flops_per_second"])
     finally:
         for worker in sides.values():
@@ -260,6 +259,9 @@ def huggingface(scratch: Path) -> dict[str, Callable[[], dict[str, Any]]]:
             )
         )
     prompts = sorted(_token_ids(scratch, tokenizer), key=len, reverse=True)
+
+    with torch.inference_mode():  # the thread pool and the allocator start before the clock does
+        model(input_ids=torch.tensor([prompts[0]]), use_cache=False)
 
     def run() -> dict[str, Any]:
         out = scratch / "huggingface"

@@ -50,6 +50,9 @@ def extract_command(program: str, defaults: object = None, argv: Sequence[str] |
 def guarded(command: Callable[[], None]) -> int:
     """Runs a command: a user's mistake is one sentence and exit code 2, an interruption 130."""
     _quiet_libraries()
+    for stream in (sys.stdout, sys.stderr):  # a terminal without these characters still gets the words
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         command()
     except UserError as error:

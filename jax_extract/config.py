@@ -20,6 +20,8 @@ import yaml
 from jax_extract.errors import UserError
 from models.hooks import DEFAULT_HOOK_POINT
 
+_LARGEST = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class ExtractConfig:
@@ -89,8 +91,8 @@ class ExtractConfig:
             _check_type(field.name, getattr(self, field.name))
         for name in ("batch_size", "max_seq_length", "slab_tokens"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} {value} must be at least 1")
+            if value is not None and not 1 <= value <= _LARGEST:
+                raise UserError(f"--{name} {value} must be from 1 to {_LARGEST}")
         if not self.hook_points:
             raise UserError("--hook_points is empty; name at least one, such as after_block")
         if self.layers_to_extract is not None and not self.layers_to_extract:

@@ -7,20 +7,21 @@ share everything from the plan to the compiled program; only the sink differs.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from jax_extract.config import ExtractConfig, to_yaml
-from jax_extract.errors import UserError
+from jax_extract.errors import UserError, user_path
 from jax_extract.inputs.plan import Part, PlanSettings, Window
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.sources import Source, open_source
+from jax_extract.inputs.text import checked_id, checked_text
 from jax_extract.inputs.tokenize import InputCounts, tokenizer_digest
 from jax_extract.loop import LoopStatistics, run_parts
 from jax_extract.prepare import Job, numerics_fingerprint
-from jax_extract.store.filesystem import Directory
+from jax_extract.store.filesystem import Directory, require_open_files
 from jax_extract.store.ledger import RUN_FILE, Key, Ledger, erase
 from jax_extract.store.memory import MemorySink
 from jax_extract.store.reader import Run
@@ -45,8 +46,9 @@ def extract_to_directory(config: ExtractConfig, terminal: Terminal | None = None
     terminal = terminal or Terminal()
     source = _open_source(config)
     job = Job.open(config)
-    directory = Directory(Path(config.activations_dir))
+    directory = Directory(user_path(config.activations_dir, "--activations_dir"))
     directory.require_usable()
+    require_open_files(len(job.sites))
     tell_request(job, config, terminal)
 
     weights = job.weights()
@@ -56,6 +58,8 @@ def extract_to_directory(config: ExtractConfig, terminal: Terminal | None = None
     if found:
         found.require_same(run["identity"], run["numerics"], config.allow_numeric_change)
     committed = found.committed() if found else {}
+    if found:
+        found.require_files(committed)
 
     counts = InputCounts()
     windows: Iterable[Window] = job.windows(source.samples(), settings, config.chat_template, counts)
@@ -63,8 +67,11 @@ def extract_to_directory(config: ExtractConfig, terminal: Terminal | None = None
     if source.finite:  # a complete plan, before the first step
         windows = list(windows)
         tokens = _check_plan(windows, counts, source, job, directory, found, committed, terminal)
-    else:
+    else:  # a window, so that an input that cannot be read is refused before anything is written
         tell_input(source, counts, job, terminal)
+        stream = iter(windows)
+        windows = itertools.chain(list(itertools.islice(stream, 1)), stream)
+        _require_samples(counts, source)
 
     ledger = found or _start(config, directory, run)
     if committed:
@@ -76,8 +83,6 @@ def extract_to_directory(config: ExtractConfig, terminal: Terminal | None = None
         pending = _pending(windows, committed, ledger, counts)
         sink = PartWriter(ledger, job.sites, config.shard_format, config.capture_dtype, attempt)
         statistics = _run(job, weights, pending, sink, terminal, tokens)
-    if not counts.samples:
-        raise UserError(f"{source.name} gave no sample with a token; there is nothing to extract")
     ledger.end_session(attempt, {**dataclasses.asdict(statistics), "mesh": dict(job.mesh.shape)})
     metadata = ledger.write_metadata()
     tell_result(metadata, statistics, config.activations_dir, terminal)
@@ -127,7 +132,7 @@ def extract(
     job = Job.open(config)
     counts = InputCounts()
     named = texts.items() if isinstance(texts, Mapping) else ((str(i), text) for i, text in enumerate(texts))
-    samples = (Sample(sample_id, text) for sample_id, text in named)
+    samples = (Sample(checked_id(i, "a sample"), checked_text(text, f"text {i!r}")) for i, text in named)
     windows = list(job.windows(samples, job.plan_settings(config), config.chat_template, counts))
     if not windows:
         raise UserError("none of the texts has a token; there is nothing to extract")
@@ -196,11 +201,10 @@ def _check_plan(
     terminal: Terminal,
 ) -> int:
     """Tells the plan; refuses inputs that are not the run's, and what cannot fit the disk. Returns the tokens to do."""
-    if not windows:
-        raise UserError(f"{source.name} gave no sample with a token; there is nothing to extract")
+    _require_samples(counts, source)
     if found:  # whose inputs must be these, be it finished or not
-        for window in windows:
-            found.keep_plan(window.number, _plan_json(window, counts))
+        for _ in _pending(windows, committed, found, counts):
+            pass
     tell_input(source, counts, job, terminal)
     parts = [part for window in windows for part in window.parts]
     tell_plan(parts, terminal)
@@ -212,6 +216,11 @@ def _check_plan(
             "choose another --activations_dir, fewer layers, fewer --positions or a smaller --capture_dtype"
         )
     return sum(part.tokens for part in pending)
+
+
+def _require_samples(counts: InputCounts, source: Source) -> None:
+    if not counts.samples:
+        raise UserError(f"{source.name} gave no sample with a token; there is nothing to extract")
 
 
 def _start(config: ExtractConfig, directory: Directory, run: Mapping[str, Any]) -> Ledger:
@@ -234,6 +243,11 @@ def _pending(
         for part in window.parts:
             if part.key not in committed:
                 yield part
+            elif committed[part.key]["plan"] != part.digest:
+                raise UserError(
+                    f"{ledger.directory.root} holds part {part.key} of another plan; restore its records from a copy, "
+                    "or start anew with --overwrite"
+                )
 
 
 def _plan_json(window: Window, counts: InputCounts) -> dict[str, Any]:

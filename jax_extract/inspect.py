@@ -25,7 +25,7 @@ _CHUNK_ROWS = 65_536
 
 @dataclass
 class SiteStatistics:
-    """Running sums over rows, in float64."""
+    """Running sums over rows, in float64; rows that are not finite are counted and left out of the sums."""
 
     rows: int = 0
     values: int = 0
@@ -39,14 +39,15 @@ class SiteStatistics:
         finite = np.isfinite(squares)
         self.not_finite += int((~finite).sum())
         self.rows += len(rows)
-        self.values += rows.size
+        self.values += int(finite.sum()) * rows.shape[1]
         self.norms += float(np.sqrt(squares[finite]).sum())
         self.squares += float(squares[finite].sum())
 
     @property
     def mean_norm(self) -> float:
         """Mean Euclidean norm of a row."""
-        return self.norms / self.rows if self.rows else 0.0
+        finite = self.rows - self.not_finite
+        return self.norms / finite if finite else 0.0
 
     @property
     def rms(self) -> float:

@@ -100,6 +100,7 @@ def run_parts(
         worker.close()
     except BaseException:
         worker.cancel()
+        sink.abandon()
         raise
     statistics.seconds = time.perf_counter() - started - statistics.compile_seconds
     return statistics

@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from jax.sharding import Mesh
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.mesh import make_mesh, parse_mesh_shape
 from jax_extract.devices.platform import device_kind, platform_defaults
-from jax_extract.errors import UserError
+from jax_extract.errors import UserError, user_path
 from jax_extract.inputs.plan import PlanSettings, Window, plan_windows
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.tokenize import InputCounts, TokenizedSample, tokenize
@@ -70,7 +69,7 @@ class OpenModel:
         if re.fullmatch(r"[\w.-]+/[\w.-]+", named):
             return named
         source = self.checkpoint.source
-        path = Path(source).expanduser()
+        path = user_path(source, "--model_path")
         return (path.stem if path.suffix == ".gguf" else path.resolve().name) if path.exists() else source
 
 

@@ -84,6 +84,8 @@ def tell_result(
         f"{plural(shards, SUFFIXES[metadata['shard_format']] + ' shard')}, {bytes_text(metadata['total_bytes'])} "
         f"in {activations_dir}/",
     )
+    if bad := metadata["not_finite_rows"]:
+        terminal.line("warning", f"{plural(bad, 'row')} hold infinite or undefined values; see jax-extract inspect")
     if cut := (metadata["input"] or {}).get("truncated_samples"):
         terminal.line(
             "note", f"{plural(cut, 'sample')} truncated to {metadata['plan_settings']['max_length']:,} tokens"

@@ -5,6 +5,7 @@ In: facts. Out: text, lines on standard output and the bar on standard error.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,8 +22,13 @@ class Terminal:
         self._silent = silent
 
     def line(self, label: str, text: str) -> None:
-        if not self._silent:
+        if self._silent:
+            return
+        try:
             print(f"{label:<{_LABEL}}{text}", flush=True)
+        except BrokenPipeError:  # the reader has gone, as in `… | head -1`: the work goes on without words
+            self._silent = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def progress(self, tokens: int | None) -> tqdm:
         """A bar over real tokens, with tokens/s and time left; `tokens` None where the total is not known."""

@@ -61,7 +61,7 @@ HOOK_POINTS: Mapping[str, HookPoint] = {
 }
 DEFAULT_HOOK_POINT = "after_block"
 
-_ALIAS_LAYER = re.compile(r"^blocks\.(\d+|\*|\{i\})\.(.+)$")
+_ALIAS_LAYER = re.compile(r"^blocks\.(\d{1,9}|\*|\{i\})\.(.+)$")
 
 
 def resolve_hook_points(

@@ -42,11 +42,11 @@ class Positions:
         """Reads `all`, `last`, `mean`, `first:8`, `every:4` or `at:0,5,9`; raises UserError otherwise."""
         if text in ("all", "last", "mean"):
             return cls(text)
-        if match := re.fullmatch(r"(first|every):(\d+)", text):
+        if match := re.fullmatch(r"(first|every):(\d{1,9})", text):
             if (count := int(match[2])) < 1:
                 raise UserError(f"positions {text!r} keep nothing; the number must be at least 1")
             return cls("first", count) if match[1] == "first" else cls("every", count)
-        if match := re.fullmatch(r"at:(\d+(?:,\d+)*)", text):
+        if match := re.fullmatch(r"at:(\d{1,9}(?:,\d{1,9})*)", text):
             indices = tuple(sorted({int(i) for i in match[1].split(",")}))
             if len(indices) != match[1].count(",") + 1:
                 raise UserError(f"positions {text!r} name a position twice; name each once")

@@ -10,6 +10,7 @@ nor known to leave the mathematics alone is refused by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -363,39 +364,56 @@ def _from_hf(config: Mapping[str, Any]) -> Qwen2Config:
     _require(config, "partial_rotary_factor", (1, 1.0), 1.0)
     _require(config, "rope_interleaved", (False,), False)
     _require(config, "pretraining_tp", (0, 1), 1)
-    try:
-        for size in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if int(config[size]) < 1:
-                raise UserError(f"config.json has {size} {config[size]}; it must be at least 1")
-        heads = int(config["num_attention_heads"])
-        layers = int(config["num_hidden_layers"])
-        hidden = int(config["hidden_size"])
-        bias = bool(config.get("attention_bias", False))
-        return Qwen2Config(
-            vocab_size=int(config["vocab_size"]),
-            hidden_size=hidden,
-            intermediate_size=int(config["intermediate_size"]),
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            rotary=_rotary(config),
-            rms_norm_eps=float(config["rms_norm_eps"]),
-            max_position_embeddings=int(config["max_position_embeddings"]),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=True if model_type == "qwen2" else bias,
-            output_bias=False if model_type == "qwen2" else bias,
-            mlp_bias=bool(config.get("mlp_bias", False)),
-            qk_norm=model_type == "qwen3",
-            windows=_windows(config, layers),
-            model_type=model_type,
-        )
-    except KeyError as missing:
-        raise UserError(f"config.json lacks {missing.args[0]!r}; it must be a complete Hugging Face file") from None
-    except (TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"config.json has a value of the wrong kind: {error}") from None
+    heads, hidden, layers = (_size(config, k) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
+    bias = _switch(config, "attention_bias")
+    return Qwen2Config(
+        vocab_size=_size(config, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=_size(config, "intermediate_size"),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=_size(config, "num_key_value_heads", default=heads),
+        head_dim=_size(config, "head_dim", default=hidden // heads),
+        rotary=_rotary(config),
+        rms_norm_eps=_positive(config, "rms_norm_eps"),
+        max_position_embeddings=_size(config, "max_position_embeddings"),
+        tie_word_embeddings=_switch(config, "tie_word_embeddings"),
+        qkv_bias=True if model_type == "qwen2" else bias,
+        output_bias=False if model_type == "qwen2" else bias,
+        mlp_bias=_switch(config, "mlp_bias"),
+        qk_norm=model_type == "qwen3",
+        windows=_windows(config, layers),
+        model_type=model_type,
+    )
+
+
+def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = default if config.get(key) is None else config[key]
+    if value is None:
+        raise UserError(f"config.json lacks {key!r}; it must be a complete Hugging Face file")
+    if type(value) is not int or not 1 <= value < 2**31:
+        raise UserError(f"config.json has {key} {_shown(value)}; it must be a whole number of at least 1")
+    return value
+
+
+def _positive(config: Mapping[str, Any], key: str) -> float:
+    value = config.get(key)
+    if value is None:
+        raise UserError(f"config.json lacks {key!r}; it must be a complete Hugging Face file")
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise UserError(f"config.json has {key} {_shown(value)}; it must be a positive number")
+    return float(value)
+
+
+def _switch(config: Mapping[str, Any], key: str) -> bool:
+    value = config.get(key)
+    if value not in (None, True, False):
+        raise UserError(f"config.json has {key} {_shown(value)}; it must be true or false")
+    return bool(value)
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:40]
 
 
 def _require(config: Mapping[str, Any], key: str, accepted: tuple[Any, ...], default: Any) -> None:
@@ -416,22 +434,29 @@ def _rotary(config: Mapping[str, Any]) -> Rotary:
     if unknown := sorted(set(scaling) - _ROPE_FIELDS[kind]):
         raise UserError(f"rope type {kind!r} in config.json has {', '.join(unknown)}, which is not understood")
     # Files older than the field mean 10,000, as transformers reads them.
-    theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0
+    theta = next((t for t in (scaling.pop("rope_theta", None), config.get("rope_theta")) if t is not None), 10_000.0)
     needed = _ROPE_FIELDS[kind] - {"rope_theta"}
     if missing := sorted(needed - set(scaling)):
         raise UserError(f"rope type {kind!r} in config.json lacks {', '.join(missing)}")
-    if "original_max_position_embeddings" in scaling:
-        scaling["original_max_positions"] = int(scaling.pop("original_max_position_embeddings"))
-    return Rotary(float(theta), kind, **scaling)
+    base = _positive({"rope_theta": theta}, "rope_theta")
+    if kind == "default":
+        return Rotary(base)
+    factor = _positive(scaling, "factor")
+    if kind == "linear":
+        return Rotary(base, "linear", factor)
+    low, high = _positive(scaling, "low_freq_factor"), _positive(scaling, "high_freq_factor")
+    if high <= low:
+        raise UserError(f"config.json has high_freq_factor {high}, which must be above low_freq_factor {low}")
+    return Rotary(base, "llama3", factor, low, high, _size(scaling, "original_max_position_embeddings"))
 
 
 def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     """Sliding windows per layer, empty where no layer has one; each model type has its own switch."""
-    size = config.get("sliding_window")
+    size = None if config.get("sliding_window") is None else _size(config, "sliding_window")
     types = config.get("layer_types")
     if config["model_type"] in ("qwen2", "qwen3"):
-        size = size if config.get("use_sliding_window", False) else None
-        first = int(config.get("max_window_layers") or 0)
+        size = size if _switch(config, "use_sliding_window") else None
+        first = 0 if not config.get("max_window_layers") else _size(config, "max_window_layers")
         sliding = [t == "sliding_attention" for t in types] if types else [i >= first for i in range(layers)]
     else:
         sliding = [t == "sliding_attention" for t in types] if types else [True] * layers

@@ -140,8 +140,8 @@ OTHER_RUNS: dict[str, tuple[dict[str, Any], str]] = {
     "format": ({"shard_format": "npz"}, "shard_format"),
     "capture_dtype": ({"capture_dtype": "float16"}, "capture_dtype"),
     "hook_points": ({"hook_points": ("ffn_out",)}, "hook_points"),
-    "batch_size": ({"batch_size": 2}, "plan_settings"),
-    "max_seq_length": ({"max_seq_length": 50}, "plan_settings"),
+    "batch_size": ({"batch_size": 2}, r"plan_settings\.rows"),
+    "max_seq_length": ({"max_seq_length": 50}, r"plan_settings\.max_length"),
 }
 
 

@@ -23,7 +23,7 @@ BATCH_AXES = (DATA, MODEL)
 
 def parse_mesh_shape(text: str) -> tuple[int, int]:
     """`"8,8"` -> (8, 8); `"4"` -> (4, 1); UserError on anything else."""
-    if not (match := re.fullmatch(r"\s*(\d+)\s*(?:[,x]\s*(\d+)\s*)?", text)) or "0" in match.groups():
+    if not (match := re.fullmatch(r"\s*(\d{1,9})\s*(?:[,x]\s*(\d{1,9})\s*)?", text)) or "0" in match.groups():
         raise UserError(f"mesh shape {text!r} is not two positive numbers; write --mesh_shape DATA,MODEL such as 8,8")
     return int(match[1]), int(match[2] or 1)
 

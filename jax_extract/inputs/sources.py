@@ -11,10 +11,9 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
-from jax_extract.errors import UserError
+from jax_extract.errors import UserError, user_path
 from jax_extract.inputs.arc import arc_samples, read_tasks
 from jax_extract.inputs.arc_encoders import grid_encoder
 from jax_extract.inputs.hub import open_dataset
@@ -86,7 +85,7 @@ def open_source(
 
     assert tasks_file is not None
     _refuse(tasks_file, dataset_config=dataset_config)
-    path = Path(tasks_file).expanduser()
+    path = user_path(tasks_file, "--tasks_file")
     if not path.exists():
         raise UserError(
             f"There is no file or folder {path.absolute()}, given as --tasks_file: give a path that exists."

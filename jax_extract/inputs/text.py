@@ -85,7 +85,10 @@ def checked_id(value: object, where: str) -> str:
         return str(value)
     if value == "":
         raise UserError(f"{where}, has an empty id: give it one, or leave the field out.")
-    return checked_text(value, f"{where}, field 'id',")
+    sample_id = checked_text(value, f"{where}, field 'id',")
+    if "\0" in sample_id:  # NumPy drops zeros at the end of a string, so two ids could become one
+        raise UserError(f"{where}, has the id {sample_id[:40]!r}: an id cannot hold a zero byte.")
+    return sample_id
 
 
 def _row(line: str, where: str) -> dict[str, Any]:

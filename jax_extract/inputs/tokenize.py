@@ -118,16 +118,20 @@ def tokenize(
 
 
 def _encode(chunk: list[tuple[int, Sample]], tokenizer: Any, chat_template: bool) -> list[list[int]]:
-    texts = [sample.text for _, sample in chunk]
-    if chat_template:
-        texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-            )
-            for text in texts
-        ]
+    texts = [_in_template(sample, tokenizer) if chat_template else sample.text for _, sample in chunk]
     # A chat template writes the special tokens itself.
     return tokenizer(texts, add_special_tokens=not chat_template, verbose=False)["input_ids"]
+
+
+def _in_template(sample: Sample, tokenizer: Any) -> str:
+    turns = [{"role": "user", "content": sample.text}]
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # noqa: BLE001 (a template is a program of the model's author)
+        first_line = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"the chat template fails on sample {sample.sample_id!r} ({first_line}); leave --chat_template out"
+        ) from None
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import uuid
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -25,10 +26,25 @@ Chunk = bytes | memoryview
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_UNNAMED_FILES = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.EACCES, errno.EPERM}
 _BUFFER = 1 << 20
+_OTHER_FILES = 64  # what the libraries and the compiler keep open besides shards
 
 
 class StorageFull(UserError):
     """The disk, a quota or a file-size limit stops the run; what is committed stays."""
+
+
+def require_open_files(sites: int) -> None:
+    """Makes room for one open file a site; UserError where the system does not allow it."""
+    needed = sites + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        if allowed < needed:
+            raise UserError(
+                f"{sites} files are written at once and only {hard} may be open; raise the limit (ulimit -n {needed}), "
+                "or ask for fewer layers or hook points"
+            )
 
 
 def crc32c(data: Chunk, value: int = 0) -> int:
@@ -61,7 +77,7 @@ class Directory:
 
     def path(self, name: str) -> Path:
         """The path of a name; refuses names that lead out of the directory."""
-        pure = PurePosixPath(name)
+        pure = PurePosixPath(str(name))
         if pure.is_absolute() or ".." in pure.parts:
             raise UserError(f"{name!r} leads out of {self.root}; the run's files were tampered with")
         return self.root / pure
@@ -83,7 +99,8 @@ class Directory:
             file.write(data)
             temporary = f"{name}.{uuid.uuid4().hex}"
             file.publish(temporary)
-        self.path(temporary).replace(self.path(name))
+        with self.trouble_is_told():
+            self.path(temporary).replace(self.path(name))
         self.sync(str(PurePosixPath(name).parent))
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
@@ -105,11 +122,30 @@ class Directory:
 
     def sync(self, folder: str = "") -> None:
         """Makes the names in a folder durable."""
-        fd = os.open(self.path(folder), os.O_RDONLY | os.O_DIRECTORY)
+        with self.trouble_is_told():
+            fd = os.open(self.path(folder), os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    @contextlib.contextmanager
+    def trouble_is_told(self) -> Iterator[None]:
+        """Turns what the system says about writing here into one sentence; a taken name passes through."""
         try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+            yield
+        except FileExistsError:
+            raise
+        except OSError as error:
+            safe = "what is committed is safe"
+            if error.errno in _NO_SPACE:
+                raise StorageFull(
+                    f"no space left for {self.root} ({error.strerror}); {safe}: free some space and run the same "
+                    "command again to go on"
+                ) from None
+            raise UserError(
+                f"{self.root} cannot be written ({error.strerror}); {safe}: mend that and run the same command again"
+            ) from None
 
     def free_bytes(self) -> int:
         root = self.root.absolute()
@@ -125,14 +161,17 @@ class PendingFile:
         self._temporary: Path | None = None
         self.size = 0
         self.crc32c = 0
+        with directory.trouble_is_told():
+            self._file = os.fdopen(self._open(directory.root), "wb", buffering=_BUFFER)
+
+    def _open(self, root: Path) -> int:
         try:
-            fd = os.open(directory.root, os.O_TMPFILE | os.O_WRONLY, 0o644)
+            return os.open(root, os.O_TMPFILE | os.O_WRONLY, 0o644)
         except (OSError, AttributeError) as error:
             if isinstance(error, OSError) and error.errno not in _NO_UNNAMED_FILES:
                 raise
-            self._temporary = directory.root / f".writing-{uuid.uuid4().hex}"
-            fd = os.open(self._temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        self._file = os.fdopen(fd, "wb", buffering=_BUFFER)
+        self._temporary = root / f".writing-{uuid.uuid4().hex}"
+        return os.open(self._temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
 
     def __enter__(self) -> PendingFile:
         return self
@@ -141,7 +180,7 @@ class PendingFile:
         self.discard()
 
     def write(self, data: Chunk) -> int:
-        with self._space():
+        with self._directory.trouble_is_told():
             self._file.write(data)
         self.crc32c = crc32c(data, self.crc32c)
         self.size += len(data)
@@ -155,10 +194,13 @@ class PendingFile:
 
         The name itself is durable only after `Directory.sync` of its folder.
         """
-        with self._space():
+        target = self._directory.path(name)
+        with self._directory.trouble_is_told():
             self._file.flush()
             os.fsync(self._file.fileno())
-        target = self._directory.path(name)
+            self._link(target)
+
+    def _link(self, target: Path) -> None:
         if self._temporary is None:
             root = os.open(self._directory.root, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -175,15 +217,3 @@ class PendingFile:
             self._file.close()
         if self._temporary is not None:
             self._temporary.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def _space(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in _NO_SPACE:
-                raise
-            raise StorageFull(
-                f"no space left for {self._directory.root} ({error.strerror}); what is committed is safe: "
-                "free some space and run the same command again to go on"
-            ) from None

@@ -12,8 +12,10 @@ import io
 import json
 import pickle
 import pickletools
+import re
 import struct
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +24,9 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 from numpy.lib import format as npy
+from safetensors import SafetensorError, safe_open
 
-from jax_extract.errors import UserError
+from jax_extract.errors import UserError, damage_is_told
 from jax_extract.store.filesystem import Chunk
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -232,20 +235,48 @@ def _member(name: str) -> zipfile.ZipInfo:
 
 # --------------------------------------------------------------------------------- reading one shard
 
-_SAFE_GLOBALS = {
-    (f"numpy.{core}{module}", name)
-    for core in ("core.", "_core.")
-    for module, name in (("numeric", "_frombuffer"), ("multiarray", "_reconstruct"))
-} | {("numpy", "dtype"), ("numpy", "ndarray")}
+_PLAIN_TYPE = re.compile(r"[<|]?([fiu][1248]|U\d{1,9})")
+
+
+class _PlainType:
+    """Stands for `numpy.dtype` while a shard is unpickled: numbers and strings only, and nothing to set.
+
+    The real one can be made to take bytes for pointers to objects.
+    """
+
+    def __init__(self, text: object, *_: object) -> None:
+        if not (isinstance(text, str) and _PLAIN_TYPE.fullmatch(text)):
+            raise pickle.UnpicklingError(f"it holds values of type {text!r}")
+        self.dtype = np.dtype(text)
+
+    def __setstate__(self, state: object) -> None:
+        if not (isinstance(state, tuple) and state[:2] in ((3, "<"), (3, "|")) and state[2:5] == (None,) * 3):
+            raise pickle.UnpicklingError("it changes a type")
+
+
+def _plain_array(buffer: object, kind: object, shape: object, order: object, *_: object) -> np.ndarray:
+    """Stands for NumPy's array constructor while a shard is unpickled."""
+    plain = (
+        isinstance(buffer, bytes | bytearray)
+        and type(kind) is _PlainType
+        and isinstance(shape, tuple)
+        and all(type(n) is int and n >= 0 for n in shape)
+        and order in ("C", "F")
+    )
+    if not plain:
+        raise pickle.UnpicklingError("it holds an array that is not plain")
+    return np.frombuffer(buffer, kind.dtype).reshape(shape, order=order)  # type: ignore[union-attr, arg-type]
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles dictionaries of plain arrays, strings and numbers, and refuses everything else."""
+    """Unpickles dictionaries of plain arrays, strings and numbers; nothing a pickle names is ever called."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _SAFE_GLOBALS:
-            raise pickle.UnpicklingError(f"it calls {module}.{name}")
-        return super().find_class(module, name)
+        if (module, name) == ("numpy", "dtype"):
+            return _PlainType
+        if name == "_frombuffer" and module in ("numpy.core.numeric", "numpy._core.numeric"):
+            return _plain_array
+        raise pickle.UnpicklingError(f"it calls {module}.{name}")
 
 
 def load_shard(path: str | Path) -> dict[str, Any]:
@@ -265,22 +296,24 @@ def load_shard(path: str | Path) -> dict[str, Any]:
     if path.suffix not in readers:
         raise UserError(f"shard {path} has the suffix {path.suffix!r}; shards end in {', '.join(readers)}")
     try:
-        shard = readers[path.suffix](path)
-        activations, layer = shard["activations"], shard["layer"]
-        dtype, hook = str(shard["dtype"]), str(shard["hook"])
-        if dtype == "bfloat16" and activations.dtype == np.uint16:
-            activations = activations.view(ml_dtypes.bfloat16)
-        if not (
-            isinstance(activations, np.ndarray)
-            and isinstance(shard["row_offsets"], np.ndarray)
-            and activations.ndim == 2  # noqa: PLR2004 ([rows, width])
-        ):
-            raise ValueError("it does not hold the arrays of a shard")
-        layer = None if layer is None or int(layer) < 0 else int(layer)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"shard {path} was not read: {error}; a shard holds plain arrays and nothing else") from None
-    except Exception as error:  # noqa: BLE001 (damaged bytes make every parser fail in its own way)
-        raise UserError(f"shard {path} is damaged ({error}); extract that batch again") from None
+        with damage_is_told(f"shard {path}", "extract that batch again"):
+            return _checked(readers[path.suffix](path))
+    except (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, EOFError, SafetensorError) as error:
+        raise UserError(f"shard {path} was not read ({error}); a shard holds plain arrays and nothing else") from None
+
+
+def _checked(shard: dict[str, Any]) -> dict[str, Any]:
+    """The shard with its values as documented; raises where they do not belong together."""
+    activations, row_offsets = shard["activations"], shard["row_offsets"]
+    dtype, hook = str(shard["dtype"]), str(shard["hook"])
+    if dtype == "bfloat16" and activations.dtype == np.uint16:
+        activations = activations.view(ml_dtypes.bfloat16)
+    if str(activations.dtype) != dtype or activations.ndim != 2:  # noqa: PLR2004 ([rows, width])
+        raise ValueError("its activations are not what it says")
+    ascending = row_offsets.dtype.kind == "i" and row_offsets[0] == 0 and (np.diff(row_offsets) >= 0).all()
+    if not ascending or row_offsets[-1] != len(activations) or len(shard["sample_ids"]) != len(row_offsets) - 1:
+        raise ValueError("its row offsets, samples and rows do not belong together")
+    layer = None if shard["layer"] is None or int(shard["layer"]) < 0 else int(shard["layer"])
     return {**shard, "activations": activations, "layer": layer, "hook": hook, "dtype": dtype}
 
 
@@ -299,8 +332,6 @@ def _load_npz(path: Path) -> dict[str, Any]:
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:
-    from safetensors import safe_open
-
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata() or {}
         return {

@@ -13,13 +13,15 @@ In: the run's identity, commit records. Out: `_run/run.json`, one create-only re
 from __future__ import annotations
 
 import json
+import re
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jax_extract.errors import UserError
+from jax_extract.errors import UserError, damage_is_told
 from jax_extract.store.filesystem import Directory
-from jax_extract.store.parts import SHARD_NAME
+from jax_extract.store.parts import ShardName
 
 FORMAT_VERSION = 1
 RUN_FILE = "_run/run.json"
@@ -27,6 +29,9 @@ PLAN, PARTS, COMMITS, SESSIONS = "_run/plan", "_run/parts", "_run/commits", "_ru
 METADATA_FILE = "metadata.json"
 
 Key = tuple[int, int]  # (batch, part), both counted from 1
+
+_OWN_NAME = re.compile(r"\d{6,}(_\d{3,})?\.json|[0-9a-f]{12}\.json")
+_REMOVE = "restore it from a copy, or remove it to compute that part again"
 
 
 def part_name(key: Key) -> str:
@@ -52,19 +57,36 @@ class Ledger:
         if not directory.exists(RUN_FILE):
             raise UserError(f"{directory.root} holds no run ({RUN_FILE} is missing); give the --activations_dir of one")
         run = _json(directory, RUN_FILE)
+        if directory.path("_run").is_symlink():
+            raise UserError(f"{directory.root}/_run is a link; a run's own folders are not")
         if run.get("format_version") != FORMAT_VERSION:
             raise UserError(
                 f"{directory.root} has format version {run.get('format_version')!r} and this version reads "
                 f"{FORMAT_VERSION}; use the jax_extract that wrote it"
             )
+        with damage_is_told(f"{directory.path(RUN_FILE)}", "restore it from a copy of the run"):
+            for key in ("identity", "numerics", "description"):
+                if not isinstance(run[key], dict):
+                    raise TypeError(f"{key} is no object")
+            str(run["run_id"])
         return cls(directory, run)
 
     @classmethod
     def start(cls, directory: Directory, run: Mapping[str, Any]) -> Ledger:
         """Writes run.json into a directory that holds no run yet."""
         directory.make(PLAN, PARTS, COMMITS, SESSIONS)
-        run = {"format_version": FORMAT_VERSION, **run}
-        directory.write(RUN_FILE, _dump(run))
+        if directory.names(COMMITS):
+            raise UserError(
+                f"{directory.root} holds commit records but no {RUN_FILE}; restore that file from a copy, "
+                "or choose another --activations_dir"
+            )
+        run = {"format_version": FORMAT_VERSION, "run_id": uuid.uuid4().hex, **run}
+        try:
+            directory.write(RUN_FILE, _dump(run))
+        except FileExistsError:
+            raise UserError(
+                f"another process has just started a run in {directory.root}; give the command again"
+            ) from None
         return cls(directory, run)
 
     def require_same(
@@ -84,12 +106,36 @@ class Ledger:
             )
 
     def committed(self) -> dict[Key, dict[str, Any]]:
-        """Every commit record, by (batch, part), in that order."""
-        records = (_json(self.directory, f"{COMMITS}/{name}") for name in self.directory.names(COMMITS))
-        return {(record["batch"], record["part"]): record for record in records}
+        """Every commit record, by (batch, part), in that order; UserError on a damaged or foreign one."""
+        records: dict[Key, dict[str, Any]] = {}
+        for name in self._names(COMMITS):
+            record = _json(self.directory, f"{COMMITS}/{name}")
+            with damage_is_told(f"commit record {self.directory.path(COMMITS)}/{name}", _REMOVE):
+                if record["run"] != self.run["run_id"]:
+                    raise ValueError("it belongs to another run")
+                counts = [record[key] for key in ("batch", "part", "parts_in_batch", "samples", "tokens", "rows")]
+                counts += [file["bytes"] for file in record["files"]] + [record["sidecar"]["bytes"]]
+                if not all(type(count) is int and count >= 0 for count in counts):
+                    raise ValueError("a count is no whole number")
+                records[record["batch"], record["part"]] = record
+        return records
+
+    def require_files(self, committed: Mapping[Key, Mapping[str, Any]]) -> None:
+        """UserError where a file that a record names is missing or has another size."""
+        for key, record in committed.items():
+            for file in (record["sidecar"], *record["files"]):
+                path = self.directory.path(file["path"])
+                if not path.is_file() or path.stat().st_size != file["bytes"]:
+                    raise UserError(
+                        f"{path} is missing or cut short; restore it from a copy, or remove "
+                        f"{self.directory.path(COMMITS)}/{part_name(key)}.json to compute that part again"
+                    )
 
     def commit(self, record: Mapping[str, Any]) -> bool:
         """Makes a part exist; False where another worker has committed it already."""
+        if _json(self.directory, RUN_FILE).get("run_id") != self.run["run_id"]:
+            raise UserError(f"another process started {self.directory.root} anew; this run is over")
+        record = {**record, "run": self.run["run_id"]}
         try:
             self.directory.write(f"{COMMITS}/{part_name((record['batch'], record['part']))}.json", _dump(record))
         except FileExistsError:
@@ -112,10 +158,18 @@ class Ledger:
         self.directory.write(f"{SESSIONS}/{attempt}.json", _dump(session))
 
     def sessions(self) -> list[dict[str, Any]]:
-        return [_json(self.directory, f"{SESSIONS}/{name}") for name in self.directory.names(SESSIONS)]
+        return [_json(self.directory, f"{SESSIONS}/{name}") for name in self._names(SESSIONS)]
+
+    def _names(self, folder: str) -> list[str]:
+        """Our own files of a folder: file managers and copy programs leave others."""
+        return [name for name in self.directory.names(folder) if _OWN_NAME.fullmatch(name)]
 
     def metadata(self) -> dict[str, Any]:
         """What metadata.json says, derived from run.json, the records and the sessions."""
+        with damage_is_told(f"the run in {self.directory.root}", "restore its _run folder from a copy"):
+            return self._metadata()
+
+    def _metadata(self) -> dict[str, Any]:
         identity, description = self.run["identity"], self.run["description"]
         records = self.committed()
         batches: dict[int, dict[str, Any]] = {}
@@ -128,7 +182,7 @@ class Ledger:
                 entry[count] += record[count]
             entry["files"] += [file["path"] for file in record["files"]]
         sessions = self.sessions()
-        plans = self.directory.names(PLAN)
+        plans = self._names(PLAN)
         plan = _json(self.directory, f"{PLAN}/{plans[-1]}") if plans else {}
         layers = sorted({site["layer"] for site in identity["sites"] if site["layer"] is not None})
         return {
@@ -140,6 +194,7 @@ class Ledger:
             "total_tokens": sum(record["tokens"] for record in records.values()),
             "total_rows": sum(record["rows"] for record in records.values()),
             "total_bytes": sum(file["bytes"] for record in records.values() for file in record["files"]),
+            "not_finite_rows": sum(record.get("not_finite_rows", 0) for record in records.values()),
             "tokens_per_second": _ratio(sessions, "tokens", "seconds"),
             "padding_waste": _waste(sessions),
             "format_version": self.run["format_version"],
@@ -159,13 +214,23 @@ class Ledger:
 
 
 def erase(directory: Directory) -> None:
-    """Removes a run from a directory: its records first, then its shards; other files are left alone."""
+    """Removes a run from a directory: its records first, then its shards; every other file is left alone."""
+    run = Ledger.open(directory).run
+    for folder in (COMMITS, SESSIONS, PLAN, PARTS):
+        if directory.path(folder).is_symlink():
+            raise UserError(f"{directory.path(folder)} is a link; a run's own folders are not: remove the link first")
+    with damage_is_told(f"the run in {directory.root}", "remove it by hand"):
+        batches = {p["batch"] for n in directory.names(PLAN) for p in _json(directory, f"{PLAN}/{n}")["parts"]}
+        sites = {(site["hook"], site["layer"]) for site in run["identity"]["sites"]}
+        shard_format = run["identity"]["shard_format"]
     for folder in (COMMITS, SESSIONS, PLAN, PARTS):
         for name in directory.names(folder):
             directory.path(f"{folder}/{name}").unlink()
     for name in directory.names():
-        if SHARD_NAME.fullmatch(name) or name == METADATA_FILE:
+        shard = ShardName.parse(name)
+        if shard and (shard.hook, shard.layer) in sites and shard.batch in batches and shard.format == shard_format:
             directory.path(name).unlink()
+    directory.path(METADATA_FILE).unlink(missing_ok=True)
     directory.path(RUN_FILE).unlink(missing_ok=True)
 
 
@@ -175,7 +240,7 @@ def _json(directory: Directory, name: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError("it is no JSON object")
         return value
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{directory.path(name)} cannot be read ({error}); restore it from a copy of the run") from None
 
 
@@ -184,9 +249,17 @@ def _dump(value: Mapping[str, Any]) -> bytes:
 
 
 def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    wanted = json.loads(json.dumps(wanted))
-    keys = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]
-    return "; ".join(f"{key} was {_brief(stored.get(key))}, is now {_brief(wanted.get(key))}" for key in keys)
+    before, after = _flat(stored), _flat(json.loads(json.dumps(wanted)))
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return "; ".join(f"{key} was {_brief(before.get(key))}, is now {_brief(after.get(key))}" for key in keys)
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat.update(_flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item})
+    return flat
 
 
 def _brief(value: Any, most: int = 60) -> str:

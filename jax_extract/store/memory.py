@@ -53,4 +53,7 @@ class MemorySink:
     def commit(self) -> None:
         assert self._content is not None
         self.parts.append(MemoryPart(self._content, self._arrays))
+        self.abandon()
+
+    def abandon(self) -> None:
         self._content, self._arrays = None, {}

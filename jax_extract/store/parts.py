@@ -35,10 +35,29 @@ class Site:
         return f"{site}_batch_{batch:06d}{numbered}.{suffix}"
 
 
-SHARD_NAME = re.compile(
-    r"(layer_\d+(_[a-z_]+?)?|embeddings|final_norm)_batch_\d{6,}(_part_\d{3,})?(_attempt_[0-9a-f]+)?"
-    r"\.(pkl|npz|safetensors)"
+_SHARD_NAME = re.compile(
+    r"(?:layer_(?P<layer>\d+)(?:_(?P<hook>[a-z_]+?))?|(?P<single>embeddings|final_norm))_batch_(?P<batch>\d{6,})"
+    r"(?:_part_\d{3,})?(?:_attempt_[0-9a-f]+)?\.(?P<suffix>pkl|npz|safetensors)"
 )
+
+
+@dataclass(frozen=True)
+class ShardName:
+    """What a shard's file name says."""
+
+    hook: str
+    layer: int | None
+    batch: int
+    format: str
+
+    @classmethod
+    def parse(cls, name: str) -> ShardName | None:
+        """None where the name is no shard's."""
+        if not (match := _SHARD_NAME.fullmatch(name)):
+            return None
+        shard_format = {"pkl": "pickle"}.get(match["suffix"], match["suffix"])
+        layer = None if match["single"] else int(match["layer"])
+        return cls(match["single"] or match["hook"] or "after_block", layer, int(match["batch"]), shard_format)
 
 
 @dataclass(frozen=True, eq=False)

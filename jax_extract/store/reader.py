@@ -8,20 +8,22 @@ against its CRC32C.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 
-from jax_extract.errors import UserError
+from jax_extract.errors import UserError, damage_is_told
 from jax_extract.store.filesystem import Directory, crc32c
 from jax_extract.store.ledger import Ledger
 from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.sidecar import BLOCK_BYTES, Sidecar, StoredArray
+
+_SIDECARS_KEPT = 16
 
 
 class StoredPart(Protocol):
@@ -177,32 +179,45 @@ class Run:
         found = [
             (int(index), sample_id, number, place)
             for number, part in enumerate(self._parts)
-            for place, (index, sample_id) in enumerate(
-                zip(part.content.sample_indices, part.content.sample_ids, strict=True)
-            )
+            for place, (index, sample_id) in enumerate(_names(part.content))
         ]
         return {sample_id: (number, place) for _, sample_id, number, place in sorted(found)}
 
 
+def _names(content: PartContent) -> Iterator[tuple[int, str]]:
+    return zip(content.sample_indices, content.sample_ids, strict=True)
+
+
 class _DirectoryPart:
-    def __init__(self, directory: Directory, record: Mapping[str, Any], dtype: str) -> None:
+    def __init__(
+        self, directory: Directory, record: Mapping[str, Any], dtype: str, sidecars: Callable[[str, int], Sidecar]
+    ) -> None:
         self._directory = directory
         self._record = record
         self._dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+        self._sidecars = sidecars
 
-    @cached_property
+    @property
     def _sidecar(self) -> Sidecar:
         named = self._record["sidecar"]
-        return Sidecar.read(self._directory, named["path"], named["crc32c"])
+        return self._sidecars(named["path"], named["crc32c"])
 
     @property
     def content(self) -> PartContent:
         return self._sidecar.content
 
     def rows(self, site: Site, start: int, stop: int) -> np.ndarray:
-        array = next(a for a in self._sidecar.arrays if a.site.key == site.key)
+        sidecar = self._sidecar
+        arrays = {array.site.key: array for array in sidecar.arrays}
         row_bytes = site.width * self._dtype.itemsize
-        data = self._bytes(array, start * row_bytes, stop * row_bytes, self.content.rows * row_bytes)
+        total = sidecar.content.rows * row_bytes
+        sizes = {file["path"]: file["bytes"] for file in self._record["files"]}
+        with damage_is_told(f"the sidecar of part {sidecar.content.key}", "restore it from a copy"):
+            array = arrays[site.key]
+            self._directory.path(array.path)  # refuses a path that leads out, by its own sentence
+            if not 0 <= array.offset <= sizes[array.path] - total or len(array.blocks) != -(-total // BLOCK_BYTES):
+                raise ValueError(f"it does not fit {array.path}")
+        data = self._bytes(array, start * row_bytes, stop * row_bytes, total)
         return data.view(self._dtype).reshape(stop - start, site.width)
 
     def _bytes(self, array: StoredArray, start: int, stop: int, total: int) -> np.ndarray:
@@ -240,7 +255,11 @@ def open_activations(path: str | Path) -> Run:
     """
     directory = Directory(Path(path))
     ledger = Ledger.open(directory)
-    identity = ledger.run["identity"]
-    sites = [Site(s["hook"], s["layer"], s["width"]) for s in identity["sites"]]
-    parts = [_DirectoryPart(directory, record, identity["capture_dtype"]) for record in ledger.committed().values()]
+    committed = ledger.committed()
+    with damage_is_told(f"the run in {directory.root}", "restore its _run folder from a copy"):
+        identity = ledger.run["identity"]
+        sites = [Site(str(s["hook"]), s["layer"], int(s["width"])) for s in identity["sites"]]
+        # A few sidecars are kept: random access meets the same parts again, a full pass needs each once.
+        sidecars = lru_cache(maxsize=_SIDECARS_KEPT)(partial(Sidecar.read, directory))
+        parts = [_DirectoryPart(directory, r, identity["capture_dtype"], sidecars) for r in committed.values()]
     return Run(ledger.metadata(), sites, parts)

@@ -16,11 +16,13 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from jax_extract.errors import UserError
+from jax_extract.errors import UserError, damage_is_told
 from jax_extract.store.filesystem import Chunk, Directory, crc32c
 from jax_extract.store.parts import PartContent, Site, offsets
 
 BLOCK_BYTES = 1 << 20
+
+_MEND = "restore it from a copy, or start the run anew"
 
 
 class BlockChecksums:
@@ -104,15 +106,15 @@ class Sidecar:
     @classmethod
     def read(cls, directory: Directory, name: str, expected_crc32c: int) -> Sidecar:
         """Reads and checks a sidecar; UserError where it is missing or damaged."""
+        path = directory.path(name)
         try:
-            data = directory.read(name)
-            if crc32c(data) != expected_crc32c:
-                raise ValueError("its checksum is wrong")
-            return cls._parse(data)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(
-                f"sidecar {directory.path(name)} is damaged ({error}); restore it from a copy, or start the run anew"
-            ) from None
+            with damage_is_told(f"sidecar {path}", _MEND):
+                data = directory.read(name)
+                if crc32c(data) != expected_crc32c:
+                    raise ValueError("its checksum is wrong")
+                return cls._parse(data)
+        except SafetensorError as error:
+            raise UserError(f"sidecar {path} is damaged ({error}); {_MEND}") from None
 
     @classmethod
     def _parse(cls, data: bytes) -> Sidecar:
@@ -130,6 +132,11 @@ class Sidecar:
             meta=tuple(json.loads(metadata["meta"])),
             plan=metadata["plan"],
         )
+        samples = len(content.sample_ids)
+        counts = [len(content.sample_indices), len(content.full_lengths), len(content.meta)]
+        counts += [len(content.token_ids), len(content.positions)]
+        if counts != [samples] * len(counts) or not all(isinstance(name, str) for name in content.sample_ids):
+            raise ValueError("its parts do not belong together")
         blocks = _split(tensors["block_crc32c"], tensors["block_offsets"])
         files: list[dict[str, Any]] = json.loads(metadata["files"])
         arrays = tuple(
@@ -144,4 +151,8 @@ def _concatenate(pieces: tuple[np.ndarray, ...]) -> np.ndarray:
 
 
 def _split(values: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, ...]:
+    if bounds.dtype != np.int64 or not len(bounds) or bounds[0] != 0 or bounds[-1] != len(values):
+        raise ValueError("its offsets do not fit its values")
+    if (np.diff(bounds) < 0).any():
+        raise ValueError("its offsets run backwards")
     return tuple(values[start:stop] for start, stop in itertools.pairwise(bounds))

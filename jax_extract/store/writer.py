@@ -33,6 +33,10 @@ class PartSink(Protocol):
 
     def commit(self) -> None: ...
 
+    def abandon(self) -> None:
+        """Lets go of a part that was begun; nothing of it stays."""
+        ...
+
 
 @dataclass
 class _Shard:
@@ -54,20 +58,29 @@ class PartWriter:
         self._attempt = attempt
         self._content: PartContent | None = None
         self._shards: list[_Shard] = []
+        self._not_finite = 0  # rows of this part, over all sites, with a value that is no finite number
 
     def begin(self, content: PartContent) -> None:
         self._content = content
+        self._not_finite = 0
         for site in self._sites:
             header = ShardHeader(
                 content.rows, site.width, self._dtype, site.hook, site.layer, content.sample_ids, content.row_offsets
             )
             file = self._directory.create()
-            self._shards.append(_Shard(site, file, ENCODERS[self._format](file, header)))
+            try:
+                self._shards.append(_Shard(site, file, ENCODERS[self._format](file, header)))
+            except BaseException:
+                file.discard()
+                raise
 
     def append(self, blocks: Blocks, kept: Sequence[int]) -> None:
         for shard in self._shards:
             for piece in row_pieces(blocks[shard.site.key], kept):
                 rows = piece.reshape(-1).view(np.uint8).data
+                if not np.isfinite(piece).all():
+                    finite = np.isfinite(piece.reshape(-1, shard.site.width)).all(axis=1)
+                    self._not_finite += int((~finite).sum())
                 shard.encoder.append(rows)
                 shard.checksums.update(rows)
 
@@ -102,6 +115,7 @@ class PartWriter:
             "samples": len(content.sample_ids),
             "tokens": content.tokens,
             "rows": content.rows,
+            "not_finite_rows": self._not_finite,
             "plan": content.plan,
             "attempt": self._attempt,
             "sidecar": {"path": sidecar_name, "bytes": sidecar.size, "crc32c": sidecar.crc32c},

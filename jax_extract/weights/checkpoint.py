@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jax_extract.errors import UserError
+from jax_extract.errors import UserError, user_path
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16}
 
@@ -63,7 +63,7 @@ class Checkpoint(Protocol):
 
 def open_checkpoint(model_path: str, revision: str | None = None) -> Checkpoint:
     """Finds out what `model_path` is; UserError where it is nothing that can be read."""
-    path = Path(model_path).expanduser()
+    path = user_path(model_path, "--model_path")
     if path.is_dir():
         if not (path / "config.json").exists() and len(ggufs := sorted(path.glob("*.gguf"))) == 1:
             path = ggufs[0]
@@ -148,7 +148,7 @@ class SafetensorsCheckpoint:
             if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # without files it is made empty
                 raise ValueError("it has no vocabulary")
             return tokenizer
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # noqa: BLE001 (every tokenizer class fails in its own way)
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"no usable tokenizer in {self._folder} ({first_line}); add its tokenizer.json") from None
 
@@ -180,6 +180,8 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         listed = _read_json(index).get("weight_map", {})
+        if not isinstance(listed, dict):
+            raise UserError(f"{index} has no weight_map from tensors to files; download it again")
         names = sorted({str(name) for name in listed.values()})
         for name in names:
             if Path(name).name != name:
@@ -201,7 +203,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path.name} is missing from {path.parent}; a Hugging Face model folder has one")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(f"{path}{line} is not valid JSON; download it again") from None
     if not isinstance(value, dict):

@@ -135,7 +135,7 @@ def prepare(args: argparse.Namespace, scratch: Path) -> None:
         dataset_config=None,
         text_column=None,
     )
-    fitting = [s for s in source.samples() if len(tokenizer(s.text)["input_ids"]) <= args.max_tokens]
+    fitting = [s for s in source.samples() if len(tokenizer(s.text, verbose=False)["input_ids"]) <= args.max_tokens]
     order = torch.randperm(len(fitting), generator=torch.Generator().manual_seed(0))[: args.prompts].tolist()
     with (scratch / "prompts.jsonl").open("w", encoding="utf-8") as file:
         for i in order:

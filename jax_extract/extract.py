@@ -228,10 +228,9 @@ def _start(config: ExtractConfig, directory: Directory, run: Mapping[str, Any]) 
     if directory.exists(RUN_FILE):
         erase(directory)
     directory.make("_run")
-    ledger = Ledger.start(directory, run)
     again = dataclasses.replace(config, overwrite=False)  # fed back, it resumes
     directory.replace(CONFIG_FILE, to_yaml(again).encode())
-    return ledger
+    return Ledger.start(directory, run)
 
 
 def _pending(

@@ -6,6 +6,7 @@ In: the job, the input's counts, the plan, what came of it. Out: labelled lines 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from jax_extract.config import ExtractConfig
@@ -48,7 +49,7 @@ def tell_input(source: Source, counts: InputCounts, job: Job, terminal: Terminal
         cut += f"; {plural(counts.empty_samples, 'sample')} without a token left out"
     terminal.line(
         "input",
-        f"{source.name}: {plural(counts.samples, 'sample')}, {plural(counts.tokens, 'token')}, "
+        f"{PurePath(source.name).name}: {plural(counts.samples, 'sample')}, {plural(counts.tokens, 'token')}, "
         f"longest {counts.longest_sample:,}{cut}",
     )
 

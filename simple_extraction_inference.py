@@ -27,7 +27,15 @@ class SimpleExtractionConfig:
 
 
 def main() -> int:
-    from jax_extract.cli import extract_command
+    try:
+        from jax_extract.cli import extract_command
+    except ModuleNotFoundError as missing:
+        print(
+            f"error: {missing.name} is not installed in this Python; activate the environment "
+            "(source .venv/bin/activate) or install jax_extract (pip install -e .)",
+            file=sys.stderr,
+        )
+        return 2
 
     return extract_command("simple_extraction_inference.py", SimpleExtractionConfig())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import io
 import itertools
 import os
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE, end="")
+        return 0
+    if argv[0] == "--version":
+        print(importlib.metadata.version("jax_extract"))
         return 0
     commands: dict[str, Callable[[list[str]], None]] = {"extract": _extract, "inspect": _inspect}
     if argv[0] not in commands:
@@ -88,6 +92,7 @@ def _extract(argv: list[str], program: str = "jax-extract extract", defaults: ob
         assert dataclasses.is_dataclass(defaults) and not isinstance(defaults, type)
         base = from_mapping(dataclasses.asdict(defaults), base, type(defaults).__name__)
     argv, path = _take_config(argv)
+    _refuse_layer_ranges(argv)
     if path is not None:
         base = from_yaml(path, base)
     base.check()
@@ -123,18 +128,30 @@ def _is_rule(line: str) -> bool:
 
 def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
     """Takes `--config FILE` out of the words."""
-    rest, path = [], None
+    rest: list[str] = []
+    paths: list[str] = []
     words = iter(argv)
     for word in words:
         if word == _CONFIG_FLAG:
-            path = next(words, None)
-            if path is None:
-                raise UserError(f"{_CONFIG_FLAG} needs a YAML file")
+            paths.append(next(words, ""))
         elif word.startswith(f"{_CONFIG_FLAG}="):
-            path = word.partition("=")[2]
+            paths.append(word.partition("=")[2])
         else:
             rest.append(word)
-    return rest, path
+    if "" in paths:
+        raise UserError(f"{_CONFIG_FLAG} needs a YAML file")
+    if len(paths) > 1:
+        raise UserError(f"{_CONFIG_FLAG} was given {len(paths)} times; put the options into one file")
+    return rest, (paths or [None])[0]
+
+
+def _refuse_layer_ranges(argv: list[str]) -> None:
+    """`10-23` and `10,11` are natural to write and mean nothing here; the general message would be long."""
+    flags = ("--layers_to_extract", "--layers-to-extract")
+    for i, word in enumerate(argv):
+        value = argv[i + 1] if word in flags and i + 1 < len(argv) else word.partition("=")[2]
+        if word.startswith(flags) and re.search(r"\d[-,:]", value):
+            raise UserError(f"--layers_to_extract {value!r} is no list; write the layers with spaces: 10 11 12")
 
 
 def _spell_out_flags(argv: list[str], dataclass: type) -> list[str]:

@@ -93,7 +93,7 @@ def extract(
     model: str,
     texts: Sequence[str] | Mapping[str, str],
     *,
-    layers: Iterable[int] | None = None,
+    layers: Iterable[int] | int | None = None,
     hook_points: Iterable[str] = (DEFAULT_HOOK_POINT,),
     positions: str = "last",
     progress: bool = False,
@@ -121,9 +121,10 @@ def extract(
         raise UserError(
             f"extract has no option {unknown[0]!r}; its options are: {', '.join(sorted(_NOTEBOOK_OPTIONS))}"
         )
+    chosen = (layers,) if isinstance(layers, int) else None if layers is None else tuple(int(i) for i in layers)
     config = ExtractConfig(
         model_path=str(model),
-        layers_to_extract=None if layers is None else tuple(int(layer) for layer in layers),
+        layers_to_extract=chosen,
         hook_points=(hook_points,) if isinstance(hook_points, str) else tuple(hook_points),
         positions=positions,
         **options,
@@ -206,8 +207,10 @@ def _check_plan(
         for _ in _pending(windows, committed, found, counts):
             pass
     tell_input(source, counts, job, terminal)
+    if not any(job.plan.positions.rows(sample.length) for w in windows for p in w.parts for sample in p.samples):
+        raise UserError(f"no sample is long enough for positions {job.plan.positions}; choose earlier ones")
     parts = [part for window in windows for part in window.parts]
-    tell_plan(parts, terminal)
+    tell_plan(parts, job.mesh.size, terminal)
     pending = [part for part in parts if part.key not in committed]
     needed = job.bytes_stored(sample for part in pending for sample in part.samples)
     if needed > (free := directory.free_bytes()):

@@ -120,6 +120,12 @@ def _steps(parts: Iterable[Part], devices: int) -> Iterator[list[_Work]]:
         yield step
 
 
+def tokens_computed(parts: Iterable[Part], devices: int) -> int:
+    """Slab tokens of all steps, idle devices included."""
+    first = (step[0].slab for step in _steps(parts, devices))
+    return sum(devices * slab.rows * slab.length for slab in first)
+
+
 def _pack(step: list[_Work], devices: int) -> tuple[np.ndarray, np.ndarray]:
     """Token ids int32 [devices * rows, length] and lengths int32 [devices * rows]; the rest is dummy rows."""
     slab = step[0].slab

@@ -13,7 +13,7 @@ from jax_extract.config import ExtractConfig
 from jax_extract.inputs.plan import Part
 from jax_extract.inputs.sources import Source
 from jax_extract.inputs.tokenize import InputCounts
-from jax_extract.loop import LoopStatistics
+from jax_extract.loop import LoopStatistics, tokens_computed
 from jax_extract.prepare import Job
 from jax_extract.store.formats import SUFFIXES
 from jax_extract.terminal import Terminal, bytes_text, plural, ranges_text, share_text
@@ -54,10 +54,9 @@ def tell_input(source: Source, counts: InputCounts, job: Job, terminal: Terminal
     )
 
 
-def tell_plan(parts: Sequence[Part], terminal: Terminal) -> None:
+def tell_plan(parts: Sequence[Part], devices: int, terminal: Terminal) -> None:
     shapes = {(slab.length, slab.rows) for part in parts for slab in part.slabs}
-    slab_tokens = sum(slab.rows * slab.length for part in parts for slab in part.slabs)
-    padding = 1 - sum(part.tokens for part in parts) / slab_tokens
+    padding = 1 - sum(part.tokens for part in parts) / tokens_computed(parts, devices)
     terminal.line(
         "plan",
         f"{plural(parts[-1].batch, 'batch')} in {plural(len(parts), 'part')}, "

@@ -251,7 +251,18 @@ def _dump(value: Mapping[str, Any]) -> bytes:
 def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     before, after = _flat(stored), _flat(json.loads(json.dumps(wanted)))
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    if "sites" in keys:  # which explains these: other layers load other weights and have other widths
+        keys = [key for key in keys if key not in ("weights", "plan_settings.bytes_per_row")]
+        before["sites"], after["sites"] = _sites_text(before["sites"]), _sites_text(after["sites"])
     return "; ".join(f"{key} was {_brief(before.get(key))}, is now {_brief(after.get(key))}" for key in keys)
+
+
+def _sites_text(sites: Any) -> str:
+    """Such as `after_block 10 11 12; final_norm`."""
+    layers: dict[str, list[str]] = {}
+    for site in sites:
+        layers.setdefault(site["hook"], []).extend([] if site["layer"] is None else [str(site["layer"])])
+    return "; ".join(" ".join([hook, *numbers]) for hook, numbers in layers.items())
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -262,7 +273,7 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _brief(value: Any, most: int = 60) -> str:
+def _brief(value: Any, most: int = 100) -> str:
     text = json.dumps(value)
     return text if len(text) <= most else f"{text[:most]}…"
 

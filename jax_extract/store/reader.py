@@ -22,6 +22,7 @@ from jax_extract.store.filesystem import Directory, crc32c
 from jax_extract.store.ledger import Ledger
 from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.sidecar import BLOCK_BYTES, Sidecar, StoredArray
+from models.hooks import resolve_hook_points
 
 _SIDECARS_KEPT = 16
 
@@ -37,7 +38,7 @@ class StoredPart(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class SampleActivations:
     """One sample of a run.
 
@@ -59,6 +60,9 @@ class SampleActivations:
     _run: Run = field(repr=False)
     _part: StoredPart = field(repr=False)
     _rows: tuple[int, int] = field(repr=False)
+
+    def __repr__(self) -> str:
+        return f"SampleActivations({self.sample_id!r}, {len(self.token_ids)} tokens, {len(self.positions)} rows)"
 
     def get(self, layer: int | None = None, hook: str = "after_block") -> np.ndarray:
         """Its activations, [positions, width], in the run's stored dtype.
@@ -125,17 +129,29 @@ class Run:
         return list(self._places)
 
     def site(self, layer: int | None, hook: str = "after_block") -> Site:
-        """The site at a layer (None where the hook point has none); UserError where it was not captured."""
-        for site in self.sites:
-            if site.hook == hook and (site.layer == layer or site.layer is None):
-                return site
-        if hook not in self.hook_points:
+        """The site of a hook point, by name or TransformerLens name, at a layer; UserError where it was not captured.
+
+        The layer can be left out where the hook point has none, or where only one was captured.
+        """
+        (hook, named), *others = resolve_hook_points([hook]).items()
+        if others:
+            raise UserError(f"{hook!r} and {others[0][0]!r} are both meant; name one hook point")
+        layer = next(iter(named)) if named else layer
+        found = [site for site in self.sites if site.hook == hook]
+        if not found:
             raise UserError(f"this run holds no {hook!r}; it holds: {', '.join(self.hook_points)}")
-        layers = [site.layer for site in self.sites if site.hook == hook]
+        for site in found:
+            if site.layer in (layer, None) or (layer is None and len(found) == 1):
+                return site
+        layers = [site.layer for site in found]
+        if layer is None:
+            raise UserError(f"say which layer of {hook!r}, as in get(layer={layers[0]}); this run holds {layers}")
         raise UserError(f"this run holds no layer {layer} of {hook!r}; it holds the layers {layers}")
 
     def sample(self, sample_id: str) -> SampleActivations:
         """One sample by its id; UserError (with the nearest id) where the run does not hold it."""
+        if not isinstance(sample_id, str):
+            raise UserError(f"sample ids are strings, {sample_id!r} is none; by place: run.sample_ids[{sample_id!r}]")
         if sample_id not in self._places:
             near = difflib.get_close_matches(sample_id, list(self._places)[:10_000], n=1)
             nearest = f"; the nearest is {near[0]!r}" if near else ""

@@ -80,7 +80,10 @@ def open_checkpoint(model_path: str, revision: str | None = None) -> Checkpoint:
 
         folder, commit = download(model_path, revision)
         return SafetensorsCheckpoint(folder, source=model_path, revision=commit)
-    raise UserError(f"model {model_path!r} was not found; give a Hugging Face folder, a .gguf file or a hub id")
+    raise UserError(
+        f"model {model_path!r} was not found; give a Hugging Face folder, a .gguf file, "
+        "or a hub id of the form OWNER/NAME"
+    )
 
 
 @dataclass(frozen=True)

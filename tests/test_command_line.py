@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import re
 import sys
@@ -188,3 +189,21 @@ def test_help_lists_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"--{field.name}" in out for field in dataclasses.fields(ExtractConfig))
     assert "--config" in out
     assert sys.executable not in out
+
+
+@pytest.mark.parametrize("layers", ["10-12", "10,11", "10:12"])
+def test_layers_written_as_a_range_are_told_how_to_be_written(layers: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["extract", "--model_path", "m", "--layers_to_extract", layers]) == 2
+    assert "write the layers with spaces: 10 11 12" in capsys.readouterr().err
+
+
+def test_a_second_configuration_file_is_refused_instead_of_replacing_the_first(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["extract", "--config", "a.yaml", "--config=b.yaml"]) == 2
+    assert "--config was given 2 times" in capsys.readouterr().err
+
+
+def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == importlib.metadata.version("jax_extract")

@@ -310,3 +310,27 @@ def test_metadata_can_be_derived_anew_from_the_records(damaged: Callable[..., Pa
     written = json.loads((directory / "metadata.json").read_text())
     (directory / "metadata.json").unlink()
     assert json.loads(json.dumps(open_activations(directory).metadata)) == written
+
+
+def test_reading_takes_transformer_lens_names_and_needs_no_layer_where_there_is_one(
+    model: Path, tasks: Path, tmp_path: Path
+) -> None:
+    run_here(model, tasks, tmp_path / "one", layers_to_extract=(10,), hook_points=("ffn_out",))
+    sample = next(open_activations(tmp_path / "one").samples())
+    rows = sample.get(10, "ffn_out").tobytes()
+    assert sample.get(hook="ffn_out").tobytes() == rows
+    assert sample.get(hook="blocks.10.hook_mlp_out").tobytes() == rows
+    assert sample.get(10, "blocks.{i}.hook_mlp_out").tobytes() == rows
+    run_here(model, tasks, tmp_path / "two", layers_to_extract=(9, 10))
+    with pytest.raises(UserError, match=r"say which layer .* get\(layer=9\)"):
+        next(open_activations(tmp_path / "two").samples()).get()
+    with pytest.raises(UserError, match="sample ids are strings"):
+        open_activations(tmp_path / "two").sample(0)  # type: ignore[arg-type]
+
+
+def test_positions_that_no_sample_reaches_are_refused_before_anything_is_written(
+    model: Path, tasks: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="no sample is long enough for positions at:1000"):
+        run_here(model, tasks, tmp_path / "a", layers_to_extract=(10,), positions="at:1000")
+    assert not (tmp_path / "a").exists()

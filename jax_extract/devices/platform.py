@@ -16,7 +16,7 @@ class PlatformDefaults:
     dtype: compute dtype.
     slab_tokens: most tokens (rows x length) that one device computes at once.
     length_multiple: padded lengths are multiples of this.
-    compile_tokens: tokens that could be computed in the time that compiling one more shape takes.
+    compile_tokens: slab tokens that one more shape must save to be worth compiling.
     """
 
     dtype: str
@@ -25,7 +25,8 @@ class PlatformDefaults:
     compile_tokens: int
 
 
-# CPU: 4,096 tokens saturate the matrix products while the activations still fit the last-level cache.
+# CPU: 4,096 tokens keep a slab's captures small, and matrix products of 2,048 tokens already run at their peak.
+# compile_tokens is below what a compilation really costs here, so that small runs still pad little.
 _CPU = PlatformDefaults("float32", 4_096, 16, 200)
 # Accelerators: enough tokens to hide the parameter traffic; 128 is the tile of the matrix units.
 _ACCELERATOR = PlatformDefaults("bfloat16", 16_384, 128, 500_000)

@@ -10,7 +10,7 @@ jax_extract, to which the configuration is handed once; importing this file star
 
 import sys
 from dataclasses import dataclass, field
-from typing import List, Optional  # noqa: UP035 (the documented spelling, which users edit)
+from typing import List, Optional
 
 
 @dataclass
@@ -18,12 +18,12 @@ class DistributedARCConfig:
     """Defaults of the pod command. Flags, and a YAML file given as --config, go over them."""
 
     model_path: str = ""
-    tasks_file: Optional[str] = None  # noqa: UP045
-    layers_to_extract: List[int] = field(default_factory=lambda: list(range(10, 24)))  # noqa: UP006
+    tasks_file: Optional[str] = None
+    layers_to_extract: List[int] = field(default_factory=lambda: list(range(10, 24)))
     batch_size: int = 8
-    mesh_shape: Optional[str] = None  # noqa: UP045
+    mesh_shape: Optional[str] = None
     activations_dir: str = "activations"
-    gcs_bucket: Optional[str] = None  # noqa: UP045
+    gcs_bucket: Optional[str] = None
     upload_to_cloud: bool = False
 
 

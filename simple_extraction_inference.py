@@ -8,7 +8,7 @@ Edit the defaults of `SimpleExtractionConfig` or pass flags; `--help` lists them
 
 import sys
 from dataclasses import dataclass
-from typing import List, Optional  # noqa: UP035 (the documented spelling, which users edit)
+from typing import List, Optional
 
 
 @dataclass
@@ -16,8 +16,8 @@ class SimpleExtractionConfig:
     """Defaults of the one-host command; all its devices are used."""
 
     model_path: str = ""
-    tasks_file: Optional[str] = None  # noqa: UP045
-    layers_to_extract: Optional[List[int]] = None  # noqa: UP006, UP045
+    tasks_file: Optional[str] = None
+    layers_to_extract: Optional[List[int]] = None
     batch_size: int = 8
     activations_dir: str = "activations"
 

@@ -27,6 +27,10 @@ commands:
 """
 _INTERRUPTED = 130
 _CONFIG_FLAG = "--config"
+_EXTRACT_HELP = (
+    "Extract activations of a language model, matched to tokens. "
+    f"Options can also come from a YAML file: {_CONFIG_FLAG} FILE; flags go over it."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,7 +109,7 @@ def _extract(argv: list[str], program: str = "jax-extract extract", defaults: ob
                 args=_spell_out_flags(argv, ExtractConfig),
                 default=base,
                 use_underscores=True,
-                description=f"{ExtractConfig.__doc__.splitlines()[0]} A YAML file of options: {_CONFIG_FLAG} FILE.",  # type: ignore[union-attr]
+                description=_EXTRACT_HELP,
             )
     except SystemExit as ended:
         if not ended.code:  # --help

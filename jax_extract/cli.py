@@ -89,7 +89,7 @@ def _extract(argv: list[str], program: str = "jax-extract extract", defaults: ob
     import tyro
 
     from jax_extract.config import ExtractConfig, from_mapping, from_yaml
-    from jax_extract.extract import extract_to_directory
+    from jax_extract.extraction import extract_to_directory
 
     base = ExtractConfig()
     if defaults is not None:

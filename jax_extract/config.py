@@ -18,6 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from jax_extract.errors import UserError
+from jax_extract.store.storage import BUCKET_SCHEME
 from models.hooks import DEFAULT_HOOK_POINT
 
 _LARGEST = 2**31 - 1
@@ -46,13 +47,22 @@ class ExtractConfig:
       dtype: of the computation; by default bfloat16 on TPU and GPU, float32 on CPU.
       capture_dtype: of the stored values.
       shard_format: pickle, npz or safetensors.
-      activations_dir: where the run is written; the same command again resumes it.
+      activations_dir: directory or gs://bucket/prefix where the run is written; the same command again resumes it.
       batch_size: sequences per device.
       mesh_shape: DATA,MODEL over all devices; by default all on DATA.
       max_seq_length: longest sample in tokens; by default the smaller of 8192 and what the model allows.
       slab_tokens: most tokens one device computes at once; by default what suits the platform.
-      gcs_bucket: gs://bucket/prefix to upload to.
-      upload_to_cloud: upload the shards to gcs_bucket.
+      gcs_bucket: gs://bucket/prefix to upload to, with upload_to_cloud.
+      upload_to_cloud: upload every part to gcs_bucket as soon as it is committed in activations_dir.
+      delete_local: delete a part's shards in activations_dir when gcs_bucket has them.
+      host_memory_gb: most memory, in GB, for captured rows between device and disk or bucket; by default a
+        quarter of the machine's, at most 16.
+      distributed: join one program over all hosts; auto does on TPU VMs, on asks the cluster, off never.
+      coordinator_address: HOST:PORT of process 0, with num_processes and process_id, where the machine cannot tell.
+      num_processes: how many processes the program has.
+      process_id: which of them this is, from 0.
+      worker_id: which independent worker this is, from 0: it takes every num_workers-th part, then what is left.
+      num_workers: how many independent workers share the run.
       overwrite: remove the run in activations_dir and start anew.
       allow_numeric_change: resume although dtype, device kind or library versions changed.
     """
@@ -82,6 +92,14 @@ class ExtractConfig:
     slab_tokens: int | None = None
     gcs_bucket: str | None = None
     upload_to_cloud: bool = False
+    delete_local: bool = False
+    host_memory_gb: float | None = None
+    distributed: Literal["auto", "on", "off"] = "auto"
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    worker_id: int | None = None
+    num_workers: int | None = None
     overwrite: bool = False
     allow_numeric_change: bool = False
 
@@ -97,11 +115,56 @@ class ExtractConfig:
             raise UserError("--hook_points is empty; name at least one, such as after_block")
         if self.layers_to_extract is not None and not self.layers_to_extract:
             raise UserError("--layers_to_extract is empty; name at least one layer, or leave the flag out")
-        if self.upload_to_cloud or self.gcs_bucket:
+        if self.host_memory_gb is not None and not 0 < self.host_memory_gb < _LARGEST:
+            raise UserError(f"--host_memory_gb {self.host_memory_gb} must be a positive number of gigabytes")
+        self._check_places()
+        self._check_processes()
+
+    def _check_places(self) -> None:
+        if self.upload_to_cloud and not self.gcs_bucket:
+            raise UserError("--upload_to_cloud True needs a bucket; add --gcs_bucket gs://bucket/prefix")
+        if self.gcs_bucket and not self.upload_to_cloud:
             raise UserError(
-                "--gcs_bucket and --upload_to_cloud are not available in this version; "
-                "leave them out and copy the finished --activations_dir to the bucket"
+                f"--gcs_bucket {self.gcs_bucket!r} alone uploads nothing; add --upload_to_cloud True, or write into "
+                f"the bucket directly with --activations_dir {self.gcs_bucket}"
             )
+        if self.gcs_bucket and not self.gcs_bucket.startswith(BUCKET_SCHEME):
+            raise UserError(f"--gcs_bucket {self.gcs_bucket!r} is no bucket; write gs://bucket/prefix")
+        if self.gcs_bucket and self.activations_dir.startswith(BUCKET_SCHEME):
+            raise UserError(
+                f"--activations_dir {self.activations_dir} is in a bucket already; leave --gcs_bucket and "
+                "--upload_to_cloud out, or give a local directory"
+            )
+        if self.delete_local and not self.upload_to_cloud:
+            raise UserError("--delete_local True keeps nothing; it goes with --gcs_bucket and --upload_to_cloud True")
+
+    def _check_processes(self) -> None:
+        _check_group("worker_id", self.worker_id, "num_workers", self.num_workers)
+        _check_group("process_id", self.process_id, "num_processes", self.num_processes)
+        if (self.coordinator_address is None) != (self.process_id is None):
+            raise UserError(
+                "--coordinator_address, --num_processes and --process_id belong together; give all three, or none"
+            )
+        if self.worker_id is not None and (self.process_id is not None or self.distributed == "on"):
+            raise UserError(
+                "--worker_id is for independent workers and --process_id or --distributed on for one program over all "
+                "hosts; choose one of the two"
+            )
+        if self.distributed == "off" and self.process_id is not None:
+            raise UserError("--distributed off and --process_id contradict each other; leave one of them out")
+        if self.overwrite and self.worker_id is not None:
+            raise UserError(
+                "--overwrite with --worker_id would remove what other workers write; remove the old run first, with "
+                "--overwrite in a command of its own, or choose another --activations_dir"
+            )
+
+
+def _check_group(name: str, index: int | None, total: str, count: int | None) -> None:
+    """An index and how many there are: both or neither, and the one below the other."""
+    if (index is None) != (count is None):
+        raise UserError(f"--{name} and --{total} belong together; give both, or neither")
+    if index is not None and count is not None and not 0 <= index < count:
+        raise UserError(f"--{name} {index} must be from 0 to {count - 1} (--{total} {count})")
 
 
 _TYPES = typing.get_type_hints(ExtractConfig)
@@ -118,13 +181,13 @@ def _check_type(name: str, value: object) -> None:
         elif typing.get_origin(option) is tuple:
             if isinstance(value, tuple) and all(type(item) is typing.get_args(option)[0] for item in value):
                 return
-        elif type(value) is option:
+        elif type(value) is option or (option is float and type(value) is int):
             return
     raise UserError(f"--{name} {value!r} is not what the option takes; expected {_expected(options)}")
 
 
 def _expected(options: Sequence[Any]) -> str:
-    words = {int: "a whole number", str: "text", bool: "True or False", type(None): "nothing"}
+    words = {int: "a whole number", float: "a number", str: "text", bool: "True or False", type(None): "nothing"}
     said = []
     for option in options:
         if typing.get_origin(option) is Literal:

@@ -1,8 +1,8 @@
 """The extraction loop: slabs of parts through the compiled program into a sink.
 
-In: parts in plan order, a `CaptureProgram`, a `PartSink`. Out: committed parts, and `LoopStatistics`.
-A step gives every device one slab of one shape. While a step computes, the one before it is copied to
-the host, and a background thread writes the one before that, behind a bound on bytes in memory.
+In: parts in plan order, a `CaptureProgram`, a `PartSink`, a `ByteBudget`. Out: committed parts, and
+`LoopStatistics`. While a step computes, the one before it is copied to the host, and the sink writes the
+ones before that. No step starts before there is room on the host for what it captures.
 """
 
 from __future__ import annotations
@@ -10,26 +10,37 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from functools import partial
 
 import jax
 import numpy as np
 
-from jax_extract.inputs.plan import Part, Slab
+from jax_extract.inputs.plan import Part
 from jax_extract.program import CaptureProgram
-from jax_extract.store.background import BackgroundWorker
+from jax_extract.schedule import Step, Work, steps
+from jax_extract.store.budget import ByteBudget
+from jax_extract.store.lanes import Countdown
 from jax_extract.store.parts import PartContent
-from jax_extract.store.writer import Blocks, PartSink
+from jax_extract.store.writer import Blocks, OpenPart, PartSink
 from models.positions import Positions
 
 STEPS_IN_FLIGHT = 1  # computed but not yet on the host, besides the one that computes
-WAITING_BYTES = 1 << 30  # captured rows on the host that wait for the writer
+STEPS_IN_MEMORY = 3  # room for so many lets all stages work at once: computing, on the way to the host, being written
 
 
 @dataclass
 class LoopStatistics:
-    """What a loop did: real tokens, slab tokens with all padding and dummy rows, seconds."""
+    """What a loop did.
+
+    Attributes:
+      tokens, slab_tokens: real tokens of this host's slabs; those with all padding, dummy rows and idle devices.
+      seconds: from first to last step, compiling left out.
+      waited: stage -> seconds that the loop waited for it: `input` (reading, tokenising, planning the next
+        part), `device` (computing and copying to the host), `writer` (room for more rows, and the end).
+      writer_busy: seconds in which the writer's busiest thread worked.
+    """
 
     samples: int = 0
     tokens: int = 0
@@ -37,114 +48,127 @@ class LoopStatistics:
     parts: int = 0
     seconds: float = 0.0
     compile_seconds: float = 0.0
+    writer_busy: float = 0.0
+    waited: dict[str, float] = field(default_factory=lambda: {"input": 0.0, "device": 0.0, "writer": 0.0})
 
+    def add(self, other: LoopStatistics) -> None:
+        """Takes in what another loop of the same session did."""
+        for entry in fields(self):
+            if entry.name != "waited":
+                setattr(self, entry.name, getattr(self, entry.name) + getattr(other, entry.name))
+        for stage, seconds in other.waited.items():
+            self.waited[stage] += seconds
 
-@dataclass(frozen=True)
-class _Work:
-    """One slab of one part; the part begins with its first slab and is committed after its last."""
-
-    part: Part
-    slab: Slab
-
-    @property
-    def is_first(self) -> bool:
-        return self.slab.first == 0
-
-    @property
-    def is_last(self) -> bool:
-        return self.slab.first + self.slab.count == len(self.part.samples)
+    @contextmanager
+    def waiting(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited[stage] += time.perf_counter() - started
 
 
 def run_parts(
     parts: Iterable[Part],
     program: CaptureProgram,
     sink: PartSink,
+    budget: ByteBudget,
     on_progress: Callable[[LoopStatistics], None] = lambda _: None,
 ) -> LoopStatistics:
-    """Computes and commits the parts, in order.
+    """Computes and commits the parts, in order; of a program on several hosts, this host's share of them.
 
     Raises:
-      Whatever the computation or the sink raised, after the writer has stopped.
+      Whatever the computation or the sink raised, after the sink has let go of what was not durable.
     """
     statistics = LoopStatistics()
-    worker = BackgroundWorker(WAITING_BYTES)
-    in_flight: deque[tuple[list[_Work], dict[str, jax.Array]]] = deque()
+    feeder = _Feeder(sink, budget, program.plan.positions)
+    in_flight: deque[tuple[Step, dict[str, jax.Array]]] = deque()
     started = time.perf_counter()
 
     def finish_oldest() -> None:
         step, captured = in_flight.popleft()
-        for work, blocks in zip(step, _host_blocks(captured, program), strict=False):
-            nbytes = sum(block.nbytes for block in blocks.values())
-            worker.submit(partial(_store, work, blocks, sink, program.plan.positions), nbytes)
-            statistics.samples += work.slab.count
-            statistics.tokens += sum(s.length for s in _samples(work))
+        with statistics.waiting("device"):
+            blocks = _host_blocks(captured, program)
+        feeder.feed(step.work[program.host], blocks, program.bytes_on_host(step.rows, step.length))
+        for work in step.work[program.host]:
+            statistics.samples += len(work.samples)
+            statistics.tokens += sum(sample.length for sample in work.samples)
             statistics.parts += work.is_last
         statistics.seconds = time.perf_counter() - started - statistics.compile_seconds
         on_progress(statistics)
 
     try:
-        for step in _steps(parts, program.devices):
-            slab = step[0].slab
+        stream = steps(parts, program.hosts, program.devices_of_host)
+        while True:
+            with statistics.waiting("input"):
+                step = next(stream, None)
+            if step is None:
+                break
             compiling = time.perf_counter()
-            program.compiled(slab.rows, slab.length)
+            program.compiled(step.rows, step.length)
             statistics.compile_seconds += time.perf_counter() - compiling
-            captured = program.run(*_pack(step, program.devices))
+            needed = program.bytes_on_host(step.rows, step.length)
+            while in_flight and not budget.fits(needed):  # nobody else would make the room that its rows take
+                finish_oldest()
+            with statistics.waiting("writer"):
+                budget.acquire(needed)
+            captured = program.run(*_pack(step, program))
             for array in captured.values():
                 array.copy_to_host_async()
             in_flight.append((step, captured))
-            statistics.slab_tokens += program.devices * slab.rows * slab.length
+            statistics.slab_tokens += program.devices_of_host * step.rows * step.length
             if len(in_flight) > STEPS_IN_FLIGHT:
                 finish_oldest()
         while in_flight:
             finish_oldest()
-        worker.close()
+        with statistics.waiting("writer"):
+            sink.close()
     except BaseException:
-        worker.cancel()
-        sink.abandon()
+        sink.cancel()
         raise
     statistics.seconds = time.perf_counter() - started - statistics.compile_seconds
     return statistics
 
 
-def _steps(parts: Iterable[Part], devices: int) -> Iterator[list[_Work]]:
-    """Slabs in order, as many of one shape at a time as there are devices; steps cross parts and batches."""
-    step: list[_Work] = []
-    for part in parts:
-        for slab in part.slabs:
-            other_shape = step and (slab.rows, slab.length) != (step[0].slab.rows, step[0].slab.length)
-            if other_shape or len(step) == devices:
-                yield step
-                step = []
-            step.append(_Work(part, slab))
-    if step:
-        yield step
+class _Feeder:
+    """Hands blocks to the parts they belong to, and gives their bytes back when they are written."""
+
+    def __init__(self, sink: PartSink, budget: ByteBudget, positions: Positions) -> None:
+        self._sink = sink
+        self._budget = budget
+        self._positions = positions
+        self._open: OpenPart | None = None
+
+    def feed(self, slabs: tuple[Work, ...], blocks: list[Blocks], nbytes: int) -> None:
+        """One step's slabs of this host and its devices' blocks, which together take `nbytes`."""
+        release = partial(self._budget.release, nbytes)
+        if not slabs:
+            release()
+            return
+        done = Countdown(len(slabs), release)
+        for work, block in zip(slabs, blocks, strict=False):
+            if work.is_first:
+                self._open = self._sink.begin(part_content(work.part, self._positions))
+            assert self._open is not None
+            self._open.append(block, [self._positions.rows(sample.length) for sample in work.samples], done)
+            if work.is_last:
+                self._open.commit()
 
 
-def tokens_computed(parts: Iterable[Part], devices: int) -> int:
-    """Slab tokens of all steps, idle devices included."""
-    first = (step[0].slab for step in _steps(parts, devices))
-    return sum(devices * slab.rows * slab.length for slab in first)
-
-
-def _pack(step: list[_Work], devices: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids int32 [devices * rows, length] and lengths int32 [devices * rows]; the rest is dummy rows."""
-    slab = step[0].slab
-    tokens = np.zeros((devices * slab.rows, slab.length), np.int32)
-    lengths = np.ones(devices * slab.rows, np.int32)
-    for place, work in enumerate(step):
-        for row, sample in enumerate(_samples(work), place * slab.rows):
+def _pack(step: Step, program: CaptureProgram) -> tuple[np.ndarray, np.ndarray]:
+    """This host's token ids [devices * rows, length] and lengths [devices * rows], int32; the rest is dummy rows."""
+    tokens = np.zeros((program.devices_of_host * step.rows, step.length), np.int32)
+    lengths = np.ones(program.devices_of_host * step.rows, np.int32)
+    for place, work in enumerate(step.work[program.host]):
+        for row, sample in enumerate(work.samples, place * step.rows):
             tokens[row, : sample.length] = sample.token_ids
             lengths[row] = sample.length
     return tokens, lengths
 
 
-def _samples(work: _Work) -> tuple:
-    return work.part.samples[work.slab.first : work.slab.first + work.slab.count]
-
-
 def _host_blocks(captured: dict[str, jax.Array], program: CaptureProgram) -> list[Blocks]:
-    """Each device's captures on the host, in the order of the devices: site -> [rows, positions, width]."""
-    blocks: list[dict[tuple[str, int | None], np.ndarray]] = [{} for _ in range(program.devices)]
+    """The captures of this host's devices, in their order: site -> [rows, positions, width]."""
+    blocks: list[dict[tuple[str, int | None], np.ndarray]] = [{} for _ in range(program.devices_of_host)]
     for hook, layers in program.plan.layers:
         shards = sorted(captured[hook].addressable_shards, key=lambda shard: shard.index[1].start or 0)
         for device, shard in enumerate(shards):
@@ -152,14 +176,6 @@ def _host_blocks(captured: dict[str, jax.Array], program: CaptureProgram) -> lis
             for slot, layer in enumerate(layers or (None,)):
                 blocks[device][hook, layer] = data[slot]
     return list(blocks)
-
-
-def _store(work: _Work, blocks: Blocks, sink: PartSink, positions: Positions) -> None:
-    if work.is_first:
-        sink.begin(part_content(work.part, positions))
-    sink.append(blocks, [positions.rows(sample.length) for sample in _samples(work)])
-    if work.is_last:
-        sink.commit()
 
 
 def part_content(part: Part, positions: Positions) -> PartContent:

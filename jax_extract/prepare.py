@@ -26,7 +26,7 @@ from jax_extract.errors import UserError, user_path
 from jax_extract.inputs.plan import PlanSettings, Window, plan_windows
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.tokenize import InputCounts, TokenizedSample, tokenize
-from jax_extract.program import CaptureProgram
+from jax_extract.program import CaptureProgram, captured_bytes
 from jax_extract.store.parts import Site
 from jax_extract.weights.checkpoint import Checkpoint, open_checkpoint
 from jax_extract.weights.load import Weights
@@ -173,6 +173,15 @@ class Job:
         )
 
     @property
+    def devices_of_host(self) -> int:
+        return sum(device.process_index == jax.process_index() for device in self.mesh.devices.flat)
+
+    def bytes_on_host(self, shapes: Iterable[tuple[int, int]]) -> int:
+        """What the captures of one step take in this host's memory, at most, for slabs of (length, rows)."""
+        per_slab = [captured_bytes(self.plan, self.model.config, rows, length) for length, rows in shapes]
+        return self.devices_of_host * max(per_slab)
+
+    @property
     def value_bytes(self) -> int:
         return 4 if self.plan.dtype == "float32" else 2
 
@@ -187,6 +196,7 @@ class Job:
             slab_tokens=config.slab_tokens or frozen.get("slab_tokens") or defaults.slab_tokens,
             length_multiple=frozen.get("length_multiple") or defaults.length_multiple,
             compile_tokens=frozen.get("compile_tokens", defaults.compile_tokens),
+            hosts=frozen.get("hosts") or self.mesh.size // self.devices_of_host,
             max_length=self.max_length,
             positions=self.plan.positions,
             bytes_per_row=max(site.width for site in self.sites) * self.value_bytes,

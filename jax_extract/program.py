@@ -2,16 +2,17 @@
 
 In: a port, its configuration and parameters on a mesh, a capture plan. Out: per hook point a global
 array [slots, devices * rows, positions, width], sharded over all devices on its second axis. The body
-is written per device (`shard_map`): each computes its own slab, and only parameters cross devices.
+is written per device (`shard_map`): each computes its own slab, and only parameters cross devices. On
+several hosts each hands in the slabs of its own devices and reads their captures alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
@@ -23,7 +24,12 @@ from models.ports import ModelConfig, Parameters, Port, hook_width
 
 
 class CaptureProgram:
-    """Runs slabs. Compiles once a slab shape; parameters are always arguments, never constants."""
+    """Runs slabs. Compiles once a slab shape; parameters are always arguments, never constants.
+
+    Attributes:
+      hosts, host: how many processes the mesh spans, and which of them this one is.
+      devices_of_host: this process's devices in the mesh.
+    """
 
     def __init__(
         self,
@@ -37,6 +43,13 @@ class CaptureProgram:
         self.mesh = mesh
         self.plan = plan
         self._params = params
+        owners = [device.process_index for device in mesh.devices.flat]
+        self.hosts = len(set(owners))
+        self.host = sorted(set(owners)).index(jax.process_index())
+        # A block of rows of the batch belongs to a place in the mesh; ours are numbered in that order.
+        self._places = {place: i for i, place in enumerate(i for i, p in enumerate(owners) if p == jax.process_index())}
+        self.devices_of_host = len(self._places)
+        self._config = config
         self._batch_sharding = named(mesh, BATCH_SPEC)
         self._jit = capture_function(port, config, plan, mesh, numerics, parameter_specs(params, mesh))
         self._compiled: dict[tuple[int, ...], Any] = {}
@@ -54,19 +67,48 @@ class CaptureProgram:
             self._compiled[shape] = self._jit.lower(self._params, tokens, lengths).compile()
         return self._compiled[shape]
 
+    def bytes_on_host(self, rows: int, length: int) -> int:
+        """What the captures of one step take in this host's memory."""
+        return self.devices_of_host * captured_bytes(self.plan, self._config, rows, length)
+
     def run(self, tokens: np.ndarray, lengths: np.ndarray) -> dict[str, Array]:
         """Starts a step; returns at once.
 
         Args:
-          tokens: int32 [devices * rows, length], right-padded; device i gets the i-th block of rows.
-          lengths: int32 [devices * rows], real tokens of each row, at least 1 (dummy rows have 1).
+          tokens: int32 [devices_of_host * rows, length], right-padded; its i-th device gets the i-th block of rows.
+          lengths: int32 [devices_of_host * rows], real tokens of each row, at least 1 (dummy rows have 1).
 
         Returns:
           Hook point -> [slots, devices * rows, positions, width]; slots beyond the wanted layers are spare.
         """
-        execute = self.compiled(tokens.shape[0] // self.devices, tokens.shape[1])
-        put = partial(jax.device_put, device=self._batch_sharding)
-        return execute(self._params, put(tokens), put(lengths))
+        rows = tokens.shape[0] // self.devices_of_host
+        execute = self.compiled(rows, tokens.shape[1])
+        return execute(self._params, self._put(tokens, rows), self._put(lengths, rows))
+
+    def _put(self, local: np.ndarray, rows: int) -> Array:
+        """This host's blocks of rows as its share of the array on the whole mesh."""
+
+        def block(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            place = self._places[(index[0].start or 0) // rows]
+            return local[place * rows : (place + 1) * rows]
+
+        return jax.make_array_from_callback((self.devices * rows, *local.shape[1:]), self._batch_sharding, block)
+
+
+def captured_bytes(plan: CapturePlan, config: ModelConfig, rows: int, length: int) -> int:
+    """Bytes of the captures of one slab of one device, as they reach the host."""
+    itemsize = np.dtype(ml_dtypes.bfloat16 if plan.dtype == "bfloat16" else plan.dtype).itemsize
+    values = sum(
+        (max(1, len(layers)) + _keeps_spare()) * hook_width(config, HOOK_POINTS[hook].width)
+        for hook, layers in plan.layers
+    )
+    return values * rows * plan.positions.slots(length) * itemsize
+
+
+def _keeps_spare() -> bool:
+    """On CPU the slot that absorbs unwanted layers comes along: cutting it off would copy everything else."""
+    return jax.default_backend() == "cpu"
 
 
 def capture_function(
@@ -81,12 +123,12 @@ def capture_function(
     num_blocks = plan.blocks_needed(config.num_hidden_layers)
     widths = {hook: hook_width(config, HOOK_POINTS[hook].width) for hook, _ in plan.layers}
     gather = make_gather(dict(specs))
-    keeps_spare = jax.default_backend() == "cpu"
+    keeps_spare = _keeps_spare()
 
     def one_device(params: Parameters, tokens: Array, lengths: Array) -> dict[str, Array]:
         taps = Taps.start(plan, num_blocks, lengths, tokens.shape[1], widths)
         buffers = port.forward(config, params, tokens, taps, numerics, gather).buffers
-        if keeps_spare:  # host memory is device memory: dropping the spare slot would copy everything else
+        if keeps_spare:
             return buffers
         return {hook: buffers[hook][: max(1, len(layers))] for hook, layers in plan.layers}
 

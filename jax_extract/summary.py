@@ -13,19 +13,22 @@ from jax_extract.config import ExtractConfig
 from jax_extract.inputs.plan import Part
 from jax_extract.inputs.sources import Source
 from jax_extract.inputs.tokenize import InputCounts
-from jax_extract.loop import LoopStatistics, tokens_computed
+from jax_extract.loop import LoopStatistics
 from jax_extract.prepare import Job
+from jax_extract.schedule import tokens_computed
 from jax_extract.store.formats import SUFFIXES
 from jax_extract.terminal import Terminal, bytes_text, plural, ranges_text, share_text
 
 
-def tell_request(job: Job, config: ExtractConfig, terminal: Terminal) -> None:
+def tell_request(job: Job, config: ExtractConfig, processes: int, terminal: Terminal) -> None:
     model, mesh = job.model.config, job.mesh.shape
     device = job.mesh.devices.flat[0].device_kind
     terminal.line(
         "model",
         f"{job.model.name} ({model.model_type}, {model.num_hidden_layers} layers, d_model {model.hidden_size}) in "
-        f"{job.numerics.dtype} on {plural(job.mesh.size, device + ' device')}, mesh {mesh['data']},{mesh['model']}",
+        f"{job.numerics.dtype} on {plural(job.mesh.size, device + ' device')}"
+        + (f" of {plural(processes, 'host')}" if processes > 1 else "")
+        + f", mesh {mesh['data']},{mesh['model']}",
     )
     captures = "; ".join(
         f"{hook} at layers {ranges_text(layers)} ({len(layers)})" if layers else hook
@@ -34,7 +37,7 @@ def tell_request(job: Job, config: ExtractConfig, terminal: Terminal) -> None:
     terminal.line(
         "capture",
         f"{captures}; positions {job.plan.positions}, {job.plan.dtype}, as {config.shard_format} "
-        f"into {config.activations_dir}/",
+        f"into {config.activations_dir}/" + (f", then {config.gcs_bucket}" if config.gcs_bucket else ""),
     )
 
 
@@ -54,9 +57,9 @@ def tell_input(source: Source, counts: InputCounts, job: Job, terminal: Terminal
     )
 
 
-def tell_plan(parts: Sequence[Part], devices: int, terminal: Terminal) -> None:
+def tell_plan(parts: Sequence[Part], devices: int, hosts: int, terminal: Terminal) -> None:
     shapes = {(slab.length, slab.rows) for part in parts for slab in part.slabs}
-    padding = 1 - sum(part.tokens for part in parts) / tokens_computed(parts, devices)
+    padding = 1 - sum(part.tokens for part in parts) / tokens_computed(parts, hosts, devices // hosts)
     terminal.line(
         "plan",
         f"{plural(parts[-1].batch, 'batch')} in {plural(len(parts), 'part')}, "
@@ -64,9 +67,7 @@ def tell_plan(parts: Sequence[Part], devices: int, terminal: Terminal) -> None:
     )
 
 
-def tell_result(
-    metadata: Mapping[str, Any], statistics: LoopStatistics, activations_dir: str, terminal: Terminal
-) -> None:
+def tell_result(metadata: Mapping[str, Any], statistics: LoopStatistics, place: object, terminal: Terminal) -> None:
     if statistics.parts:
         terminal.line(
             "done",
@@ -75,6 +76,7 @@ def tell_result(
             f"(and {statistics.compile_seconds:.1f} s compiling), "
             f"padding {share_text(1 - statistics.tokens / statistics.slab_tokens)}",
         )
+        terminal.line("stages", stages_text(statistics))
     else:
         terminal.line("done", "everything was committed already; nothing to do")
     shards = sum(len(batch["files"]) for batch in metadata["batches"])
@@ -82,7 +84,7 @@ def tell_result(
         "output",
         f"{plural(metadata['total_samples'], 'sample')}, {plural(metadata['total_rows'], 'row')} a site, "
         f"{plural(shards, SUFFIXES[metadata['shard_format']] + ' shard')}, {bytes_text(metadata['total_bytes'])} "
-        f"in {activations_dir}/",
+        f"in {place}/",
     )
     if bad := metadata["not_finite_rows"]:
         terminal.line("warning", f"{plural(bad, 'row')} hold infinite or undefined values; see jax-extract inspect")
@@ -90,4 +92,18 @@ def tell_result(
         terminal.line(
             "note", f"{plural(cut, 'sample')} truncated to {metadata['plan_settings']['max_length']:,} tokens"
         )
-    terminal.line("read it", f"jax-extract inspect {activations_dir}")
+    terminal.line("read it", f"jax-extract inspect {place}")
+
+
+_STAGES = {"device": "computing", "writer": "writing", "input": "reading the input"}
+
+
+def stages_text(statistics: LoopStatistics) -> str:
+    """Which stage the others waited for, and by how much."""
+    waited, seconds = statistics.waited, statistics.seconds
+    slowest = max(waited, key=lambda stage: waited[stage])
+    others = ", ".join(f"{waited[stage]:.1f} s for {_STAGES[stage]}" for stage in _STAGES if stage != slowest)
+    return (
+        f"bound by {_STAGES[slowest]}: {waited[slowest]:.1f} of {seconds:.1f} s were spent waiting for it, {others}; "
+        f"the writer worked for {share_text(statistics.writer_busy / seconds if seconds else None)} of the time"
+    )

@@ -51,7 +51,7 @@ def test_the_documented_command_works_quietly_and_its_shards_are_where_the_docum
     assert set(shards(tmp_path / "activations")) == {"layer_10_batch_000001.pkl", "layer_11_batch_000001.pkl"}
     assert json.loads((tmp_path / "activations/metadata.json").read_text())["total_samples"] == 4
     labels = [line.split()[0] for line in done.stdout.splitlines()]
-    assert labels == ["model", "capture", "input", "plan", "done", "output", "read"]
+    assert labels == ["model", "capture", "input", "plan", "done", "stages", "output", "read"]
     assert "after_block at layers 10-11 (2)" in done.stdout
     assert not re.search("warn", done.stdout + done.stderr, re.IGNORECASE)
     bar = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]

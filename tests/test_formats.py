@@ -14,9 +14,9 @@ import pytest
 import safetensors.numpy
 
 from jax_extract.errors import UserError
-from jax_extract.store.filesystem import Directory
 from jax_extract.store.formats import DTYPES, ENCODERS, SUFFIXES, load_shard
 from jax_extract.store.ledger import Ledger
+from jax_extract.store.local import Directory
 from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.reader import open_activations
 from jax_extract.store.sidecar import Sidecar
@@ -51,7 +51,7 @@ def _write(root: Path, shard_format: str, dtype: str, lengths: tuple[int, ...] =
     )
     writer = PartWriter(ledger, [site], shard_format, dtype, "abc")
     positions = tuple(np.arange(n, dtype=np.int32) for n in lengths)
-    writer.begin(
+    part = writer.begin(
         PartContent(
             batch=1,
             part=1,
@@ -70,8 +70,9 @@ def _write(root: Path, shard_format: str, dtype: str, lengths: tuple[int, ...] =
     for i, length in enumerate(lengths):
         for position in range(length):
             block[i, position] = next(rows)
-    writer.append({site.key: block}, lengths)
-    writer.commit()
+    part.append({site.key: block}, lengths, lambda: None)
+    part.commit()
+    writer.close()
     return root / site.shard_name(1, 1, 1, SUFFIXES[shard_format])
 
 

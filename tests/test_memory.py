@@ -9,23 +9,21 @@ import threading
 from pathlib import Path
 
 import numpy as np
-from small_run import environment, make_model, write_jsonl
+import pytest
+from small_run import environment, make_model, run_here, write_jsonl
 
-from jax_extract.store.background import BackgroundWorker
+from jax_extract import UserError
+from jax_extract.store.budget import ByteBudget
 
-# Captured rows that wait for the writer are bounded by a gigabyte, more than a test should write; with a
-# smaller bound the same machinery shows whether anything is held that should have gone.
 PROGRAM = """
 import resource, sys
-from jax_extract import loop
 from jax_extract.config import ExtractConfig
-from jax_extract.extract import extract_to_directory
+from jax_extract.extraction import extract_to_directory
 from jax_extract.terminal import Terminal
 
-loop.WAITING_BYTES = 8 << 20
 model, tasks, directory = sys.argv[1:]
 config = ExtractConfig(model_path=model, tasks_file=tasks, activations_dir=directory, positions="all",
-                       layers_to_extract=tuple(range(12)), batch_size=8)
+                       layers_to_extract=tuple(range(12)), batch_size=8, host_memory_gb=0.1)
 metadata = extract_to_directory(config, Terminal(silent=True))
 print(metadata["total_bytes"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
@@ -56,15 +54,30 @@ def test_peak_memory_with_all_positions_does_not_grow_with_the_number_of_samples
     assert many <= few + allowance
 
 
-def test_rows_wait_for_the_writer_only_up_to_the_bound() -> None:
-    worker, go = BackgroundWorker(100), threading.Event()
-    worker.submit(lambda: go.wait(30) and None, 80)
-    second = threading.Thread(target=worker.submit, args=(lambda: None, 30))
+def test_rows_wait_for_the_writer_only_up_to_the_budget() -> None:
+    budget = ByteBudget(100)
+    assert budget.acquire(80) < 1
+    second = threading.Thread(target=budget.acquire, args=(30,))
     second.start()
     second.join(0.3)
     assert second.is_alive()
-    go.set()
+    budget.release(80)
     second.join(10)
     assert not second.is_alive()
-    worker.submit(lambda: None, 1_000)  # larger than the bound: let through alone
-    worker.close()
+    assert budget.peak == 80
+
+
+def test_a_failure_of_the_writer_ends_the_wait_for_room() -> None:
+    budget = ByteBudget(100)
+    budget.acquire(80)
+    threading.Timer(0.1, budget.fail, [OSError("disk on fire")]).start()
+    with pytest.raises(OSError, match="disk on fire"):
+        budget.acquire(30)
+
+
+def test_a_budget_that_not_even_one_step_fits_is_refused_with_the_mend_named(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", hidden=64)
+    tasks = write_jsonl(tmp_path / "in.jsonl", [100])
+    with pytest.raises(UserError, match=r"--host_memory_gb 0\.001 allows 1 MB; allow more.*--slab_tokens"):
+        run_here(model, tasks, tmp_path / "a", positions="all", host_memory_gb=0.001)
+    assert not (tmp_path / "a").exists()

@@ -45,6 +45,8 @@ class PlanSettings:
       max_shapes: how many slab shapes may be used at most.
       positions: which positions are stored.
       bytes_per_row: of the widest hook point, in the stored dtype.
+      hosts: processes of the program that starts the run. They compute a part each, and sit out what others
+        compute in another shape, so with many of them a shape must serve more parts.
       max_shard_bytes: size of one shard's array at which a batch is cut into parts.
     """
 
@@ -57,6 +59,7 @@ class PlanSettings:
     bytes_per_row: int
     compile_tokens: int = 0
     max_shapes: int = 16
+    hosts: int = 1
     max_shard_bytes: int = MAX_SHARD_BYTES
 
     def row_choices(self, length: int) -> list[int]:
@@ -111,12 +114,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Window:
-    """Up to 65,536 samples, planned together; `digest` chains over all windows up to this one."""
+    """Up to 65,536 samples, planned together; `digest` chains over all windows up to this one.
+
+    `is_last` where the input ended with it.
+    """
 
     number: int
     parts: tuple[Part, ...]
     shapes: Shapes
     digest: str
+    is_last: bool
 
 
 def plan_windows(
@@ -138,7 +145,7 @@ def plan_windows(
         parts = tuple(_parts(ordered, settings, shapes, batch))
         batch = parts[-1].batch + 1
         digest = hashlib.sha256("".join([digest, *(part.digest for part in parts)]).encode()).hexdigest()
-        yield Window(number, parts, shapes, digest)
+        yield Window(number, parts, shapes, digest, not following)
 
 
 def choose_shapes(longest_first: list[int], settings: PlanSettings, more_to_come: bool = False) -> Shapes:
@@ -179,7 +186,7 @@ def _run_costs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of every run of samples [starts[i], ends[j]): (cost in slab tokens, best rows); inf where it is empty."""
     batch = settings.samples_per_batch
-    devices = max(1, batch // settings.rows)
+    slabs_at_once = settings.hosts * max(1, batch // settings.rows)
     cost = np.full((len(starts), len(ends)), np.inf)
     rows = np.ones(cost.shape, np.int64)
     for i, (start, length) in enumerate(zip(starts, needs, strict=True)):
@@ -189,7 +196,7 @@ def _run_costs(
         whole = ends - start - head - tail
         for r in settings.row_choices(int(length)):
             slabs = -(-head // r) + whole // r - (-tail // r)
-            total = -(-slabs // devices) * devices * (r * length + SLAB_OVERHEAD_TOKENS)
+            total = -(-slabs // slabs_at_once) * slabs_at_once * (r * length + SLAB_OVERHEAD_TOKENS)
             better = (ends > start) & (total < cost[i])
             cost[i][better], rows[i][better] = total[better], r
     return cost, rows

@@ -10,38 +10,23 @@ from collections.abc import Sequence
 import ml_dtypes
 import numpy as np
 
+from jax_extract.store.lanes import Call
 from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.writer import Blocks, row_pieces
 
 
 class MemoryPart:
-    """One part's rows, by site."""
+    """One part's rows, by site; filled block by block."""
 
-    def __init__(self, content: PartContent, arrays: dict[tuple[str, int | None], np.ndarray]) -> None:
+    def __init__(self, content: PartContent, sites: Sequence[Site], dtype: np.dtype) -> None:
         self.content = content
-        self._arrays = arrays
+        self._arrays = {site.key: np.empty((content.rows, site.width), dtype) for site in sites}
+        self._filled = 0
 
     def rows(self, site: Site, start: int, stop: int) -> np.ndarray:
         return self._arrays[site.key][start:stop]
 
-
-class MemorySink:
-    """Collects parts; the rows are copied out of the captured blocks, which are padded and die young."""
-
-    def __init__(self, sites: Sequence[Site], dtype: str) -> None:
-        self._sites = sites
-        self._dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-        self._content: PartContent | None = None
-        self._arrays: dict[tuple[str, int | None], np.ndarray] = {}
-        self._filled = 0
-        self.parts: list[MemoryPart] = []
-
-    def begin(self, content: PartContent) -> None:
-        self._content = content
-        self._arrays = {site.key: np.empty((content.rows, site.width), self._dtype) for site in self._sites}
-        self._filled = 0
-
-    def append(self, blocks: Blocks, kept: Sequence[int]) -> None:
+    def append(self, blocks: Blocks, kept: Sequence[int], done: Call) -> None:
         for key, array in self._arrays.items():
             at = self._filled
             for piece in row_pieces(blocks[key], kept):
@@ -49,11 +34,29 @@ class MemorySink:
                 array[at : at + len(rows)] = rows
                 at += len(rows)
         self._filled += sum(kept)
+        done()
 
     def commit(self) -> None:
-        assert self._content is not None
-        self.parts.append(MemoryPart(self._content, self._arrays))
-        self.abandon()
+        """The rows are where they stay."""
 
-    def abandon(self) -> None:
-        self._content, self._arrays = None, {}
+
+class MemorySink:
+    """Collects parts; the rows are copied out of the captured blocks, which are padded and die young."""
+
+    buffer_bytes = 0
+
+    def __init__(self, sites: Sequence[Site], dtype: str) -> None:
+        self._sites = sites
+        self._dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+        self.parts: list[MemoryPart] = []
+
+    def begin(self, content: PartContent) -> MemoryPart:
+        part = MemoryPart(content, self._sites, self._dtype)
+        self.parts.append(part)
+        return part
+
+    def close(self) -> None:
+        """Nothing waits."""
+
+    def cancel(self) -> None:
+        self.parts.clear()

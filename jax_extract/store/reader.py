@@ -18,10 +18,11 @@ import ml_dtypes
 import numpy as np
 
 from jax_extract.errors import UserError, damage_is_told
-from jax_extract.store.filesystem import Directory, crc32c
 from jax_extract.store.ledger import Ledger
+from jax_extract.store.metadata import metadata_of
 from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.sidecar import BLOCK_BYTES, Sidecar, StoredArray
+from jax_extract.store.storage import Storage, crc32c, open_storage
 from models.hooks import resolve_hook_points
 
 _SIDECARS_KEPT = 16
@@ -204,11 +205,17 @@ def _names(content: PartContent) -> Iterator[tuple[int, str]]:
     return zip(content.sample_indices, content.sample_ids, strict=True)
 
 
-class _DirectoryPart:
+class _FilePart:
+    """A committed part, read by ranges of its files."""
+
     def __init__(
-        self, directory: Directory, record: Mapping[str, Any], dtype: str, sidecars: Callable[[str, int], Sidecar]
+        self,
+        storage: Storage,
+        record: Mapping[str, Any],
+        dtype: str,
+        sidecars: Callable[[str, int, int | None], Sidecar],
     ) -> None:
-        self._directory = directory
+        self._storage = storage
         self._record = record
         self._dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
         self._sidecars = sidecars
@@ -216,7 +223,7 @@ class _DirectoryPart:
     @property
     def _sidecar(self) -> Sidecar:
         named = self._record["sidecar"]
-        return self._sidecars(named["path"], named["crc32c"])
+        return self._sidecars(named["path"], named["crc32c"], named.get("generation"))
 
     @property
     def content(self) -> PartContent:
@@ -227,16 +234,17 @@ class _DirectoryPart:
         arrays = {array.site.key: array for array in sidecar.arrays}
         row_bytes = site.width * self._dtype.itemsize
         total = sidecar.content.rows * row_bytes
-        sizes = {file["path"]: file["bytes"] for file in self._record["files"]}
+        files = {file["path"]: file for file in self._record["files"]}
         with damage_is_told(f"the sidecar of part {sidecar.content.key}", "restore it from a copy"):
             array = arrays[site.key]
-            self._directory.path(array.path)  # refuses a path that leads out, by its own sentence
-            if not 0 <= array.offset <= sizes[array.path] - total or len(array.blocks) != -(-total // BLOCK_BYTES):
+            self._storage.where(array.path)  # refuses a path that leads out, by its own sentence
+            file = files[array.path]
+            if not 0 <= array.offset <= file["bytes"] - total or len(array.blocks) != -(-total // BLOCK_BYTES):
                 raise ValueError(f"it does not fit {array.path}")
-        data = self._bytes(array, start * row_bytes, stop * row_bytes, total)
+        data = self._bytes(array, file.get("generation"), start * row_bytes, stop * row_bytes, total)
         return data.view(self._dtype).reshape(stop - start, site.width)
 
-    def _bytes(self, array: StoredArray, start: int, stop: int, total: int) -> np.ndarray:
+    def _bytes(self, array: StoredArray, generation: int | None, start: int, stop: int, total: int) -> np.ndarray:
         """uint8 [stop - start] of an array of `total` bytes, read in whole blocks that are checked."""
         if start == stop:
             return np.zeros(0, np.uint8)
@@ -244,13 +252,12 @@ class _DirectoryPart:
         begin, end = first * BLOCK_BYTES, min(last * BLOCK_BYTES, total)
         data = np.empty(end - begin, np.uint8)
         try:
-            with self._directory.path(array.path).open("rb", buffering=0) as file:
-                file.seek(array.offset + begin)
-                got = 0
-                while got < len(data) and (n := file.readinto(data[got:].data)):
-                    got += n
+            got = self._storage.read_into(array.path, array.offset + begin, data.data, generation)
         except OSError as error:
-            raise UserError(f"shard {array.path} cannot be read: {error.strerror}; restore it from a copy") from None
+            gone = f"shard {array.path} cannot be read: {error.strerror}"
+            if self._record.get("uploaded_to"):
+                raise UserError(f"{gone}; it was uploaded: open {self._record['uploaded_to']}") from None
+            raise UserError(f"{gone}; restore it from a copy") from None
         if got < len(data):
             raise UserError(f"shard {array.path} is cut short; restore it from a copy, or start the run anew")
         for block in range(first, last):
@@ -264,18 +271,21 @@ class _DirectoryPart:
 
 
 def open_activations(path: str | Path) -> Run:
-    """Opens a run directory; the run may still be going on, and then holds what is committed so far.
+    """Opens a run; it may still be going on, and then holds what is committed so far.
+
+    Args:
+      path: a run directory, or `gs://bucket/prefix`, which is read by ranges of its objects.
 
     Raises:
       UserError: there is no run, or its records are damaged.
     """
-    directory = Directory(Path(path))
-    ledger = Ledger.open(directory)
+    storage = open_storage(path)
+    ledger = Ledger.open(storage)
     committed = ledger.committed()
-    with damage_is_told(f"the run in {directory.root}", "restore its _run folder from a copy"):
+    with damage_is_told(f"the run in {storage}", "restore its _run folder from a copy"):
         identity = ledger.run["identity"]
         sites = [Site(str(s["hook"]), s["layer"], int(s["width"])) for s in identity["sites"]]
         # A few sidecars are kept: random access meets the same parts again, a full pass needs each once.
-        sidecars = lru_cache(maxsize=_SIDECARS_KEPT)(partial(Sidecar.read, directory))
-        parts = [_DirectoryPart(directory, r, identity["capture_dtype"], sidecars) for r in committed.values()]
-    return Run(ledger.metadata(), sites, parts)
+        sidecars = lru_cache(maxsize=_SIDECARS_KEPT)(partial(Sidecar.read, storage))
+        parts = [_FilePart(storage, r, identity["capture_dtype"], sidecars) for r in committed.values()]
+    return Run(metadata_of(ledger, committed), sites, parts)

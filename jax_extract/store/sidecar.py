@@ -17,8 +17,8 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from jax_extract.errors import UserError, damage_is_told
-from jax_extract.store.filesystem import Chunk, Directory, crc32c
 from jax_extract.store.parts import PartContent, Site, offsets
+from jax_extract.store.storage import Chunk, Storage, crc32c
 
 BLOCK_BYTES = 1 << 20
 
@@ -104,12 +104,12 @@ class Sidecar:
         return safetensors.numpy.save(tensors, metadata)
 
     @classmethod
-    def read(cls, directory: Directory, name: str, expected_crc32c: int) -> Sidecar:
+    def read(cls, storage: Storage, name: str, expected_crc32c: int, generation: int | None = None) -> Sidecar:
         """Reads and checks a sidecar; UserError where it is missing or damaged."""
-        path = directory.path(name)
+        path = storage.where(name)
         try:
             with damage_is_told(f"sidecar {path}", _MEND):
-                data = directory.read(name)
+                data = storage.read(name, generation=generation)
                 if crc32c(data) != expected_crc32c:
                     raise ValueError("its checksum is wrong")
                 return cls._parse(data)

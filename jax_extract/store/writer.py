@@ -1,157 +1,311 @@
 """Writes parts: a shard for every site, then the sidecar, then the commit record.
 
 In: a `PartContent`, then captured blocks in row order. Out: durable files and a record that names them.
-Rows go to the files as they come, so memory holds no part, however large. A name that is taken by
-equal content is adopted; by other content, the attempt's own name is used and the record says so.
+Rows go to the files as they come, so memory holds no part, however large. The shards of a part are
+written side by side, each by the same lane from part to part, so that at most one shard a site is open;
+a last lane seals parts, while the others are at the next one already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
-from jax_extract.store.filesystem import Directory, PendingFile, crc32c
+from jax_extract.store.failpoints import step
 from jax_extract.store.formats import ENCODERS, SUFFIXES, ShardEncoder, ShardHeader
+from jax_extract.store.lanes import Call, Countdown, Lanes
 from jax_extract.store.ledger import PARTS, Ledger, part_name
 from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.sidecar import BlockChecksums, Sidecar, StoredArray
+from jax_extract.store.storage import BUCKET_SCHEME, NameTaken, PendingFile, Published
 
 Blocks = Mapping[tuple[str, int | None], np.ndarray]  # site key -> [samples, positions, width]
 
+_BUCKET_LANES = 32  # an upload waits for the network, not for a processor
+_PIECE = 1 << 19  # values that are looked at together, so that they are still in the cache
+
+
+class OpenPart(Protocol):
+    """A part that takes rows."""
+
+    def append(self, blocks: Blocks, kept: Sequence[int], done: Call) -> None:
+        """Further samples: of each, the first `kept[i]` positions of its block are rows of the shard.
+
+        May return before the rows are written; `done` is called when the blocks are not needed any more.
+        """
+        ...
+
+    def commit(self) -> None:
+        """All rows are there. May return before the part is durable."""
+        ...
+
 
 class PartSink(Protocol):
-    """What takes parts: the directory writer here, or the memory of a notebook."""
+    """What takes parts: the writer here, or the memory of a notebook."""
 
-    def begin(self, content: PartContent) -> None: ...
+    def begin(self, content: PartContent) -> OpenPart: ...
 
-    def append(self, blocks: Blocks, kept: Sequence[int]) -> None:
-        """Further samples: of each, the first `kept[i]` positions of its block are rows of the shard."""
+    def close(self) -> None:
+        """Waits until all that was committed is durable; raises what failed."""
         ...
 
-    def commit(self) -> None: ...
-
-    def abandon(self) -> None:
-        """Lets go of a part that was begun; nothing of it stays."""
+    def cancel(self) -> None:
+        """Lets go of everything that is not durable yet."""
         ...
-
-
-@dataclass
-class _Shard:
-    site: Site
-    file: PendingFile
-    encoder: ShardEncoder
-    checksums: BlockChecksums = field(default_factory=BlockChecksums)
 
 
 class PartWriter:
-    """The directory's `PartSink`; one part at a time."""
+    """The `PartSink` of a ledger's storage.
 
-    def __init__(self, ledger: Ledger, sites: Sequence[Site], shard_format: str, dtype: str, attempt: str) -> None:
-        self._ledger = ledger
-        self._directory: Directory = ledger.directory
-        self._sites = sites
-        self._format = shard_format
-        self._dtype = dtype
-        self._attempt = attempt
-        self._content: PartContent | None = None
-        self._shards: list[_Shard] = []
-        self._not_finite = 0  # rows of this part, over all sites, with a value that is no finite number
+    Attributes:
+      buffer_bytes: what the files that are open at once may hold in memory, besides the blocks.
+      committed: records made durable by this writer.
+      refused: parts to be written again, because other content took a name while theirs was on its way.
+    """
 
-    def begin(self, content: PartContent) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        sites: Sequence[Site],
+        shard_format: str,
+        dtype: str,
+        attempt: str,
+        on_failure: Callable[[BaseException], None] = lambda _: None,
+        on_commit: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    ) -> None:
+        self.ledger = ledger
+        self.storage = ledger.storage
+        self.sites = tuple(sites)
+        self.format = shard_format
+        self.dtype = dtype
+        self.attempt = attempt
+        self.lanes = Lanes(lanes_for(str(ledger.storage), len(sites)) + 1, on_failure)
+        self.buffer_bytes = len(sites) * ledger.storage.buffer_bytes
+        self.committed: list[Mapping[str, Any]] = []
+        self.refused = 0
+        self._on_commit = on_commit
+        self._open: set[_OpenPart] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def sealing_lane(self) -> int:
+        return len(self.lanes.busy_seconds) - 1
+
+    def begin(self, content: PartContent) -> OpenPart:
+        part = _OpenPart(self, content)
+        with self._lock:
+            self._open.add(part)
+        return part
+
+    def close(self) -> None:
+        try:
+            self.lanes.close()
+        finally:
+            self._discard_open()
+
+    def cancel(self) -> None:
+        self.lanes.cancel()
+        self._discard_open()
+
+    def commit_what_is_complete(self, seconds: float) -> bool:
+        """Abandons parts that lack rows and makes the others durable; False where the time did not suffice."""
+        with self._lock:
+            for part in self._open:
+                part.abandoned = not part.complete
+        return self.lanes.wait(seconds)
+
+    def closed(self, part: _OpenPart, record: Mapping[str, Any] | None) -> None:
+        """A part is done with; `record` where it was committed by this writer."""
+        with self._lock:
+            self._open.discard(part)
+        part.discard()
+        if record is not None:
+            self.committed.append(record)
+            self._on_commit(record)
+
+    def refuse(self, part: _OpenPart) -> None:
+        """A part cannot be committed as it is, and is done with here."""
+        self.refused += 1
+        self.closed(part, None)
+
+    def _discard_open(self) -> None:
+        with self._lock:
+            parts, self._open = self._open, set()
+        for part in parts:
+            part.discard()
+
+
+def lanes_for(place: str, sites: int) -> int:
+    """How many shards are written at once."""
+    most = _BUCKET_LANES if place.startswith(BUCKET_SCHEME) else max(2, (os.cpu_count() or 1) // 4)
+    return max(1, min(sites, most))
+
+
+class _OpenPart:
+    def __init__(self, writer: PartWriter, content: PartContent) -> None:
+        self._writer = writer
         self._content = content
-        self._not_finite = 0
-        for site in self._sites:
-            header = ShardHeader(
-                content.rows, site.width, self._dtype, site.hook, site.layer, content.sample_ids, content.row_offsets
-            )
-            file = self._directory.create()
-            try:
-                self._shards.append(_Shard(site, file, ENCODERS[self._format](file, header)))
-            except BaseException:
-                file.discard()
-                raise
+        self.complete = False
+        self.abandoned = False
+        lanes = writer.sealing_lane
+        self._shards = [(i % lanes, _Shard(writer, content, site)) for i, site in enumerate(writer.sites)]
 
-    def append(self, blocks: Blocks, kept: Sequence[int]) -> None:
-        for shard in self._shards:
-            for piece in row_pieces(blocks[shard.site.key], kept):
-                rows = piece.reshape(-1).view(np.uint8).data
-                if not np.isfinite(piece).all():
-                    finite = np.isfinite(piece.reshape(-1, shard.site.width)).all(axis=1)
-                    self._not_finite += int((~finite).sum())
-                shard.encoder.append(rows)
-                shard.checksums.update(rows)
+    def append(self, blocks: Blocks, kept: Sequence[int], done: Call) -> None:
+        countdown = Countdown(len(self._shards), done)
+        for lane, shard in self._shards:
+            self._writer.lanes.submit(lane, partial(self._append, shard, blocks[shard.site.key], kept, countdown))
 
     def commit(self) -> None:
-        content = self._content
-        assert content is not None
-        arrays, files = [], []
-        for shard in self._shards:
-            shard.encoder.finish()
-            name = shard.site.shard_name(content.batch, content.part, content.parts_in_batch, SUFFIXES[self._format])
-            name = self._publish(shard.file, name)
-            arrays.append(StoredArray(shard.site, name, shard.encoder.offset, tuple(shard.checksums.values())))
-            files.append(
-                {
-                    "path": name,
-                    "hook": shard.site.hook,
-                    "layer": shard.site.layer,
-                    "bytes": shard.file.size,
-                    "crc32c": shard.file.crc32c,
-                    "generation": None,
-                }
-            )
-        self._directory.sync()
-        with self._directory.create() as sidecar:
-            sidecar.write(Sidecar(content, tuple(arrays)).to_bytes())
-            sidecar_name = self._publish(sidecar, f"{PARTS}/{part_name(content.key)}.safetensors")
-            self._directory.sync(PARTS)
-        record: dict[str, Any] = {
+        self.complete = True
+        countdown = Countdown(
+            len(self._shards), lambda: self._writer.lanes.submit(self._writer.sealing_lane, self._seal)
+        )
+        for lane, shard in self._shards:
+            self._writer.lanes.submit(lane, partial(self._finish, shard, countdown))
+
+    def discard(self) -> None:
+        for _, shard in self._shards:
+            shard.discard()
+
+    def _append(self, shard: _Shard, block: np.ndarray, kept: Sequence[int], done: Call) -> None:
+        if not self.abandoned:
+            shard.append(block, kept)
+        done()
+
+    def _finish(self, shard: _Shard, done: Call) -> None:
+        shard.finish()
+        done()
+
+    def _seal(self) -> None:
+        """Everything after the last shard: names durable, sidecar, record."""
+        writer, content, shards = self._writer, self._content, [shard for _, shard in self._shards]
+        if any(shard.published is None for shard in shards):  # a name was taken: the part is to be written again
+            return writer.refuse(self)
+        storage = writer.storage
+        storage.sync()
+        arrays = tuple(shard.stored_array() for shard in shards)
+        name = f"{PARTS}/{part_name(content.key)}"
+        sidecar = storage.create(f"{name}.safetensors", f"{name}_attempt_{writer.attempt}.safetensors")
+        try:
+            sidecar.write(Sidecar(content, arrays).to_bytes())
+            with step("part.sidecar"):
+                published = sidecar.publish()
+            storage.sync(PARTS)
+        except NameTaken:
+            return writer.refuse(self)
+        finally:
+            sidecar.discard()
+        record = {
             "batch": content.batch,
             "part": content.part,
             "parts_in_batch": content.parts_in_batch,
             "samples": len(content.sample_ids),
             "tokens": content.tokens,
             "rows": content.rows,
-            "not_finite_rows": self._not_finite,
+            "not_finite_rows": sum(shard.not_finite for shard in shards),
             "plan": content.plan,
-            "attempt": self._attempt,
-            "sidecar": {"path": sidecar_name, "bytes": sidecar.size, "crc32c": sidecar.crc32c},
-            "files": files,
+            "attempt": writer.attempt,
+            "sidecar": file_record(published, sidecar),
+            "files": [
+                {"hook": s.site.hook, "layer": s.site.layer, **file_record(s.published, s.file)}
+                for s in shards
+                if s.published
+            ],
         }
-        self._ledger.commit(record)
-        self.abandon()
+        with step("part.record"):
+            mine = writer.ledger.commit(record)
+        return writer.closed(self, record if mine else None)
 
-    def abandon(self) -> None:
-        """Lets go of the part that is being written; nothing of it stays."""
-        for shard in self._shards:
-            shard.file.discard()
-        self._shards = []
-        self._content = None
 
-    def _publish(self, file: PendingFile, name: str) -> str:
+def file_record(published: Published, file: PendingFile) -> dict[str, Any]:
+    """What a commit record says of a file."""
+    return {
+        "path": published.name,
+        "bytes": file.size,
+        "crc32c": file.crc32c,
+        "generation": published.generation,
+    }
+
+
+class _Shard:
+    """One shard of one part; opened, written and published in one lane, a call at a time."""
+
+    def __init__(self, writer: PartWriter, content: PartContent, site: Site) -> None:
+        self.site = site
+        self.published: Published | None = None
+        self.not_finite = 0  # rows with a value that is no finite number
+        self._writer = writer
+        self._content = content
+        self._checksums = BlockChecksums()
+        self._file: PendingFile | None = None
+        self._encoder: ShardEncoder | None = None
+
+    @property
+    def file(self) -> PendingFile:
+        assert self._file is not None
+        return self._file
+
+    def append(self, block: np.ndarray, kept: Sequence[int]) -> None:
+        encoder = self._opened()
+        for piece in row_pieces(block, kept):
+            values = piece.reshape(-1)
+            if not _all_finite(values):
+                self.not_finite += int((~np.isfinite(piece.reshape(-1, self.site.width)).all(axis=1)).sum())
+            data = values.view(np.uint8).data
+            encoder.append(data)
+            self._checksums.update(data)
+
+    def finish(self) -> None:
+        self._opened().finish()
         try:
-            file.publish(name)
-            return name
-        except FileExistsError:
-            if self._same(file, name):
-                return name
-        stem, _, suffix = name.rpartition(".")
-        own = f"{stem}_attempt_{self._attempt}.{suffix}"
-        file.publish(own)
-        return own
+            with step("part.shard"):
+                self.published = self.file.publish()
+        except NameTaken:
+            self.published = None
+        self.file.discard()  # before the lane opens the next part's
 
-    def _same(self, file: PendingFile, name: str) -> bool:
-        """Whether the file that has the name already holds the same bytes."""
-        if self._directory.size(name) != file.size:
-            return False
-        value = 0
-        with self._directory.path(name).open("rb") as existing:
-            while chunk := existing.read(1 << 22):
-                value = crc32c(chunk, value)
-        return value == file.crc32c
+    def stored_array(self) -> StoredArray:
+        assert self.published is not None
+        return StoredArray(self.site, self.published.name, self._opened().offset, tuple(self._checksums.values()))
+
+    def discard(self) -> None:
+        if self._file is not None:
+            self._file.discard()
+
+    def _opened(self) -> ShardEncoder:
+        if self._encoder is None:
+            writer, content = self._writer, self._content
+            suffix = SUFFIXES[writer.format]
+            name = self.site.shard_name(content.batch, content.part, content.parts_in_batch, suffix)
+            self._file = writer.storage.create(
+                name, f"{name.removesuffix(f'.{suffix}')}_attempt_{writer.attempt}.{suffix}"
+            )
+            header = ShardHeader(
+                content.rows,
+                self.site.width,
+                writer.dtype,
+                self.site.hook,
+                self.site.layer,
+                content.sample_ids,
+                content.row_offsets,
+            )
+            self._encoder = ENCODERS[writer.format](self._file, header)
+        return self._encoder
+
+
+def _all_finite(values: np.ndarray) -> bool:
+    """Whether every value [n], of any float dtype, is finite; at the speed of memory for 16 bits too."""
+    if values.dtype.itemsize != 2:  # noqa: PLR2004 (bytes of bfloat16 and float16)
+        return bool(np.isfinite(values).all())
+    # Without its sign, a value is infinite or undefined from this exponent on.
+    exponent = 0x7C00 if values.dtype == np.float16 else 0x7F80
+    bits = values.view(np.uint16)
+    return all(int((bits[at : at + _PIECE] << 1).max(initial=0)) < exponent << 1 for at in range(0, len(bits), _PIECE))
 
 
 def row_pieces(block: np.ndarray, kept: Sequence[int]) -> Iterator[np.ndarray]:

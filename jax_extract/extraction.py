@@ -1,0 +1,357 @@
+"""Extraction, whole: a configuration in, a run in a directory or a bucket out.
+
+In: `ExtractConfig`. Out: committed shards with metadata.json. This process may be the only one, one of a
+program over many hosts, or one of many independent workers: what it finds committed decides what it does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from jax_extract.config import ExtractConfig, to_yaml
+from jax_extract.devices.processes import Processes, start_processes
+from jax_extract.errors import UserError
+from jax_extract.inputs.plan import Part, PlanSettings, Window
+from jax_extract.inputs.sources import Source, open_source
+from jax_extract.inputs.tokenize import InputCounts, tokenizer_digest
+from jax_extract.loop import STEPS_IN_MEMORY, LoopStatistics, run_parts
+from jax_extract.pending import Committed, Worker, parse_committed, pending_parts, plan_json, read_committed
+from jax_extract.place import Place
+from jax_extract.preemption import on_preemption
+from jax_extract.prepare import Job, numerics_fingerprint
+from jax_extract.program import CaptureProgram
+from jax_extract.store.budget import ByteBudget, default_limit
+from jax_extract.store.ledger import RUN_FILE, Ledger, RunStartedMeanwhile
+from jax_extract.store.local import require_open_files
+from jax_extract.store.metadata import metadata_of, write_metadata
+from jax_extract.store.sweep import erase
+from jax_extract.store.upload import Uploader
+from jax_extract.store.writer import PartWriter
+from jax_extract.summary import tell_input, tell_plan, tell_request, tell_result
+from jax_extract.terminal import Terminal, bytes_text, plural
+from jax_extract.weights.load import Weights
+
+CONFIG_FILE = "_run/config.yaml"
+_STARTED_MEANWHILE = "another command has just started a run in %s; give this one again when that has ended"
+
+Windows = Callable[[], tuple[Iterable[Window], InputCounts]]
+
+
+def extract_to_directory(config: ExtractConfig, terminal: Terminal | None = None) -> dict[str, Any]:
+    """Runs or resumes an extraction; returns what metadata.json says.
+
+    Everything that can be refused is refused before anything is written.
+
+    Raises:
+      UserError: anything the user can mend; nothing that was committed is lost.
+    """
+    config.check()
+    processes = start_processes(
+        config.distributed if config.worker_id is None else "off",
+        config.coordinator_address,
+        config.num_processes,
+        config.process_id,
+    )
+    terminal = terminal or Terminal(silent=not processes.is_first)
+    with processes.together():
+        place = Place.of(config)
+        place.written_to.require_usable()
+        source = _open_source(config)
+        job = Job.open(config)
+        place.require_usable()
+        require_open_files(len(job.sites))
+    place.require_shared(processes)
+    tell_request(job, config, processes.count, terminal)
+    while True:
+        try:
+            return _Extraction(config, processes, place, source, job, terminal).run()
+        except RunStartedMeanwhile:  # another worker was faster: its run is resumed
+            config = dataclasses.replace(config, overwrite=False)
+
+
+@dataclass
+class _Extraction:
+    """One session of a run, on this process.
+
+    Attributes:
+      attempt: names what this session writes.
+      statistics: what it has done so far.
+    """
+
+    config: ExtractConfig
+    processes: Processes
+    place: Place
+    source: Source
+    job: Job
+    terminal: Terminal
+    attempt: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    statistics: LoopStatistics = field(default_factory=LoopStatistics)
+
+    def run(self) -> dict[str, Any]:
+        config, processes, terminal = self.config, self.processes, self.terminal
+        found = None if config.overwrite else self.place.find(processes)
+        with processes.together():
+            settings = self.job.plan_settings(config, found.run["identity"]["plan_settings"] if found else None)
+            run = _run_of(config, self.job, self.weights, settings)
+            if found:
+                found.require_same(run["identity"], run["numerics"], config.allow_numeric_change)
+        committed = self._committed(found)
+        windows = self._windows(settings)
+        with processes.together():
+            windows, digest, tokens, shapes = self._check_plan(windows, found, committed)
+            budget = self._budget(shapes)
+        processes.require_equal("plan", digest, "give every process the same inputs, model and options")
+        ledger = found or self._start(run)
+        if committed:
+            samples = sum(part.samples for part in committed.values())
+            terminal.line("resume", f"{plural(samples, 'sample')} are committed already")
+        if tokens != 0:
+            self._compute(windows, ledger, budget, tokens)
+        ledger.end_session(self.attempt, self._session())
+        processes.meet()
+        metadata = write_metadata(ledger) if processes.is_first else metadata_of(ledger)
+        tell_result(metadata, self.statistics, ledger.storage, terminal)
+        return metadata
+
+    @cached_property
+    def weights(self) -> Weights:
+        return self.job.weights()
+
+    @property
+    def worker(self) -> Worker:
+        return Worker(self.config.worker_id or 0, self.config.num_workers or 1)
+
+    @property
+    def parties(self) -> int:
+        """How many processes work on this run side by side."""
+        return max(self.processes.count, self.worker.count)
+
+    def _session(self) -> dict[str, Any]:
+        return {
+            **dataclasses.asdict(self.statistics),
+            "mesh": dict(self.job.mesh.shape),
+            "processes": self.parties,
+        }
+
+    def _windows(self, settings: PlanSettings) -> Windows:
+        """The plan, from the beginning at each call; of a finite input it is made once and kept."""
+
+        def read() -> tuple[Iterable[Window], InputCounts]:
+            counts = InputCounts()
+            return self.job.windows(self.source.samples(), settings, self.config.chat_template, counts), counts
+
+        if not self.source.finite:
+            return read
+        windows, counts = read()
+        kept = list(windows)
+        return lambda: (kept, counts)
+
+    def _committed(self, ledger: Ledger | None) -> Committed:
+        """What is committed, as the first process reads it."""
+        return parse_committed(self.processes.of_first(lambda: read_committed(ledger) if ledger else []))
+
+    def _check_plan(
+        self, read: Windows, found: Ledger | None, committed: Committed
+    ) -> tuple[Windows, str, int | None, set[tuple[int, int]]]:
+        """Refuses inputs that are not the run's, and what cannot fit the disk.
+
+        Of a finite input the plan is complete before the first step; of a stream one window, so that an input
+        that cannot be read is refused before anything is written.
+
+        Returns:
+          The windows, the digest of what was planned, the tokens to do (None: not known), the slab shapes.
+        """
+        windows, counts = read()
+        if not self.source.finite:
+            tell_input(self.source, counts, self.job, self.terminal)
+            stream = iter(windows)
+            first = list(itertools.islice(stream, 1))
+            _require_samples(counts, self.source)
+            begun = iter([(itertools.chain(first, stream), counts)])
+            return lambda: next(begun, None) or read(), first[0].digest, None, set(first[0].shapes)
+        _require_samples(counts, self.source)
+        windows = list(windows)
+        if found and self.processes.is_first:  # whose inputs must be these, be it finished or not
+            for _ in pending_parts(windows, committed, lambda window: _keep_plan(found, window, counts)):
+                pass
+        tell_input(self.source, counts, self.job, self.terminal)
+        parts = [part for window in windows for part in window.parts]
+        rows = self.job.plan.positions.rows
+        if not any(rows(sample.length) for part in parts for sample in part.samples):
+            raise UserError(f"no sample is long enough for positions {self.job.plan.positions}; choose earlier ones")
+        tell_plan(parts, self.job.mesh.size, self.processes.count, self.terminal)
+        pending = [part for part in parts if part.key not in committed]
+        self._require_room(self.job.bytes_stored(sample for part in pending for sample in part.samples))
+        shapes = {(slab.length, slab.rows) for part in pending for slab in part.slabs}
+        return read, windows[-1].digest, sum(part.tokens for part in pending), shapes
+
+    def _require_room(self, needed: int) -> None:
+        free = self.place.written_to.free_bytes()
+        if self.place.spool is not None:  # every process has a spool of its own
+            needed = 0 if self.config.delete_local else needed // self.parties
+        if free is not None and needed > free:
+            raise UserError(
+                f"the run needs {bytes_text(needed)} but {self.place.written_to} has {bytes_text(free)} free; "
+                "choose another --activations_dir, fewer layers, fewer --positions or a smaller --capture_dtype"
+            )
+
+    def _budget(self, shapes: set[tuple[int, int]]) -> ByteBudget:
+        """Room for captured rows on this host; UserError where not even one step fits."""
+        step = self.job.bytes_on_host(shapes) if shapes else 0
+        files = len(self.job.sites) * self.place.written_to.buffer_bytes
+        if self.config.host_memory_gb is None:
+            return ByteBudget(max(default_limit(), STEPS_IN_MEMORY * step + files))
+        limit = int(self.config.host_memory_gb * 1e9)
+        if step + files > limit:
+            raise UserError(
+                f"one step needs {bytes_text(step + files)} of host memory for what it captures, and --host_memory_gb "
+                f"{self.config.host_memory_gb} allows {bytes_text(limit)}; allow more, or start a run with a smaller "
+                "--slab_tokens, fewer layers or fewer --positions"
+            )
+        return ByteBudget(limit)
+
+    def _start(self, run: Mapping[str, Any]) -> Ledger:
+        """A new run in the place; with `overwrite` the one that is there goes first."""
+        if self.place.spool is not None and self.place.spool.exists(RUN_FILE):
+            with self.processes.together():
+                erase(self.place.spool)
+
+        def start() -> Mapping[str, Any]:
+            storage = self.place.storage
+            if storage.exists(RUN_FILE):
+                if not self.config.overwrite:
+                    raise RunStartedMeanwhile if self.processes.count == 1 else UserError(_STARTED_MEANWHILE % storage)
+                erase(storage)
+            storage.make("_run")
+            again = dataclasses.replace(self.config, overwrite=False)  # fed back, it resumes
+            storage.replace(CONFIG_FILE, to_yaml(again).encode())
+            return Ledger.start(storage, run).run
+
+        return Ledger(self.place.storage, self.processes.of_first(start))
+
+    def _compute(self, windows: Windows, ledger: Ledger, budget: ByteBudget, tokens: int | None) -> None:
+        """Computes what is pending, in rounds: other workers' parts, and parts whose names were taken, come later."""
+        program = self.job.program(self.weights)
+        spool = self.place.open_spool(ledger)
+        share = None if tokens is None else tokens // self.parties
+        with self.terminal.progress(share) as bar:
+
+            def advance(so_far: LoopStatistics) -> None:
+                bar.update(self.statistics.tokens + so_far.tokens - bar.n)
+
+            for round_ in itertools.count():
+                read, counts = windows()
+                committed = self._committed(ledger)
+                parts = self._pending(read, counts, ledger, committed, round_)
+                done, again = self._round(parts, program, ledger, spool, budget, advance)
+                self.statistics.add(done)
+                if not (again or (self.worker.count > 1 and done.parts)):
+                    return
+
+    def _pending(
+        self, windows: Iterable[Window], counts: InputCounts, ledger: Ledger, committed: Committed, round_: int
+    ) -> Iterable[Part]:
+        def keep_plan(window: Window) -> None:
+            with self.processes.together():
+                if self.processes.is_first:
+                    _keep_plan(ledger, window, counts)
+
+        if self.worker.count == 1:
+            return pending_parts(windows, committed, keep_plan)
+        if round_ == 0:
+            return pending_parts(windows, committed, keep_plan, self.worker.owns)
+        return self.worker.steal(pending_parts(windows, committed, keep_plan), ledger)
+
+    def _round(
+        self,
+        parts: Iterable[Part],
+        program: CaptureProgram,
+        ledger: Ledger,
+        spool: Ledger | None,
+        budget: ByteBudget,
+        advance: Callable[[LoopStatistics], None],
+    ) -> tuple[LoopStatistics, bool]:
+        """Computes these parts; says what was done, and whether some must be written again."""
+        uploader = None
+        if spool is not None:
+            uploader = Uploader(spool, ledger, self.attempt, self.config.delete_local, budget.fail)
+        sink = PartWriter(
+            spool or ledger,
+            self.job.sites,
+            self.config.shard_format,
+            self.config.capture_dtype,
+            self.attempt,
+            on_failure=budget.fail,
+            on_commit=uploader.submit if uploader else lambda _: None,
+        )
+        buffers = sink.buffer_bytes
+        budget.acquire(buffers)
+
+        def wind_up(seconds: float) -> str:
+            in_time = sink.commit_what_is_complete(seconds) and (uploader is None or uploader.wait(seconds))
+            parts = f"{plural(len(sink.committed), 'part')} of this session are committed"
+            return parts if in_time else f"{parts}; the {seconds:.0f} s did not suffice for the others"
+
+        try:
+            with on_preemption(wind_up):
+                done = run_parts(parts, program, sink, budget, advance)
+                if uploader is not None:
+                    with done.waiting("writer"):
+                        uploader.close()
+        except BaseException:
+            if uploader is not None:
+                uploader.cancel()
+            raise
+        finally:
+            budget.release(buffers)
+        done.writer_busy = max(sink.lanes.busy_seconds)
+        return done, self.processes.any(sink.refused > 0)
+
+
+def _open_source(config: ExtractConfig) -> Source:
+    return open_source(
+        config.tasks_file,
+        config.dataset,
+        n_tasks=config.n_tasks,
+        n_samples=config.n_samples,
+        encoder=config.grid_encoder,
+        seed=config.seed,
+        split=config.split,
+        dataset_config=config.dataset_config,
+        text_column=config.text_column,
+    )
+
+
+def _run_of(config: ExtractConfig, job: Job, weights: Weights, settings: PlanSettings) -> dict[str, Any]:
+    """What run.json says of this run; decides whether a directory holds the same one."""
+    return {
+        "identity": {
+            **job.identity(),
+            "shard_format": config.shard_format,
+            "chat_template": config.chat_template,
+            "weights": weights.provenance(),
+            "tokenizer_hash": tokenizer_digest(job.model.tokenizer),
+            "plan_settings": settings.as_json(),
+        },
+        "numerics": numerics_fingerprint(job.numerics),
+        "description": {
+            **job.description(),
+            "source": config.dataset or config.tasks_file,
+            "mesh": dict(job.mesh.shape),
+        },
+    }
+
+
+def _keep_plan(ledger: Ledger, window: Window, counts: InputCounts) -> None:
+    ledger.keep_plan(window.number, plan_json(window, dataclasses.asdict(counts)))
+
+
+def _require_samples(counts: InputCounts, source: Source) -> None:
+    if not counts.samples:
+        raise UserError(f"{source.name} gave no sample with a token; there is nothing to extract")

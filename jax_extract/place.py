@@ -1,0 +1,119 @@
+"""Where a run goes: the storage whose records decide, and a local directory before it where uploads are wanted.
+
+In: `ExtractConfig`. Out: a `Place`, checked as far as it can be without a run. On several hosts a local
+directory must be the same one for all of them, which is tried, not believed.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass
+
+from jax_extract.config import ExtractConfig
+from jax_extract.devices.processes import Processes
+from jax_extract.errors import UserError
+from jax_extract.store.ledger import RUN_FILE, Ledger, RunStartedMeanwhile, read_json
+from jax_extract.store.local import Directory
+from jax_extract.store.storage import Storage, open_storage
+from jax_extract.store.upload import Uploader, open_copy
+
+_VISIBLE_SECONDS = 15  # network file systems show a new file late
+
+
+@dataclass(frozen=True)
+class Place:
+    """Attributes:
+    storage: holds the records that decide what is committed.
+    spool: the local directory in which parts are made before they are uploaded to `storage`, or None.
+    """
+
+    storage: Storage
+    spool: Storage | None = None
+
+    @classmethod
+    def of(cls, config: ExtractConfig) -> Place:
+        local = open_storage(config.activations_dir, "--activations_dir")
+        if not config.upload_to_cloud:
+            return cls(local)
+        assert config.gcs_bucket is not None
+        return cls(open_storage(config.gcs_bucket, "--gcs_bucket"), local)
+
+    @property
+    def written_to(self) -> Storage:
+        """Where shards are written first, and which must have room for them."""
+        return self.spool or self.storage
+
+    def require_usable(self) -> None:
+        self.written_to.require_usable()
+        self.storage.require_usable()
+
+    def require_shared(self, processes: Processes) -> None:
+        """UserError where several hosts would keep their records in different directories."""
+        if processes.count == 1 or not isinstance(self.storage, Directory):
+            return
+
+        def show() -> str:
+            self.storage.make("_run")
+            name = f"_run/shared-{uuid.uuid4().hex}"
+            self.storage.write(name, b"")
+            return name
+
+        name = processes.of_first(show)
+        try:
+            with processes.together():
+                until = time.monotonic() + _VISIBLE_SECONDS
+                while not self.storage.exists(name):
+                    if time.monotonic() > until:
+                        raise UserError(
+                            f"{self.storage} is not the same directory on every host; write to a bucket "
+                            "(--activations_dir gs://bucket/prefix), or to a file system that all hosts share"
+                        )
+                    time.sleep(0.2)
+        finally:
+            if processes.is_first:
+                self.storage.delete(name)
+
+    def find(self, processes: Processes) -> Ledger | None:
+        """The run that is there; for a place with a spool, what the spool still held is brought over first."""
+        if self.spool is not None:
+            with processes.together():
+                self._bring_over()
+        run = processes.of_first(lambda: Ledger.open(self.storage).run if self.storage.exists(RUN_FILE) else None)
+        return Ledger(self.storage, run) if run else None
+
+    def _bring_over(self) -> None:
+        """Uploads what an earlier command committed in the spool and could not upload any more."""
+        assert self.spool is not None
+        if not self.spool.exists(RUN_FILE):
+            return
+        source = Ledger.open(self.spool)
+        if not self.storage.exists(RUN_FILE):
+            copy_run(source, self.storage)
+        target = open_copy(source, Ledger.open(self.storage))
+        there, attempt = target.committed(), uuid.uuid4().hex[:12]
+        left = [record for key, record in source.committed().items() if key not in there]
+        if left:
+            uploader = Uploader(source, target, attempt)
+            for record in left:
+                uploader.submit(record)
+            uploader.close()
+
+    def open_spool(self, ledger: Ledger) -> Ledger | None:
+        """The spool's own ledger of the run, started where there is none yet."""
+        if self.spool is None:
+            return None
+        if self.spool.exists(RUN_FILE):
+            return open_copy(Ledger.open(self.spool), ledger) and Ledger.open(self.spool)
+        try:
+            return Ledger.start(self.spool, ledger.run)
+        except RunStartedMeanwhile:
+            return Ledger.open(self.spool)
+
+
+def copy_run(source: Ledger, storage: Storage) -> Ledger:
+    """Starts the same run in another place."""
+    try:
+        return Ledger.start(storage, source.run)
+    except RunStartedMeanwhile:
+        return Ledger(storage, read_json(storage, RUN_FILE))

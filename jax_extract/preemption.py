@@ -1,0 +1,65 @@
+"""SIGTERM, the signal that a machine is about to be taken away.
+
+In: what is to be done in the seconds that are left. Out: that, and the end of the process. The signal is
+noticed by a thread of its own, whatever the main thread is doing: a device or a compiler may hold that
+for longer than there is time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+GRACE_SECONDS = 25.0  # platforms give 30 before they pull the plug
+EXIT_CODE = 128 + signal.SIGTERM
+
+
+@contextlib.contextmanager
+def on_preemption(wind_up: Callable[[float], str]) -> Iterator[None]:
+    """While inside, SIGTERM calls `wind_up(seconds left)`, prints what it returns, and ends the process.
+
+    Only the main thread can set this up; elsewhere, as in a notebook's server, nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    noticed, notice = os.pipe()
+    os.set_blocking(notice, False)
+    # The byte is written by the interpreter's own C handler, at once; the Python one has nothing left to do.
+    before_fd = signal.set_wakeup_fd(notice, warn_on_full_buffer=False)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    watcher = threading.Thread(target=_watch, args=(noticed, wind_up), name="jax_extract-preemption", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.set_wakeup_fd(before_fd)
+        os.close(notice)
+        watcher.join()
+        os.close(noticed)
+
+
+def _watch(noticed: int, wind_up: Callable[[float], str]) -> None:
+    while byte := os.read(noticed, 1):
+        if byte[0] != signal.SIGTERM:
+            continue
+        until = time.monotonic() + GRACE_SECONDS
+        # Should the disk or the network hang, the process ends all the same, by a thread that waits for nothing.
+        threading.Thread(target=_end_at, args=(until,), daemon=True).start()
+        try:
+            said = wind_up(until - time.monotonic())
+        except BaseException as error:  # noqa: BLE001 (the process ends; it is told why)
+            said = f"{error}"
+        print(f"\nstopped by SIGTERM: {said}; run the same command again to go on", file=sys.stderr, flush=True)
+        os._exit(EXIT_CODE)
+
+
+def _end_at(until: float) -> None:
+    time.sleep(max(0.0, until - time.monotonic()))
+    os._exit(EXIT_CODE)

@@ -1,0 +1,282 @@
+"""Durable, create-only files in a local directory.
+
+In: names and bytes. Out: files that are either whole and on the disk, or not there. A file is written
+without a name where the system allows it and linked to its name when complete, so a killed run leaves
+nothing half-written behind and no name is ever taken twice. Large files pass the page cache by where
+the system allows it: they will not be read soon, and the processor has better things to do than copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import resource
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+from jax_extract.errors import UserError
+from jax_extract.store.failpoints import step
+from jax_extract.store.storage import Chunk, Entry, Published, StorageFull, checked_name, crc32c
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_UNNAMED_FILES = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.EACCES, errno.EPERM}
+_BUFFER = 4 << 20  # a multiple of every disk's block; few enough calls to keep a fast disk busy
+_READ = 4 << 20
+_OTHER_FILES = 64  # what the libraries and the compiler keep open besides shards
+
+
+def require_open_files(sites: int) -> None:
+    """Makes room for one open file a site; UserError where the system does not allow it."""
+    needed = sites + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        if allowed < needed:
+            raise UserError(
+                f"{sites} files are written at once and only {hard} may be open; raise the limit (ulimit -n {needed}), "
+                "or ask for fewer layers or hook points"
+            )
+
+
+class Directory:
+    """A local directory as a `Storage`."""
+
+    buffer_bytes = _BUFFER
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def where(self, name: str) -> str:
+        return str(self.path(name))
+
+    def path(self, name: str) -> Path:
+        """The path of a name; refuses names that lead out of the directory."""
+        return self.root / checked_name(name, self)
+
+    def require_usable(self) -> None:
+        root = self.root.absolute()
+        nearest = next(path for path in (root, *root.parents) if path.exists())
+        if not nearest.is_dir():
+            raise UserError(f"directory {self.root} cannot be used: {nearest} is a file; name another directory")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(f"directory {self.root} cannot be written to; name another, or change its permissions")
+
+    def make(self, *folders: str) -> None:
+        for folder in ("", *folders):
+            try:
+                self.path(folder).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"directory {self.path(folder)} cannot be made: {error.strerror}") from None
+
+    def require_plain(self, folder: str) -> None:
+        if self.path(folder).is_symlink():
+            raise UserError(f"{self.path(folder)} is a link; a run's own folders are not: remove the link first")
+
+    def create(self, name: str, own: str) -> LocalFile:
+        return LocalFile(self, name, own)
+
+    def write(self, name: str, data: bytes) -> None:
+        with contextlib.closing(LocalFile(self, name)) as file:
+            file.write(data)
+            file.link(name)
+        self.sync(str(PurePosixPath(name).parent))
+
+    def replace(self, name: str, data: bytes) -> None:
+        temporary = f"{name}.{uuid.uuid4().hex}"
+        with contextlib.closing(LocalFile(self, temporary)) as file:
+            file.write(data)
+            file.link(temporary)
+        with self.trouble_is_told(), step("local.replace"):
+            self.path(temporary).replace(self.path(name))
+        self.sync(str(PurePosixPath(name).parent))
+
+    def read(self, name: str, offset: int = 0, size: int | None = None, generation: int | None = None) -> bytes:
+        with self.path(name).open("rb") as file:
+            file.seek(offset)
+            return file.read() if size is None else file.read(size)
+
+    def read_into(self, name: str, offset: int, buffer: memoryview, generation: int | None = None) -> int:
+        got = 0
+        with self.path(name).open("rb", buffering=0) as file:
+            file.seek(offset)
+            while got < len(buffer) and (n := file.readinto(buffer[got:])):
+                got += n
+        return got
+
+    def read_many(self, names: Iterable[str]) -> dict[str, bytes]:
+        return {name: self.read(name) for name in names}
+
+    def exists(self, name: str) -> bool:
+        return self.path(name).exists()
+
+    def entries(self, folder: str = "") -> dict[str, Entry]:
+        path = self.path(folder)
+        if not path.is_dir():
+            return {}
+        with os.scandir(path) as found:
+            return dict(sorted((file.name, Entry(file.stat().st_size)) for file in found if file.is_file()))
+
+    def delete(self, name: str) -> None:
+        with self.trouble_is_told(), step("local.delete"):
+            self.path(name).unlink(missing_ok=True)
+
+    def sync(self, folder: str = "") -> None:
+        with self.trouble_is_told(), step("local.sync_folder"):
+            fd = os.open(self.path(folder), os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    @contextlib.contextmanager
+    def trouble_is_told(self) -> Iterator[None]:
+        """Turns what the system says about writing here into one sentence; a taken name passes through."""
+        try:
+            yield
+        except FileExistsError:
+            raise
+        except OSError as error:
+            safe = "what is committed is safe"
+            if error.errno in _NO_SPACE:
+                raise StorageFull(
+                    f"no space left for {self.root} ({error.strerror}); {safe}: free some space and run the same "
+                    "command again to go on"
+                ) from None
+            raise UserError(
+                f"{self.root} cannot be written ({error.strerror}); {safe}: mend that and run the same command again"
+            ) from None
+
+    def free_bytes(self) -> int:
+        root = self.root.absolute()
+        stat = os.statvfs(next(path for path in (root, *root.parents) if path.exists()))
+        return stat.f_bavail * stat.f_frsize
+
+
+class LocalFile:
+    """A file being written in a `Directory`; a `PendingFile`."""
+
+    def __init__(self, directory: Directory, name: str, own: str | None = None) -> None:
+        self._directory = directory
+        self._name = name
+        self._own = own
+        self._temporary: Path | None = None
+        self._fd = -1
+        self._direct = False
+        self._buffer = mmap.mmap(-1, _BUFFER)  # whole pages, as writing past the page cache wants them
+        self._filled = 0
+        self.size = 0
+        self.crc32c = 0
+        with directory.trouble_is_told(), step("local.create"):
+            self._fd = self._open(directory.root)
+
+    def _open(self, root: Path) -> int:
+        try:
+            return os.open(root, os.O_TMPFILE | os.O_RDWR, 0o644)
+        except (OSError, AttributeError) as error:
+            if isinstance(error, OSError) and error.errno not in _NO_UNNAMED_FILES:
+                raise
+        self._temporary = root / f".writing-{uuid.uuid4().hex}"
+        return os.open(self._temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+
+    def write(self, data: Chunk) -> int:
+        view = memoryview(data)
+        while view:
+            piece = view[: _BUFFER - self._filled]
+            self._buffer[self._filled : self._filled + len(piece)] = piece  # type: ignore[assignment]
+            self._filled += len(piece)
+            view = view[len(piece) :]
+            if self._filled == _BUFFER:
+                self._drain(direct=True)
+        self.crc32c = crc32c(data, self.crc32c)
+        self.size += len(data)
+        return len(data)
+
+    def publish(self) -> Published:
+        assert self._own is not None
+        for name in (self._name, self._own):
+            try:
+                self.link(name)
+            except FileExistsError:
+                if not self._is_in(name):
+                    continue
+            return Published(name)
+        raise FileExistsError(self._own)
+
+    def link(self, name: str) -> None:
+        """Makes the content durable and gives it this name; FileExistsError where the name is taken."""
+        target = self._directory.path(name)
+        with self._directory.trouble_is_told():
+            if self._filled:
+                self._drain(direct=False)
+            with step("local.fsync"):
+                os.fsync(self._fd)
+            with step("local.link"):
+                self._link(target)
+
+    def discard(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self._buffer.close()
+        if self._temporary is not None:
+            self._temporary.unlink(missing_ok=True)
+
+    close = discard
+
+    def _drain(self, direct: bool) -> None:
+        with self._directory.trouble_is_told(), step("local.write"):
+            self._pass_page_cache_by(direct)
+            with memoryview(self._buffer) as whole, whole[: self._filled] as view:
+                done = 0
+                while done < len(view):
+                    with view[done:] as rest:
+                        done += self._write_some(rest)
+        self._filled = 0
+
+    def _write_some(self, rest: memoryview) -> int:
+        try:
+            return os.write(self._fd, rest)
+        except OSError as error:
+            if not (self._direct and error.errno == errno.EINVAL):
+                raise
+        self._pass_page_cache_by(False)  # a file system that promises it and then wants other alignment
+        return os.write(self._fd, rest)
+
+    def _pass_page_cache_by(self, wanted: bool) -> None:
+        if wanted == self._direct or not hasattr(os, "O_DIRECT"):
+            return
+        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(self._fd, fcntl.F_SETFL, flags | os.O_DIRECT if wanted else flags & ~os.O_DIRECT)
+        except OSError:  # a file system that cannot; the page cache serves
+            return
+        self._direct = wanted
+
+    def _link(self, target: Path) -> None:
+        if self._temporary is None:
+            root = os.open(self._directory.root, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                # Only linkat follows the /proc link, and only a directory descriptor makes Python call it.
+                os.link(f"/proc/self/fd/{self._fd}", target, src_dir_fd=root, follow_symlinks=True)
+            finally:
+                os.close(root)
+        else:
+            os.link(self._temporary, target)
+
+    def _is_in(self, name: str) -> bool:
+        """Whether the file that has the name already holds the same bytes."""
+        value = 0
+        with self._directory.path(name).open("rb") as existing:
+            if os.fstat(existing.fileno()).st_size != self.size:
+                return False
+            while chunk := existing.read(_READ):
+                value = crc32c(chunk, value)
+        return value == self.crc32c

@@ -1,0 +1,79 @@
+"""`metadata.json`: what a run holds, in one file, for people and for scripts.
+
+In: a ledger. Out: a dictionary, and the file beside the shards. All of it is derived: it can be written
+anew at any time, and nothing that decides anything reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jax_extract.errors import damage_is_told
+from jax_extract.store.ledger import COMMITS, Key, Ledger, Record, to_json
+
+METADATA_FILE = "metadata.json"
+
+
+def metadata_of(ledger: Ledger, records: Mapping[Key, Record] | None = None) -> dict[str, Any]:
+    """What metadata.json says, derived from run.json, the records and the sessions."""
+    with damage_is_told(f"the run in {ledger.storage}", "restore its _run folder from a copy"):
+        return _metadata(ledger, ledger.committed() if records is None else records)
+
+
+def write_metadata(ledger: Ledger) -> dict[str, Any]:
+    """Writes metadata.json; again, where other workers have committed parts in the meantime."""
+    while True:
+        records = ledger.committed()
+        metadata = metadata_of(ledger, records)
+        ledger.storage.replace(METADATA_FILE, to_json(metadata))
+        if len(ledger.names(COMMITS)) == len(records):
+            return metadata
+
+
+def _metadata(ledger: Ledger, records: Mapping[Key, Record]) -> dict[str, Any]:
+    identity, description = ledger.run["identity"], ledger.run["description"]
+    batches: dict[int, dict[str, Any]] = {}
+    for (batch, _), record in records.items():
+        entry = batches.setdefault(
+            batch,
+            {"batch": batch, "parts": record["parts_in_batch"], "samples": 0, "tokens": 0, "rows": 0, "files": []},
+        )
+        for count in ("samples", "tokens", "rows"):
+            entry[count] += record[count]
+        entry["files"] += [file["path"] for file in record["files"]]
+    sessions = ledger.sessions()
+    plan = (ledger.plans() or [{}])[-1]
+    layers = sorted({site["layer"] for site in identity["sites"] if site["layer"] is not None})
+    return {
+        "model_name": description["model_name"],
+        "layers_extracted": layers,
+        "hidden_dim": description["hidden_dim"],
+        "num_layers_extracted": len(layers),
+        "total_samples": sum(record["samples"] for record in records.values()),
+        "total_tokens": sum(record["tokens"] for record in records.values()),
+        "total_rows": sum(record["rows"] for record in records.values()),
+        "total_bytes": sum(file["bytes"] for record in records.values() for file in record["files"]),
+        "not_finite_rows": sum(record.get("not_finite_rows", 0) for record in records.values()),
+        "tokens_per_second": _throughput(sessions),
+        "padding_waste": _waste(sessions),
+        "format_version": ledger.run["format_version"],
+        **identity,
+        "plan_fingerprint": plan.get("digest"),
+        "input": plan.get("input"),
+        "numerics": ledger.run["numerics"],
+        **{key: value for key, value in description.items() if key not in ("model_name", "hidden_dim")},
+        "sessions": sessions,
+        "batches": [batches[batch] for batch in sorted(batches)],
+    }
+
+
+def _throughput(sessions: list[dict[str, Any]]) -> float | None:
+    """Tokens a second; processes that ran side by side share the seconds."""
+    seconds = sum(session["seconds"] / session.get("processes", 1) for session in sessions)
+    return sum(session["tokens"] for session in sessions) / seconds if seconds else None
+
+
+def _waste(sessions: list[dict[str, Any]]) -> float | None:
+    computed = sum(session["slab_tokens"] for session in sessions)
+    return 1 - sum(session["tokens"] for session in sessions) / computed if computed else None

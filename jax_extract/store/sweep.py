@@ -1,0 +1,47 @@
+"""Removing what a run has left behind: orphans, torn parts, or the whole of it.
+
+In: a ledger, in whose place nothing else runs. Out: fewer files. Only files that can be none but this
+run's own are touched.
+"""
+
+from __future__ import annotations
+
+from jax_extract.errors import damage_is_told
+from jax_extract.store.failpoints import step
+from jax_extract.store.ledger import COMMITS, FOLDERS, RUN_FILE, Ledger
+from jax_extract.store.metadata import METADATA_FILE
+from jax_extract.store.parts import ShardName
+from jax_extract.store.storage import Storage
+from jax_extract.store.survey import Survey
+
+
+def sweep(ledger: Ledger, found: Survey, torn: bool = False) -> None:
+    """Deletes the orphans that a survey found; with `torn` the torn parts too, so that they are computed again."""
+    if torn:
+        for name in found.torn:
+            with step("sweep.record"):
+                ledger.storage.delete(name)
+        ledger.storage.sync(COMMITS)
+    for name in found.orphans:
+        with step("sweep.orphan"):
+            ledger.storage.delete(name)
+
+
+def erase(storage: Storage) -> None:
+    """Removes a run from a place: its records first, then its shards; every other file is left alone."""
+    ledger = Ledger.open(storage)
+    for folder in FOLDERS:
+        storage.require_plain(folder)
+    with damage_is_told(f"the run in {storage}", "remove it by hand"):
+        batches = {part["batch"] for plan in ledger.plans() for part in plan["parts"]}
+        sites = {(site["hook"], site["layer"]) for site in ledger.run["identity"]["sites"]}
+        shard_format = ledger.run["identity"]["shard_format"]
+    for folder in FOLDERS:
+        for name in storage.entries(folder):
+            storage.delete(f"{folder}/{name}")
+    for name in storage.entries():
+        shard = ShardName.parse(name)
+        if shard and (shard.hook, shard.layer) in sites and shard.batch in batches and shard.format == shard_format:
+            storage.delete(name)
+    storage.delete(METADATA_FILE)
+    storage.delete(RUN_FILE)

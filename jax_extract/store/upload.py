@@ -1,0 +1,166 @@
+"""Bringing committed parts of a local run into a bucket, exactly once.
+
+In: a local ledger and the bucket's. Out: the same shards and records there. A part's record is written in
+the bucket after its last byte, as everywhere; what is there already is adopted; so an upload can be broken
+off and repeated at any point. Local shards are deleted only when the bucket's record names them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any
+
+from jax_extract.errors import UserError
+from jax_extract.store.differences import differences
+from jax_extract.store.failpoints import step
+from jax_extract.store.lanes import Countdown, Lanes
+from jax_extract.store.ledger import PARTS, UPLOADED, Key, Ledger, Record, part_name, to_json
+from jax_extract.store.sidecar import Sidecar
+from jax_extract.store.storage import NameTaken, Published, crc32c
+
+_LANES = 16  # an upload waits for the network, not for a processor
+_CHUNK = 8 << 20
+
+
+def open_copy(source: Ledger, target: Ledger) -> Ledger:
+    """The ledger in the bucket, if it is a copy of the local one; UserError where it is another run."""
+    if target.run["run_id"] != source.run["run_id"]:
+        changed = differences(source.run["identity"], target.run["identity"]) or "it was started on its own"
+        raise UserError(
+            f"{target.storage} holds another run than {source.storage}: {changed}; choose another prefix in the bucket"
+        )
+    return target
+
+
+class Uploader:
+    """Uploads parts side by side, several shards at once.
+
+    Attributes:
+      uploaded: keys of the parts that this uploader has brought over.
+    """
+
+    def __init__(
+        self,
+        source: Ledger,
+        target: Ledger,
+        attempt: str,
+        delete_local: bool = False,
+        on_failure: Callable[[BaseException], None] = lambda _: None,
+        on_bytes: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self._source = source
+        self._target = target
+        self._attempt = attempt
+        self._delete_local = delete_local
+        self._on_bytes = on_bytes
+        self._lanes = Lanes(_LANES + 1, on_failure)  # the last one seals
+        self._next_lane = 0
+        self._there = target.storage.entries()  # what an upload that was broken off has left
+        self.buffer_bytes = _LANES * (target.storage.buffer_bytes + _CHUNK)
+        self.uploaded: list[Key] = []
+
+    def submit(self, record: Mapping[str, Any]) -> None:
+        """Queues a part that is committed locally; returns at once, raises what failed before."""
+        files = [dict(file) for file in record["files"]]
+        countdown = Countdown(len(files), lambda: self._lanes.submit(_LANES, partial(self._seal, dict(record), files)))
+        for file in files:
+            self._lanes.submit(self._next_lane, partial(self._upload, file, countdown))
+            self._next_lane = (self._next_lane + 1) % _LANES
+
+    def wait(self, seconds: float | None = None) -> bool:
+        return self._lanes.wait(seconds)
+
+    def close(self) -> None:
+        """Waits until all is in the bucket; raises what failed."""
+        self._lanes.close()
+
+    def cancel(self) -> None:
+        self._lanes.cancel()
+
+    def _upload(self, file: dict[str, Any], done: Callable[[], None]) -> None:
+        published = self._copy(file)
+        file.update(path=published.name, generation=published.generation)
+        done()
+
+    def _copy(self, file: Mapping[str, Any]) -> Published:
+        """One shard, in chunks; what lies on the disk must be what was committed."""
+        name = str(file["path"])
+        there = self._there.get(name)
+        if there and (there.size, there.crc32c) == (file["bytes"], file["crc32c"]):
+            self._on_bytes(there.size)
+            return Published(name, there.generation)
+        while True:
+            pending = self._target.storage.create(name, _own_name(name, self._attempt))
+            try:
+                while chunk := self._source.storage.read(name, pending.size, _CHUNK):
+                    pending.write(chunk)
+                    self._on_bytes(len(chunk))
+                self._require_committed(file, pending.size, pending.crc32c)
+                with step("upload.shard"):
+                    return pending.publish()
+            except NameTaken:
+                continue
+            except FileNotFoundError:
+                raise UserError(
+                    f"{self._source.storage.where(name)} is missing; run jax-extract status {self._source.storage}"
+                ) from None
+            finally:
+                pending.discard()
+
+    def _require_committed(self, file: Mapping[str, Any], size: int, checksum: int) -> None:
+        if (size, checksum) != (file["bytes"], file["crc32c"]):
+            raise UserError(
+                f"{self._source.storage.where(str(file['path']))} is damaged on the disk and was not uploaded; "
+                f"remove its part with jax-extract sweep {self._source.storage} --torn and compute it again"
+            )
+
+    def _seal(self, record: Record, files: list[dict[str, Any]]) -> None:
+        """Sidecar and record of a part whose shards are all there."""
+        key: Key = (record["batch"], record["part"])
+        local = record["sidecar"]
+        data = self._source.storage.read(local["path"])
+        self._require_committed(local, len(data), crc32c(data))
+        renamed = {str(old["path"]): str(new["path"]) for old, new in zip(record["files"], files, strict=True)}
+        if any(old != new for old, new in renamed.items()):
+            sidecar = Sidecar.read(self._source.storage, local["path"], local["crc32c"])
+            arrays = tuple(dataclasses.replace(array, path=renamed[array.path]) for array in sidecar.arrays)
+            data = dataclasses.replace(sidecar, arrays=arrays).to_bytes()
+        published = self._put(f"{PARTS}/{part_name(key)}.safetensors", data)
+        entry = {"path": published.name, "bytes": len(data), "crc32c": crc32c(data), "generation": published.generation}
+        copied = {name: value for name, value in record.items() if name not in ("run", "uploaded_to")}
+        with step("upload.record"):
+            self._target.commit({**copied, "sidecar": entry, "files": files})
+        if self._delete_local:
+            self._release(key, record)
+        self.uploaded.append(key)
+
+    def _put(self, name: str, data: bytes) -> Published:
+        while True:
+            pending = self._target.storage.create(name, _own_name(name, self._attempt))
+            try:
+                pending.write(data)
+                return pending.publish()
+            except NameTaken:
+                continue
+            finally:
+                pending.discard()
+
+    def _release(self, key: Key, record: Record) -> None:
+        """Says where the shards are from now on, durably, and deletes them here."""
+        storage = self._source.storage
+        note = to_json({"to": str(self._target.storage)})
+        name = f"{UPLOADED}/{part_name(key)}.json"
+        if not storage.exists(name):
+            with step("upload.note"):
+                storage.write(name, note)
+        for file in record["files"]:
+            with step("upload.delete_local"):
+                storage.delete(file["path"])
+
+
+def _own_name(name: str, attempt: str) -> str:
+    path = PurePosixPath(name)
+    return str(path.with_name(f"{path.stem}_attempt_{attempt}{path.suffix}"))

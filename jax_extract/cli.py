@@ -1,7 +1,8 @@
 """`jax-extract <command>`, and the one way in which every command parses flags and reports mistakes.
 
-In: the words of a command line. Out: an exit code: 0 done, 2 a mistake that the user can mend,
-130 interrupted. Flags are the fields of a configuration dataclass, spelled as the fields are.
+In: the words of a command line. Out: an exit code: 0 done, 1 done and the answer is no, 2 a mistake that
+the user can mend, 130 interrupted, 143 preempted (SIGTERM). Flags are the fields of a configuration
+dataclass, spelled as the fields are.
 """
 
 from __future__ import annotations
@@ -16,14 +17,27 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from jax_extract.errors import UserError
+
+if TYPE_CHECKING:
+    from jax_extract.config import ExtractConfig
+
+T = TypeVar("T")
 
 _USAGE = """usage: jax-extract COMMAND …
 
 commands:
-  extract    extract activations of a language model (jax-extract extract --help)
-  inspect    summarise a run directory, or one shard (jax-extract inspect DIR)
+  extract    extract activations of a language model
+  estimate   how much a run will write and how long it will take, before it is started
+  inspect    summarise a run, or one shard
+  status     which parts of a run are committed, missing and torn
+  verify     read a run again and recompute samples of it
+  upload     bring a run from a directory into a bucket
+  sweep      remove what killed attempts have left behind
+
+jax-extract COMMAND --help lists the options of each.
 """
 _INTERRUPTED = 130
 _CONFIG_FLAG = "--config"
@@ -42,11 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] == "--version":
         print(importlib.metadata.version("jax_extract"))
         return 0
-    commands: dict[str, Callable[[list[str]], None]] = {"extract": _extract, "inspect": _inspect}
-    if argv[0] not in commands:
-        print(f"error: unknown command {argv[0]!r}; the commands are: {', '.join(commands)}", file=sys.stderr)
+    if argv[0] not in _COMMANDS:
+        print(f"error: unknown command {argv[0]!r}; the commands are: {', '.join(_COMMANDS)}", file=sys.stderr)
         return 2
-    return guarded(lambda: commands[argv[0]](argv[1:]))
+    return guarded(lambda: _COMMANDS[argv[0]](argv[1:]))
 
 
 def extract_command(program: str, defaults: object = None, argv: Sequence[str] | None = None) -> int:
@@ -55,14 +68,14 @@ def extract_command(program: str, defaults: object = None, argv: Sequence[str] |
     return guarded(lambda: _extract(words, program, defaults))
 
 
-def guarded(command: Callable[[], None]) -> int:
-    """Runs a command: a user's mistake is one sentence and exit code 2, an interruption 130."""
+def guarded(command: Callable[[], int | None]) -> int:
+    """Runs a command: its own exit code, or 2 with one sentence for a user's mistake, or 130 for an interruption."""
     _quiet_libraries()
     for stream in (sys.stdout, sys.stderr):  # a terminal without these characters still gets the words
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        command()
+        return command() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -72,7 +85,6 @@ def guarded(command: Callable[[], None]) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as in `jax-extract inspect … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    return 0
 
 
 def _quiet_libraries() -> None:
@@ -86,10 +98,14 @@ def _quiet_libraries() -> None:
 
 
 def _extract(argv: list[str], program: str = "jax-extract extract", defaults: object = None) -> None:
-    import tyro
-
-    from jax_extract.config import ExtractConfig, from_mapping, from_yaml
     from jax_extract.extraction import extract_to_directory
+
+    extract_to_directory(_extract_config(argv, program, defaults))
+
+
+def _extract_config(argv: list[str], program: str, defaults: object = None) -> ExtractConfig:
+    """The configuration that defaults, a YAML file and flags give together."""
+    from jax_extract.config import ExtractConfig, from_mapping, from_yaml
 
     base = ExtractConfig()
     if defaults is not None:
@@ -100,22 +116,47 @@ def _extract(argv: list[str], program: str = "jax-extract extract", defaults: ob
     if path is not None:
         base = from_yaml(path, base)
     base.check()
+    return _parse(ExtractConfig, argv, program, base, _EXTRACT_HELP)
+
+
+def _parse(kind: type[T], argv: list[str], program: str, default: T | None = None, help_text: str | None = None) -> T:
+    """Flags into a dataclass; UserError in one sentence where they do not fit."""
+    import tyro
+
     said = io.StringIO()
+    given = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(said):
-            config = tyro.cli(
-                tyro.conf.configure(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)(ExtractConfig),
+            return tyro.cli(
+                tyro.conf.configure(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)(kind),
                 prog=program,
-                args=_spell_out_flags(argv, ExtractConfig),
-                default=base,
+                args=_spell_out_flags(argv, kind),
                 use_underscores=True,
-                description=_EXTRACT_HELP,
+                description=help_text,
+                **given,
             )
     except SystemExit as ended:
         if not ended.code:  # --help
             raise
         raise UserError(f"{_one_sentence(said.getvalue())}; {program} --help lists the flags") from None
-    extract_to_directory(config)
+
+
+def _status(argv: list[str]) -> int:
+    from jax_extract.status import StatusConfig, status
+
+    return status(_parse(StatusConfig, argv, "jax-extract status"))
+
+
+def _sweep(argv: list[str]) -> int:
+    from jax_extract.status import SweepConfig, sweep_command
+
+    return sweep_command(_parse(SweepConfig, argv, "jax-extract sweep"))
+
+
+def _upload(argv: list[str]) -> int:
+    from jax_extract.uploading import UploadConfig, upload
+
+    return upload(_parse(UploadConfig, argv, "jax-extract upload"))
 
 
 def _one_sentence(box: str) -> str:
@@ -180,6 +221,15 @@ def _inspect(argv: list[str]) -> None:
             raise UserError("inspect takes one run directory or one shard file")
         return
     inspect(argv[0])
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
+    "extract": _extract,
+    "inspect": _inspect,
+    "status": _status,
+    "sweep": _sweep,
+    "upload": _upload,
+}
 
 
 if __name__ == "__main__":

@@ -30,13 +30,13 @@ class Terminal:
             self._silent = True
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    def progress(self, tokens: int | None) -> tqdm:
-        """A bar over real tokens, with tokens/s and time left; `tokens` None where the total is not known."""
+    def progress(self, total: int | None, label: str = "extract", unit: str = "tok") -> tqdm:
+        """A bar, over real tokens or bytes, with speed and time left; `total` None where it is not known."""
         return tqdm(
-            total=tokens,
-            unit="tok",
+            total=total,
+            unit=unit,
             unit_scale=True,
-            desc="extract",
+            desc=label,
             disable=self._silent,
             file=sys.stderr,
             dynamic_ncols=True,

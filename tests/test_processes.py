@@ -1,0 +1,163 @@
+"""Several processes on one run: one program over hosts, and independent workers; each may die."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_run import command, environment, make_model, run_cli, texts, write_jsonl
+
+from jax_extract import open_activations
+from jax_extract.cli import main
+from jax_extract.inputs.plan import PlanSettings, plan_windows
+from jax_extract.inputs.tokenize import TokenizedSample
+from jax_extract.schedule import steps, tokens_computed
+from jax_extract.store.failpoints import VARIABLE
+from models.positions import Positions
+
+LENGTHS = [int(n) for n in np.random.default_rng(0).integers(20, 121, 150)]
+ENDS = 90  # seconds in which processes that lost one of theirs are given up
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("input") / "in.jsonl", LENGTHS)
+
+
+def _words(model: Path, tasks: Path, directory: Path, *more: object) -> list[str]:
+    words = ["--model_path", model, "--tasks_file", tasks, "--activations_dir", directory, "--batch_size", 1]
+    return [str(w) for w in (*words, "--layers_to_extract", 3, 11, "--positions", "all", *more)]
+
+
+def _program(words: Sequence[str], processes: int, devices: int, killed_at: str | None = None) -> list[int]:
+    """One program over `processes`; process 0 dies at a failpoint, then so do the others. Returns exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for index in range(processes):
+        group = ["--coordinator_address", f"127.0.0.1:{port}", "--num_processes", processes, "--process_id", index]
+        env = {"JAX_NUM_CPU_DEVICES": str(devices)}
+        if killed_at and index == 0:
+            env[VARIABLE] = killed_at
+        line = command(*words, *(group if processes > 1 else ()))
+        started.append(
+            subprocess.Popen(line, env=environment(env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    said = []
+    for process in started:
+        said.append(process.communicate(timeout=ENDS)[0])
+        if killed_at:
+            for other in started:
+                other.kill()
+    codes = [process.returncode for process in started]
+    assert killed_at or codes == [0] * processes, said
+    return codes
+
+
+def _rows(directory: Path) -> dict[tuple[str, int], bytes]:
+    run = open_activations(directory)
+    return {(sample.sample_id, layer): sample.get(layer).tobytes() for sample in run.samples() for layer in (3, 11)}
+
+
+def test_a_program_of_4_2_1_processes_and_8_4_2_devices_killed_twice_gives_every_row_once_and_the_same_bytes(
+    model: Path, tasks: Path, tmp_path: Path
+) -> None:
+    _program(_words(model, tasks, tmp_path / "whole"), 4, 2)
+    words = _words(model, tasks, tmp_path / "killed")
+    assert _program(words, 4, 2, killed_at="part.record:after:1")[0] == -9
+    first = len(list((tmp_path / "killed/_run/commits").iterdir()))
+    assert _program(words, 2, 2, killed_at="part.record:before:2")[0] == -9
+    second = len(list((tmp_path / "killed/_run/commits").iterdir()))
+    _program(words, 1, 2)
+    records = sorted((tmp_path / "killed/_run/commits").iterdir())
+    assert 1 <= first < second < len(records) == len(list((tmp_path / "whole/_run/commits").iterdir()))
+    assert open_activations(tmp_path / "killed").sample_ids == list(texts(LENGTHS))
+    assert _rows(tmp_path / "killed") == _rows(tmp_path / "whole")
+    assert len({json.loads(path.read_text())["attempt"] for path in records}) > 2  # hosts wrote parts of their own
+
+
+def test_hosts_without_a_shared_directory_are_refused_with_one_sentence(
+    model: Path, tasks: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = ["--coordinator_address", f"127.0.0.1:{port}", "--num_processes", 2]
+    started = [
+        subprocess.Popen(
+            command(*_words(model, tasks, tmp_path / f"of_host_{i}"), *group, "--process_id", i),
+            env=environment(),
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=ENDS)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 2], said
+    assert all("is not the same directory on every host; write to a bucket" in text for text in said)
+    assert not any((tmp_path / f"of_host_{i}/_run/run.json").exists() for i in range(2))
+
+
+def test_a_lost_worker_s_parts_are_stolen_and_nothing_is_there_twice(model: Path, tasks: Path, tmp_path: Path) -> None:
+    whole = run_cli(*_words(model, tasks, tmp_path / "whole"), cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    workers = []
+    for index in range(3):
+        words = _words(model, tasks, tmp_path / "shared", "--worker_id", index, "--num_workers", 3)
+        env = {VARIABLE: "part.record:before:2"} if index == 1 else {}
+        workers.append(
+            subprocess.Popen(command(*words), env=environment(env), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        )
+    said = [worker.communicate(timeout=ENDS) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, -9, 0], said
+    records = [json.loads(path.read_text()) for path in (tmp_path / "shared/_run/commits").iterdir()]
+    assert len(records) == len(LENGTHS)
+    assert {(r["batch"], r["part"]) for r in records} == {(batch, 1) for batch in range(1, len(LENGTHS) + 1)}
+    assert _rows(tmp_path / "shared") == _rows(tmp_path / "whole")
+    assert main(["status", str(tmp_path / "shared")]) == 0
+    metadata = json.loads((tmp_path / "shared/metadata.json").read_text())
+    assert metadata["total_samples"] == len(LENGTHS)
+    assert len(metadata["sessions"]) == 2
+
+
+def _plan(rows: int, samples: int, hosts: int) -> list:
+    random = np.random.default_rng(1)
+    lengths = random.integers(10, 500, samples)
+    tokenized = [TokenizedSample(i, str(i), np.zeros(n, np.int32), int(n), {}) for i, n in enumerate(lengths)]
+    settings = PlanSettings(rows * 4, rows, 4_096, 16, 512, Positions.parse("last"), 64, 200, hosts=hosts)
+    return [part for window in plan_windows(tokenized, settings) for part in window.parts]
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_every_slab_is_computed_once_by_one_host_that_has_the_whole_part_in_order(hosts: int) -> None:
+    parts = _plan(4, 1_000, hosts)
+    owner: dict[tuple[int, int], int] = {}
+    done: dict[tuple[int, int], int] = {}
+    for step in steps(parts, hosts, 2):
+        assert len(step.work) == hosts
+        assert any(step.work)
+        for host, slabs in enumerate(step.work):
+            assert len(slabs) <= 2
+            for work in slabs:
+                assert (work.slab.rows, work.slab.length) == (step.rows, step.length)
+                assert owner.setdefault(work.part.key, host) == host
+                assert work.slab.first == done.get(work.part.key, 0)
+                done[work.part.key] = work.slab.first + work.slab.count
+    assert done == {part.key: len(part.samples) for part in parts}
+
+
+def test_a_plan_made_for_several_hosts_leaves_them_idle_less_than_one_made_for_a_single_one() -> None:
+    for_one, for_four = _plan(4, 2_000, 1), _plan(4, 2_000, 4)
+    assert tokens_computed(for_four, 4, 1) < tokens_computed(for_one, 4, 1)

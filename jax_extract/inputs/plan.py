@@ -186,7 +186,10 @@ def _run_costs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of every run of samples [starts[i], ends[j]): (cost in slab tokens, best rows); inf where it is empty."""
     batch = settings.samples_per_batch
-    slabs_at_once = settings.hosts * max(1, batch // settings.rows)
+    per_batch = max(1, batch // settings.rows)
+    slabs_at_once = settings.hosts * per_batch
+    # Parts of two shapes put hosts out of step: until the shape changes, on average, for half a part each.
+    idle = (settings.hosts - 1) * per_batch // 2
     cost = np.full((len(starts), len(ends)), np.inf)
     rows = np.ones(cost.shape, np.int64)
     for i, (start, length) in enumerate(zip(starts, needs, strict=True)):
@@ -196,7 +199,7 @@ def _run_costs(
         whole = ends - start - head - tail
         for r in settings.row_choices(int(length)):
             slabs = -(-head // r) + whole // r - (-tail // r)
-            total = -(-slabs // slabs_at_once) * slabs_at_once * (r * length + SLAB_OVERHEAD_TOKENS)
+            total = (-(-slabs // slabs_at_once) * slabs_at_once + idle) * (r * length + SLAB_OVERHEAD_TOKENS)
             better = (ends > start) & (total < cost[i])
             cost[i][better], rows[i][better] = total[better], r
     return cost, rows

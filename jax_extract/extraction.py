@@ -114,9 +114,9 @@ class _Extraction:
         if tokens != 0:
             self._compute(windows, ledger, budget, tokens)
         ledger.end_session(self.attempt, self._session())
-        processes.meet()
+        everywhere = LoopStatistics.side_by_side(processes.of_all(dataclasses.asdict(self.statistics)))
         metadata = write_metadata(ledger) if processes.is_first else metadata_of(ledger)
-        tell_result(metadata, self.statistics, ledger.storage, terminal)
+        tell_result(metadata, everywhere, ledger.storage, terminal)
         return metadata
 
     @cached_property

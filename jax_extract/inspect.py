@@ -16,6 +16,7 @@ from jax_extract.errors import UserError
 from jax_extract.store.formats import load_shard
 from jax_extract.store.parts import Site
 from jax_extract.store.reader import Run, open_activations
+from jax_extract.store.storage import BUCKET_SCHEME
 from jax_extract.terminal import bytes_text, plural, ranges_text, share_text
 
 _BAR = 30
@@ -65,8 +66,8 @@ def statistics(arrays: Iterable[np.ndarray]) -> SiteStatistics:
 
 
 def inspect(path: str) -> None:
-    """Prints the summary of a run directory or of one shard; UserError where it is neither."""
-    if Path(path).is_dir():
+    """Prints the summary of a run, in a directory or a bucket, or of one shard; UserError where it is neither."""
+    if path.startswith(BUCKET_SCHEME) or Path(path).is_dir():
         _inspect_run(open_activations(path), path)
     elif Path(path).is_file():
         _inspect_shard(path)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -58,6 +59,13 @@ class LoopStatistics:
                 setattr(self, entry.name, getattr(self, entry.name) + getattr(other, entry.name))
         for stage, seconds in other.waited.items():
             self.waited[stage] += seconds
+
+    @classmethod
+    def side_by_side(cls, loops: Sequence[Mapping[str, Any]]) -> LoopStatistics:
+        """What loops on several hosts did together, each as a dictionary: counts added up, times of the slowest."""
+        counts = {name: sum(loop[name] for loop in loops) for name in ("samples", "tokens", "slab_tokens", "parts")}
+        slowest = max(loops, key=lambda loop: loop["seconds"])
+        return cls(**{**slowest, **counts})
 
     @contextmanager
     def waiting(self, stage: str) -> Iterator[None]:
@@ -112,7 +120,8 @@ def run_parts(
                 finish_oldest()
             with statistics.waiting("writer"):
                 budget.acquire(needed)
-            captured = program.run(*_pack(step, program))
+            with statistics.waiting("device"):  # a CPU device computes some programs before it returns
+                captured = program.run(*_pack(step, program))
             for array in captured.values():
                 array.copy_to_host_async()
             in_flight.append((step, captured))

@@ -8,39 +8,32 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import uuid
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from jax_extract.config import ExtractConfig, to_yaml
+from jax_extract.config import ExtractConfig
 from jax_extract.devices.processes import Processes, start_processes
 from jax_extract.errors import UserError
-from jax_extract.inputs.plan import Part, PlanSettings, Window
+from jax_extract.inputs.plan import PlanSettings, Window
 from jax_extract.inputs.sources import Source, open_source
 from jax_extract.inputs.tokenize import InputCounts, tokenizer_digest
-from jax_extract.loop import STEPS_IN_MEMORY, LoopStatistics, run_parts
-from jax_extract.pending import Committed, Worker, parse_committed, pending_parts, plan_json, read_committed
-from jax_extract.place import Place
-from jax_extract.preemption import on_preemption
+from jax_extract.loop import STEPS_IN_MEMORY
+from jax_extract.pending import Committed, pending_parts
+from jax_extract.place import Place, keep_config
 from jax_extract.prepare import Job, numerics_fingerprint
-from jax_extract.program import CaptureProgram
+from jax_extract.session import Session, Windows, committed_everywhere, keep_in
 from jax_extract.store.budget import ByteBudget, default_limit
 from jax_extract.store.ledger import RUN_FILE, Ledger, RunStartedMeanwhile
 from jax_extract.store.local import require_open_files
 from jax_extract.store.metadata import metadata_of, write_metadata
 from jax_extract.store.sweep import erase
-from jax_extract.store.upload import Uploader
-from jax_extract.store.writer import PartWriter
 from jax_extract.summary import tell_input, tell_plan, tell_request, tell_result
 from jax_extract.terminal import Terminal, bytes_text, plural
 from jax_extract.weights.load import Weights
 
-CONFIG_FILE = "_run/config.yaml"
 _STARTED_MEANWHILE = "another command has just started a run in %s; give this one again when that has ended"
-
-Windows = Callable[[], tuple[Iterable[Window], InputCounts]]
 
 
 def extract_to_directory(config: ExtractConfig, terminal: Terminal | None = None) -> dict[str, Any]:
@@ -75,14 +68,9 @@ def extract_to_directory(config: ExtractConfig, terminal: Terminal | None = None
             config = dataclasses.replace(config, overwrite=False)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Extraction:
-    """One session of a run, on this process.
-
-    Attributes:
-      attempt: names what this session writes.
-      statistics: what it has done so far.
-    """
+    """A command on its way from what is asked for and found to a session."""
 
     config: ExtractConfig
     processes: Processes
@@ -90,8 +78,6 @@ class _Extraction:
     source: Source
     job: Job
     terminal: Terminal
-    attempt: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
-    statistics: LoopStatistics = field(default_factory=LoopStatistics)
 
     def run(self) -> dict[str, Any]:
         config, processes, terminal = self.config, self.processes, self.terminal
@@ -101,7 +87,7 @@ class _Extraction:
             run = _run_of(config, self.job, self.weights, settings)
             if found:
                 found.require_same(run["identity"], run["numerics"], config.allow_numeric_change)
-        committed = self._committed(found)
+        committed = committed_everywhere(processes, found)
         windows = self._windows(settings)
         with processes.together():
             windows, digest, tokens, shapes = self._check_plan(windows, found, committed)
@@ -111,33 +97,18 @@ class _Extraction:
         if committed:
             samples = sum(part.samples for part in committed.values())
             terminal.line("resume", f"{plural(samples, 'sample')} are committed already")
+        spool = self.place.open_spool(ledger, config)
+        session = Session(config, processes, self.job, terminal, ledger, spool, budget)
         if tokens != 0:
-            self._compute(windows, ledger, budget, tokens)
-        ledger.end_session(self.attempt, self._session())
-        everywhere = LoopStatistics.side_by_side(processes.of_all(dataclasses.asdict(self.statistics)))
+            session.compute(windows, self.weights, tokens)
+        statistics = session.end()
         metadata = write_metadata(ledger) if processes.is_first else metadata_of(ledger)
-        tell_result(metadata, everywhere, ledger.storage, terminal)
+        tell_result(metadata, statistics, ledger.storage, terminal)
         return metadata
 
     @cached_property
     def weights(self) -> Weights:
         return self.job.weights()
-
-    @property
-    def worker(self) -> Worker:
-        return Worker(self.config.worker_id or 0, self.config.num_workers or 1)
-
-    @property
-    def parties(self) -> int:
-        """How many processes work on this run side by side."""
-        return max(self.processes.count, self.worker.count)
-
-    def _session(self) -> dict[str, Any]:
-        return {
-            **dataclasses.asdict(self.statistics),
-            "mesh": dict(self.job.mesh.shape),
-            "processes": self.parties,
-        }
 
     def _windows(self, settings: PlanSettings) -> Windows:
         """The plan, from the beginning at each call; of a finite input it is made once and kept."""
@@ -151,10 +122,6 @@ class _Extraction:
         windows, counts = read()
         kept = list(windows)
         return lambda: (kept, counts)
-
-    def _committed(self, ledger: Ledger | None) -> Committed:
-        """What is committed, as the first process reads it."""
-        return parse_committed(self.processes.of_first(lambda: read_committed(ledger) if ledger else []))
 
     def _check_plan(
         self, read: Windows, found: Ledger | None, committed: Committed
@@ -178,7 +145,7 @@ class _Extraction:
         _require_samples(counts, self.source)
         windows = list(windows)
         if found and self.processes.is_first:  # whose inputs must be these, be it finished or not
-            for _ in pending_parts(windows, committed, lambda window: _keep_plan(found, window, counts)):
+            for _ in pending_parts(windows, committed, lambda window: keep_in(found, window, counts)):
                 pass
         tell_input(self.source, counts, self.job, self.terminal)
         parts = [part for window in windows for part in window.parts]
@@ -194,7 +161,8 @@ class _Extraction:
     def _require_room(self, needed: int) -> None:
         free = self.place.written_to.free_bytes()
         if self.place.spool is not None:  # every process has a spool of its own
-            needed = 0 if self.config.delete_local else needed // self.parties
+            parties = max(self.processes.count, self.config.num_workers or 1)
+            needed = 0 if self.config.delete_local else needed // parties
         if free is not None and needed > free:
             raise UserError(
                 f"the run needs {bytes_text(needed)} but {self.place.written_to} has {bytes_text(free)} free; "
@@ -228,90 +196,10 @@ class _Extraction:
                 if not self.config.overwrite:
                     raise RunStartedMeanwhile if self.processes.count == 1 else UserError(_STARTED_MEANWHILE % storage)
                 erase(storage)
-            storage.make("_run")
-            again = dataclasses.replace(self.config, overwrite=False)  # fed back, it resumes
-            storage.replace(CONFIG_FILE, to_yaml(again).encode())
+            keep_config(storage, self.config)
             return Ledger.start(storage, run).run
 
         return Ledger(self.place.storage, self.processes.of_first(start))
-
-    def _compute(self, windows: Windows, ledger: Ledger, budget: ByteBudget, tokens: int | None) -> None:
-        """Computes what is pending, in rounds: other workers' parts, and parts whose names were taken, come later."""
-        program = self.job.program(self.weights)
-        spool = self.place.open_spool(ledger)
-        share = None if tokens is None else tokens // self.parties
-        with self.terminal.progress(share) as bar:
-
-            def advance(so_far: LoopStatistics) -> None:
-                bar.update(self.statistics.tokens + so_far.tokens - bar.n)
-
-            for round_ in itertools.count():
-                read, counts = windows()
-                committed = self._committed(ledger)
-                parts = self._pending(read, counts, ledger, committed, round_)
-                done, again = self._round(parts, program, ledger, spool, budget, advance)
-                self.statistics.add(done)
-                if not (again or (self.worker.count > 1 and done.parts)):
-                    return
-
-    def _pending(
-        self, windows: Iterable[Window], counts: InputCounts, ledger: Ledger, committed: Committed, round_: int
-    ) -> Iterable[Part]:
-        def keep_plan(window: Window) -> None:
-            with self.processes.together():
-                if self.processes.is_first:
-                    _keep_plan(ledger, window, counts)
-
-        if self.worker.count == 1:
-            return pending_parts(windows, committed, keep_plan)
-        if round_ == 0:
-            return pending_parts(windows, committed, keep_plan, self.worker.owns)
-        return self.worker.steal(pending_parts(windows, committed, keep_plan), ledger)
-
-    def _round(
-        self,
-        parts: Iterable[Part],
-        program: CaptureProgram,
-        ledger: Ledger,
-        spool: Ledger | None,
-        budget: ByteBudget,
-        advance: Callable[[LoopStatistics], None],
-    ) -> tuple[LoopStatistics, bool]:
-        """Computes these parts; says what was done, and whether some must be written again."""
-        uploader = None
-        if spool is not None:
-            uploader = Uploader(spool, ledger, self.attempt, self.config.delete_local, budget.fail)
-        sink = PartWriter(
-            spool or ledger,
-            self.job.sites,
-            self.config.shard_format,
-            self.config.capture_dtype,
-            self.attempt,
-            on_failure=budget.fail,
-            on_commit=uploader.submit if uploader else lambda _: None,
-        )
-        buffers = sink.buffer_bytes
-        budget.acquire(buffers)
-
-        def wind_up(seconds: float) -> str:
-            in_time = sink.commit_what_is_complete(seconds) and (uploader is None or uploader.wait(seconds))
-            parts = f"{plural(len(sink.committed), 'part')} of this session are committed"
-            return parts if in_time else f"{parts}; the {seconds:.0f} s did not suffice for the others"
-
-        try:
-            with on_preemption(wind_up):
-                done = run_parts(parts, program, sink, budget, advance)
-                if uploader is not None:
-                    with done.waiting("writer"):
-                        uploader.close()
-        except BaseException:
-            if uploader is not None:
-                uploader.cancel()
-            raise
-        finally:
-            budget.release(buffers)
-        done.writer_busy = max(sink.lanes.busy_seconds)
-        return done, self.processes.any(sink.refused > 0)
 
 
 def _open_source(config: ExtractConfig) -> Source:
@@ -346,10 +234,6 @@ def _run_of(config: ExtractConfig, job: Job, weights: Weights, settings: PlanSet
             "mesh": dict(job.mesh.shape),
         },
     }
-
-
-def _keep_plan(ledger: Ledger, window: Window, counts: InputCounts) -> None:
-    ledger.keep_plan(window.number, plan_json(window, dataclasses.asdict(counts)))
 
 
 def _require_samples(counts: InputCounts, source: Source) -> None:

@@ -6,17 +6,20 @@ directory must be the same one for all of them, which is tried, not believed.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import uuid
 from dataclasses import dataclass
 
-from jax_extract.config import ExtractConfig
+from jax_extract.config import ExtractConfig, to_yaml
 from jax_extract.devices.processes import Processes
 from jax_extract.errors import UserError
-from jax_extract.store.ledger import RUN_FILE, Ledger, RunStartedMeanwhile, read_json
+from jax_extract.store.ledger import RUN_FILE, Ledger, RunStartedMeanwhile
 from jax_extract.store.local import Directory
 from jax_extract.store.storage import Storage, open_storage
 from jax_extract.store.upload import Uploader, open_copy
+
+CONFIG_FILE = "_run/config.yaml"
 
 _VISIBLE_SECONDS = 15  # network file systems show a new file late
 
@@ -26,10 +29,12 @@ class Place:
     """Attributes:
     storage: holds the records that decide what is committed.
     spool: the local directory in which parts are made before they are uploaded to `storage`, or None.
+    delete_local: whether shards in the spool go when `storage` has them.
     """
 
     storage: Storage
     spool: Storage | None = None
+    delete_local: bool = False
 
     @classmethod
     def of(cls, config: ExtractConfig) -> Place:
@@ -37,7 +42,7 @@ class Place:
         if not config.upload_to_cloud:
             return cls(local)
         assert config.gcs_bucket is not None
-        return cls(open_storage(config.gcs_bucket, "--gcs_bucket"), local)
+        return cls(open_storage(config.gcs_bucket, "--gcs_bucket"), local, config.delete_local)
 
     @property
     def written_to(self) -> Storage:
@@ -88,32 +93,36 @@ class Place:
         if not self.spool.exists(RUN_FILE):
             return
         source = Ledger.open(self.spool)
-        if not self.storage.exists(RUN_FILE):
-            copy_run(source, self.storage)
-        target = open_copy(source, Ledger.open(self.storage))
+        target = open_copy(source, copy_run(source, self.storage))
         there, attempt = target.committed(), uuid.uuid4().hex[:12]
         left = [record for key, record in source.committed().items() if key not in there]
-        if left:
-            uploader = Uploader(source, target, attempt)
+        if left or self.delete_local:
+            uploader = Uploader(source, target, attempt, self.delete_local)
             for record in left:
                 uploader.submit(record)
             uploader.close()
 
-    def open_spool(self, ledger: Ledger) -> Ledger | None:
+    def open_spool(self, ledger: Ledger, config: ExtractConfig) -> Ledger | None:
         """The spool's own ledger of the run, started where there is none yet."""
         if self.spool is None:
             return None
-        if self.spool.exists(RUN_FILE):
-            return open_copy(Ledger.open(self.spool), ledger) and Ledger.open(self.spool)
-        try:
-            return Ledger.start(self.spool, ledger.run)
-        except RunStartedMeanwhile:
-            return Ledger.open(self.spool)
+        spool = copy_run(ledger, self.spool)
+        open_copy(spool, ledger)
+        keep_config(self.spool, config)
+        return spool
+
+
+def keep_config(storage: Storage, config: ExtractConfig) -> None:
+    """Writes the resolved configuration beside a run; fed back, it resumes."""
+    storage.make("_run")
+    storage.replace(CONFIG_FILE, to_yaml(dataclasses.replace(config, overwrite=False)).encode())
 
 
 def copy_run(source: Ledger, storage: Storage) -> Ledger:
-    """Starts the same run in another place."""
+    """The same run in another place, started there unless it is."""
+    if storage.exists(RUN_FILE):
+        return Ledger.open(storage)
     try:
         return Ledger.start(storage, source.run)
     except RunStartedMeanwhile:
-        return Ledger(storage, read_json(storage, RUN_FILE))
+        return Ledger.open(storage)

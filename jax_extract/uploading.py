@@ -13,15 +13,13 @@ from typing import Annotated, Any
 import tyro
 
 from jax_extract.errors import UserError
-from jax_extract.place import copy_run
-from jax_extract.store.ledger import PLAN, RUN_FILE, SESSIONS, Ledger
+from jax_extract.place import CONFIG_FILE, copy_run
+from jax_extract.store.ledger import PLAN, SESSIONS, Ledger
 from jax_extract.store.metadata import write_metadata
 from jax_extract.store.storage import BUCKET_SCHEME, Storage, open_storage
 from jax_extract.store.survey import survey
 from jax_extract.store.upload import Uploader, open_copy
 from jax_extract.terminal import Terminal, bytes_text, plural
-
-_CONFIG_FILE = "_run/config.yaml"
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def upload(config: UploadConfig, terminal: Terminal | None = None) -> int:
         )
     source, storage = Ledger.open(open_storage(config.directory)), open_storage(config.bucket)
     storage.require_usable()
-    target = open_copy(source, Ledger.open(storage) if storage.exists(RUN_FILE) else copy_run(source, storage))
+    target = open_copy(source, copy_run(source, storage))
     _copy_small_files(source, storage)
 
     there = target.committed()
@@ -72,8 +70,8 @@ def _copy_small_files(source: Ledger, storage: Storage) -> None:
                 storage.write(path, data)
             except FileExistsError:  # another upload was faster
                 continue
-    if source.storage.exists(_CONFIG_FILE):
-        storage.replace(_CONFIG_FILE, source.storage.read(_CONFIG_FILE))
+    if source.storage.exists(CONFIG_FILE):
+        storage.replace(CONFIG_FILE, source.storage.read(CONFIG_FILE))
 
 
 def _upload(

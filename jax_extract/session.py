@@ -1,0 +1,157 @@
+"""One session of a run: what this process computes from when the plan is checked until nothing is pending.
+
+In: a job, the ledger, the plan, a budget. Out: committed parts, in a bucket too where they are uploaded, and
+a record of the session. Parts are computed in rounds: what other workers took and did not finish, and parts
+whose names were taken meanwhile, come in a later one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from jax_extract.config import ExtractConfig
+from jax_extract.devices.processes import Processes
+from jax_extract.inputs.plan import Part, Window
+from jax_extract.inputs.tokenize import InputCounts
+from jax_extract.loop import LoopStatistics, run_parts
+from jax_extract.pending import Committed, Worker, parse_committed, pending_parts, plan_json, read_committed
+from jax_extract.preemption import on_preemption
+from jax_extract.prepare import Job
+from jax_extract.program import CaptureProgram
+from jax_extract.store.budget import ByteBudget
+from jax_extract.store.ledger import Ledger
+from jax_extract.store.metadata import write_metadata
+from jax_extract.store.upload import Uploader
+from jax_extract.store.writer import PartWriter
+from jax_extract.terminal import Terminal, plural
+from jax_extract.weights.load import Weights
+
+Windows = Callable[[], tuple[Iterable[Window], InputCounts]]  # the plan, from its beginning at each call
+
+
+@dataclass
+class Session:
+    """Attributes:
+    ledger: the records that decide.
+    spool: the local ledger of the same run, where parts are uploaded from there; or None.
+    attempt: names what this session writes.
+    statistics: what it has done so far.
+    """
+
+    config: ExtractConfig
+    processes: Processes
+    job: Job
+    terminal: Terminal
+    ledger: Ledger
+    spool: Ledger | None
+    budget: ByteBudget
+    attempt: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    statistics: LoopStatistics = field(default_factory=LoopStatistics)
+
+    @property
+    def worker(self) -> Worker:
+        return Worker(self.config.worker_id or 0, self.config.num_workers or 1)
+
+    @property
+    def parties(self) -> int:
+        """How many processes work on this run side by side."""
+        return max(self.processes.count, self.worker.count)
+
+    def compute(self, windows: Windows, weights: Weights, tokens: int | None) -> None:
+        """Computes what is pending, `tokens` of it where that is known."""
+        program = self.job.program(weights)
+        with self.terminal.progress(None if tokens is None else tokens // self.parties) as bar:
+
+            def advance(so_far: LoopStatistics) -> None:
+                bar.update(self.statistics.tokens + so_far.tokens - bar.n)
+
+            for number in itertools.count():
+                done, again = self._round(self._pending(windows, steal=number > 0), program, advance)
+                self.statistics.add(done)
+                if not (again or (self.worker.count > 1 and done.parts)):
+                    return
+
+    def end(self) -> LoopStatistics:
+        """Records the session; returns what all processes did together."""
+        for ledger in self._ledgers:
+            ledger.end_session(
+                self.attempt,
+                {**dataclasses.asdict(self.statistics), "mesh": dict(self.job.mesh.shape), "processes": self.parties},
+            )
+        everywhere = LoopStatistics.side_by_side(self.processes.of_all(dataclasses.asdict(self.statistics)))
+        if self.spool is not None:
+            write_metadata(self.spool)
+        return everywhere
+
+    @property
+    def _ledgers(self) -> list[Ledger]:
+        return [self.ledger] if self.spool is None else [self.ledger, self.spool]
+
+    def _pending(self, windows: Windows, steal: bool) -> Iterable[Part]:
+        plan, counts = windows()
+        committed = committed_everywhere(self.processes, self.ledger)
+
+        def keep_plan(window: Window) -> None:
+            with self.processes.together():
+                if self.processes.is_first:
+                    keep_in(self.ledger, window, counts)
+                if self.spool is not None:
+                    keep_in(self.spool, window, counts)
+
+        if steal:
+            return self.worker.steal(pending_parts(plan, committed, keep_plan), self.ledger)
+        return pending_parts(plan, committed, keep_plan, self.worker.owns)
+
+    def _round(
+        self, parts: Iterable[Part], program: CaptureProgram, advance: Callable[[LoopStatistics], None]
+    ) -> tuple[LoopStatistics, bool]:
+        """Computes these parts; says what was done, and whether some must be written again."""
+        uploader = None
+        if self.spool is not None:
+            delete = self.config.delete_local
+            uploader = Uploader(self.spool, self.ledger, self.attempt, delete, self.budget.fail)
+        sink = PartWriter(
+            self.spool or self.ledger,
+            self.job.sites,
+            self.config.shard_format,
+            self.config.capture_dtype,
+            self.attempt,
+            on_failure=self.budget.fail,
+            on_commit=uploader.submit if uploader else lambda _: None,
+        )
+        buffers = sink.buffer_bytes
+        self.budget.acquire(buffers)
+
+        def wind_up(seconds: float) -> str:
+            in_time = sink.commit_what_is_complete(seconds) and (uploader is None or uploader.wait(seconds))
+            parts = f"{plural(len(sink.committed), 'part')} of this session are committed"
+            return parts if in_time else f"{parts}; the {seconds:.0f} s did not suffice for the others"
+
+        try:
+            with on_preemption(wind_up):
+                done = run_parts(parts, program, sink, self.budget, advance)
+                if uploader is not None:
+                    with done.waiting("writer"):
+                        uploader.close()
+        except BaseException:
+            if uploader is not None:
+                uploader.cancel()
+            raise
+        finally:
+            self.budget.release(buffers)
+        done.writer_busy = max(sink.lanes.busy_seconds)
+        return done, self.processes.any(sink.refused > 0)
+
+
+def committed_everywhere(processes: Processes, ledger: Ledger | None) -> Committed:
+    """What is committed, as the first process reads it."""
+    return parse_committed(processes.of_first(lambda: read_committed(ledger) if ledger else []))
+
+
+def keep_in(ledger: Ledger, window: Window, counts: InputCounts) -> None:
+    """Stores a window's plan, or checks that it is the one that is stored; UserError."""
+    ledger.keep_plan(window.number, plan_json(window, dataclasses.asdict(counts)))

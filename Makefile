@@ -1,6 +1,6 @@
 # make demo   real activations of a real model on real ARC tasks, from nothing, in a few minutes
 # make test   the whole test suite
-# make lint   ruff and pyright
+# make lint   ruff, pyright and shellcheck
 # make bench  the benchmark of docs/performance.md
 
 PYTHON ?= python3
@@ -22,6 +22,7 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/shellcheck -x -P . $$(find launch -name '*.sh')
 
 bench: .venv/dev
 	$(BIN)/python benchmarks/throughput.py

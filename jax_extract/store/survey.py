@@ -17,7 +17,10 @@ from jax_extract.store.parts import ShardName
 from jax_extract.store.storage import Entry
 
 _SIDECAR = re.compile(r"(\d{6,})_\d{3,}(?:_attempt_[0-9a-f]+)?\.safetensors")
-_UNNAMED = re.compile(r"\.writing-[0-9a-f]{32}|(?:metadata|verification)\.json\.[0-9a-f]{32}")
+_UNNAMED = re.compile(
+    r"\.writing-[0-9a-f]{32}|(?:metadata|verification)\.json\.[0-9a-f]{32}"
+    r"|_run/config\.yaml\.[0-9a-f]{32}|_run/shared-[0-9a-f]{32}"
+)
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,9 @@ class Survey:
 def survey(ledger: Ledger) -> Survey:
     """Looks at every record and at the names, sizes and, in a bucket, checksums of all files."""
     records, torn = ledger.records()
-    shards, sidecars = ledger.storage.entries(), ledger.storage.entries(PARTS)
-    entries = {**shards, **{f"{PARTS}/{name}": entry for name, entry in sidecars.items()}}
+    entries = dict(ledger.storage.entries())
+    for folder in ("_run", PARTS):
+        entries |= {f"{folder}/{name}": entry for name, entry in ledger.storage.entries(folder).items()}
     for key, record in list(records.items()):
         if wrong := next(filter(None, (wrong_with(file, record, entries) for file in _files(record))), None):
             torn[f"{COMMITS}/{part_name(key)}.json"] = wrong

@@ -28,7 +28,10 @@ def sweep(ledger: Ledger, found: Survey, torn: bool = False) -> None:
 
 
 def erase(storage: Storage) -> None:
-    """Removes a run from a place: its records first, then its shards; every other file is left alone."""
+    """Removes a run from a place: its records first, then its shards; every other file is left alone.
+
+    The plan goes when no shard is left: an erasure that was broken off learns from it what is still to go.
+    """
     ledger = Ledger.open(storage)
     for folder in FOLDERS:
         storage.require_plain(folder)
@@ -36,12 +39,21 @@ def erase(storage: Storage) -> None:
         batches = {part["batch"] for plan in ledger.plans() for part in plan["parts"]}
         sites = {(site["hook"], site["layer"]) for site in ledger.run["identity"]["sites"]}
         shard_format = ledger.run["identity"]["shard_format"]
-    for folder in FOLDERS:
-        for name in storage.entries(folder):
-            storage.delete(f"{folder}/{name}")
+    if _empty(storage, COMMITS):
+        storage.sync(COMMITS)  # not even a power cut leaves a record without its shards
     for name in storage.entries():
         shard = ShardName.parse(name)
         if shard and (shard.hook, shard.layer) in sites and shard.batch in batches and shard.format == shard_format:
             storage.delete(name)
+    for folder in FOLDERS:
+        _empty(storage, folder)
     storage.delete(METADATA_FILE)
     storage.delete(RUN_FILE)
+
+
+def _empty(storage: Storage, folder: str) -> int:
+    """Deletes the files of a folder; returns how many there were."""
+    names = list(storage.entries(folder))
+    for name in names:
+        storage.delete(f"{folder}/{name}")
+    return len(names)

@@ -7,6 +7,7 @@ off and repeated at any point. Local shards are deleted only when the bucket's r
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -20,6 +21,7 @@ from jax_extract.store.lanes import Countdown, Lanes
 from jax_extract.store.ledger import PARTS, UPLOADED, Key, Ledger, Record, part_name, to_json
 from jax_extract.store.sidecar import Sidecar
 from jax_extract.store.storage import NameTaken, Published, crc32c
+from jax_extract.store.survey import survey
 
 _LANES = 16  # an upload waits for the network, not for a processor
 _CHUNK = 8 << 20
@@ -67,21 +69,30 @@ class Uploader:
         files = [dict(file) for file in record["files"]]
         countdown = Countdown(len(files), lambda: self._lanes.submit(_LANES, partial(self._seal, dict(record), files)))
         for file in files:
-            self._lanes.submit(self._next_lane, partial(self._upload, file, countdown))
+            self._lanes.submit(self._next_lane, partial(self._upload, dict(record), file, countdown))
             self._next_lane = (self._next_lane + 1) % _LANES
 
     def wait(self, seconds: float | None = None) -> bool:
         return self._lanes.wait(seconds)
 
     def close(self) -> None:
-        """Waits until all is in the bucket; raises what failed."""
+        """Waits until all is in the bucket; raises what failed. With `delete_local`, no shard it has is left here."""
         self._lanes.close()
+        if self._delete_local:
+            self._release_rest()
 
     def cancel(self) -> None:
         self._lanes.cancel()
 
-    def _upload(self, file: dict[str, Any], done: Callable[[], None]) -> None:
-        published = self._copy(file)
+    def _upload(self, record: Record, file: dict[str, Any], done: Callable[[], None]) -> None:
+        try:
+            published = self._copy(file)
+        except FileNotFoundError:
+            if self._target.is_committed((record["batch"], record["part"])):
+                return  # another process has brought the part over and deleted it here
+            raise UserError(
+                f"{self._source.storage.where(file['path'])} is missing; run jax-extract status {self._source.storage}"
+            ) from None
         file.update(path=published.name, generation=published.generation)
         done()
 
@@ -103,10 +114,6 @@ class Uploader:
                     return pending.publish()
             except NameTaken:
                 continue
-            except FileNotFoundError:
-                raise UserError(
-                    f"{self._source.storage.where(name)} is missing; run jax-extract status {self._source.storage}"
-                ) from None
             finally:
                 pending.discard()
 
@@ -153,12 +160,24 @@ class Uploader:
         storage = self._source.storage
         note = to_json({"to": str(self._target.storage)})
         name = f"{UPLOADED}/{part_name(key)}.json"
-        if not storage.exists(name):
-            with step("upload.note"):
-                storage.write(name, note)
+        with contextlib.suppress(FileExistsError), step("upload.note"):
+            storage.write(name, note)
         for file in record["files"]:
             with step("upload.delete_local"):
                 storage.delete(file["path"])
+
+    def _release_rest(self) -> None:
+        """Releases what an earlier upload brought over and did not come to delete."""
+        here = self._source.storage.entries()
+        left = {
+            key: record
+            for key, record in self._source.committed().items()
+            if any(file["path"] in here for file in record["files"])
+        }
+        there = survey(self._target).committed if left else {}
+        for key, record in left.items():
+            if key in there:
+                self._release(key, record)
 
 
 def _own_name(name: str, attempt: str) -> str:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 
 GRACE_SECONDS = 25.0  # platforms give 30 before they pull the plug
+_LAST_WORDS_SECONDS = 1.0
 EXIT_CODE = 128 + signal.SIGTERM
 
 
@@ -45,21 +46,31 @@ def on_preemption(wind_up: Callable[[float], str]) -> Iterator[None]:
         os.close(noticed)
 
 
+_speaking = threading.Lock()  # taken once and for good
+
+
 def _watch(noticed: int, wind_up: Callable[[float], str]) -> None:
     while byte := os.read(noticed, 1):
         if byte[0] != signal.SIGTERM:
             continue
-        until = time.monotonic() + GRACE_SECONDS
         # Should the disk or the network hang, the process ends all the same, by a thread that waits for nothing.
-        threading.Thread(target=_end_at, args=(until,), daemon=True).start()
+        threading.Thread(target=_end_after, args=(GRACE_SECONDS,), daemon=True).start()
         try:
-            said = wind_up(until - time.monotonic())
+            said = wind_up(GRACE_SECONDS - _LAST_WORDS_SECONDS)
         except BaseException as error:  # noqa: BLE001 (the process ends; it is told why)
             said = f"{error}"
-        print(f"\nstopped by SIGTERM: {said}; run the same command again to go on", file=sys.stderr, flush=True)
+        _end(said)
+
+
+def _end_after(seconds: float) -> None:
+    time.sleep(seconds)
+    _end(f"the {seconds:.0f} s that were left did not suffice to write everything; what is committed is safe")
+
+
+def _end(said: str) -> None:
+    """Says one sentence, once, and ends the process, whoever else may still want to speak."""
+    try:
+        if _speaking.acquire(timeout=_LAST_WORDS_SECONDS):
+            print(f"\nstopped by SIGTERM: {said}; run the same command again to go on", file=sys.stderr, flush=True)
+    finally:
         os._exit(EXIT_CODE)
-
-
-def _end_at(until: float) -> None:
-    time.sleep(max(0.0, until - time.monotonic()))
-    os._exit(EXIT_CODE)

@@ -90,6 +90,7 @@ class PartWriter:
         self.refused = 0
         self._on_commit = on_commit
         self._open: set[_OpenPart] = set()
+        self._winding_up = False
         self._lock = threading.Lock()
 
     @property
@@ -99,6 +100,7 @@ class PartWriter:
     def begin(self, content: PartContent) -> OpenPart:
         part = _OpenPart(self, content)
         with self._lock:
+            part.abandoned = self._winding_up
             self._open.add(part)
         return part
 
@@ -113,11 +115,21 @@ class PartWriter:
         self._discard_open()
 
     def commit_what_is_complete(self, seconds: float) -> bool:
-        """Abandons parts that lack rows and makes the others durable; False where the time did not suffice."""
+        """Abandons parts that lack rows and makes the others durable; False where the time did not suffice.
+
+        The loop may go on meanwhile; whatever it still brings is abandoned too.
+        """
         with self._lock:
+            self._winding_up = True
             for part in self._open:
                 part.abandoned = not part.complete
         return self.lanes.wait(seconds)
+
+    def completes(self, part: _OpenPart) -> bool:
+        """Takes note that a part has all its rows; False where it was abandoned before."""
+        with self._lock:
+            part.complete = not part.abandoned
+        return part.complete
 
     def closed(self, part: _OpenPart, record: Mapping[str, Any] | None) -> None:
         """A part is done with; `record` where it was committed by this writer."""
@@ -156,12 +168,15 @@ class _OpenPart:
         self._shards = [(i % lanes, _Shard(writer, content, site)) for i, site in enumerate(writer.sites)]
 
     def append(self, blocks: Blocks, kept: Sequence[int], done: Call) -> None:
+        if self.abandoned:
+            return done()
         countdown = Countdown(len(self._shards), done)
         for lane, shard in self._shards:
             self._writer.lanes.submit(lane, partial(self._append, shard, blocks[shard.site.key], kept, countdown))
 
     def commit(self) -> None:
-        self.complete = True
+        if not self._writer.completes(self):
+            return
         countdown = Countdown(
             len(self._shards), lambda: self._writer.lanes.submit(self._writer.sealing_lane, self._seal)
         )

@@ -24,7 +24,7 @@ from jax_extract.terminal import Terminal, bytes_text, plural
 
 @dataclass(frozen=True)
 class UploadConfig:
-    """Upload a run. Exit code 0 when the whole run is in the bucket, 1 when parts of it are not computed yet.
+    """Upload a run. Exit code 0 when the whole run is in the bucket, 1 when parts of it are still to be computed.
 
     Attributes:
       directory: run directory.
@@ -99,7 +99,7 @@ def _tell(source: Ledger, target: Ledger, terminal: Terminal) -> int:
         terminal.line(
             "done",
             f"all {plural(len(local), 'part')} that {source.storage} holds are in {target.storage}; "
-            f"{plural(len(found.missing), 'part')} of the run are not computed yet",
+            f"{plural(len(found.missing), 'part')} of the run still to be computed",
         )
         return 1
     terminal.line("done", f"all is there: {plural(len(found.committed), 'part')} in {target.storage}")

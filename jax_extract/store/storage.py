@@ -27,7 +27,10 @@ class StorageFull(UserError):
 
 
 class NameTaken(Exception):
-    """Other content took a name while ours was on its way to it and is gone: the part is to be written again."""
+    """Ours is not there and cannot be sent again: other content took the name, or the upload was lost or damaged.
+
+    The part is to be written anew.
+    """
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,236 @@
+"""Whole runs into a bucket: written there directly, uploaded while they run, uploaded by a job afterwards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gcs_server import RunningServer, running
+from small_run import environment, make_model, run_cli, run_here, shards, write_jsonl
+
+from jax_extract import UserError, open_activations
+from jax_extract.cli import main
+from jax_extract.store.failpoints import VARIABLE
+from jax_extract.store.ledger import Ledger
+from jax_extract.store.storage import NameTaken, open_storage
+
+LENGTHS = [33, 60, 40, 61, 35, 50, 47, 62, 63, 34, 41]
+OPTIONS: dict[str, Any] = {"layers_to_extract": (10, 11), "batch_size": 4, "positions": "all"}
+FLAGS = ["--layers_to_extract", 10, 11, "--batch_size", 4, "--positions", "all"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("input") / "in.jsonl", LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run on disk."""
+    directory = tmp_path_factory.mktemp("whole") / "a"
+    run_here(model, tasks, directory, **OPTIONS)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[RunningServer]:
+    with running() as server:
+        yield server
+
+
+@pytest.fixture
+def server(process: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningServer]:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", process.url)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    process.forget_log()
+    yield process
+    process.forget_faults()
+
+
+@pytest.fixture
+def place(server: RunningServer) -> str:
+    """A prefix of a new bucket."""
+    name = f"cloud-{time.monotonic_ns()}"
+    server.make_bucket(name)
+    return f"gs://{name}/runs/one"
+
+
+def _in_bucket(place: str) -> dict[str, bytes]:
+    """Every shard that a record names, by its name."""
+    storage = open_storage(place)
+    return {
+        file["path"]: storage.read(file["path"], generation=file["generation"])
+        for record in Ledger.open(storage).committed().values()
+        for file in record["files"]
+    }
+
+
+def _rows(place: str | Path) -> dict[str, bytes]:
+    return {sample.sample_id: sample.get(11).tobytes() for sample in open_activations(place).samples()}
+
+
+def test_a_run_written_into_a_bucket_through_faults_is_the_run_on_disk_byte_for_byte(
+    server: RunningServer, model: Path, tasks: Path, whole: Path, place: str, tmp_path: Path
+) -> None:
+    server.fault("status", code=503, times=3)
+    server.fault("reset_after", skip=20, times=2)
+    words = ["--model_path", model, "--tasks_file", tasks, "--activations_dir", place, *FLAGS]
+    first = run_cli(*words, cwd=tmp_path, env=environment())
+    assert first.returncode == 0, first.stderr
+    assert "extract" not in {path.name for path in tmp_path.iterdir()}
+    assert _in_bucket(place) == shards(whole)
+    assert _rows(place) == _rows(whole)
+    assert main(["status", place]) == 0
+    assert f"jax-extract inspect {place}" in first.stdout
+    again = run_here(model, tasks, place, **OPTIONS)  # type: ignore[arg-type]
+    assert again["total_samples"] == len(LENGTHS)
+    assert _in_bucket(place) == shards(whole)
+
+
+@pytest.mark.parametrize("at", ["gcs.finish:after:3", "gcs.write:before:3", "part.record:after:2"])
+def test_a_command_killed_while_it_writes_into_a_bucket_is_resumed(
+    server: RunningServer, model: Path, tasks: Path, whole: Path, place: str, tmp_path: Path, at: str
+) -> None:
+    words = ["--model_path", model, "--tasks_file", tasks, "--activations_dir", place, *FLAGS]
+    killed = run_cli(*words, cwd=tmp_path, env={VARIABLE: at})
+    assert killed.returncode == -9
+    run_here(model, tasks, place, **OPTIONS)  # type: ignore[arg-type]
+    assert main(["status", place]) == 0
+    assert _rows(place) == _rows(whole)
+
+
+def test_uploading_while_the_run_goes_on_leaves_the_same_run_in_both_places(
+    server: RunningServer, model: Path, tasks: Path, whole: Path, place: str, tmp_path: Path
+) -> None:
+    run_here(model, tasks, tmp_path / "a", **OPTIONS, gcs_bucket=place, upload_to_cloud=True)
+    assert shards(tmp_path / "a") == shards(whole) == _in_bucket(place)
+    assert main(["status", place]) == main(["status", str(tmp_path / "a")]) == 0
+    assert json.loads((tmp_path / "a/metadata.json").read_text())["total_samples"] == len(LENGTHS)
+
+
+def test_a_new_machine_goes_on_from_the_bucket_when_the_local_directory_is_gone(
+    server: RunningServer, model: Path, tasks: Path, whole: Path, place: str, tmp_path: Path
+) -> None:
+    options = {"gcs_bucket": place, "upload_to_cloud": True, "delete_local": True}
+    words = ["--model_path", model, "--tasks_file", tasks, "--activations_dir", tmp_path / "a", *FLAGS]
+    words += ["--gcs_bucket", place, "--upload_to_cloud", True, "--delete_local", True]
+    killed = run_cli(*words, cwd=tmp_path, env={VARIABLE: "upload.record:after:2"})
+    assert killed.returncode == -9
+    there = set(Ledger.open(open_storage(place)).committed())
+    assert 2 <= len(there) < 4
+    shutil.rmtree(tmp_path / "a")
+    metadata = run_here(model, tasks, tmp_path / "a", **OPTIONS, **options)
+    assert len(metadata["sessions"]) == 1
+    assert metadata["sessions"][0]["parts"] == 3 - len(there)
+    assert _rows(place) == _rows(whole)
+    assert not shards(tmp_path / "a")
+    with pytest.raises(UserError, match=f"it was uploaded: open {place}"):
+        next(open_activations(tmp_path / "a").samples()).get(11)
+
+
+def test_what_was_committed_locally_before_a_kill_is_uploaded_first(
+    server: RunningServer, model: Path, tasks: Path, whole: Path, place: str, tmp_path: Path
+) -> None:
+    words = ["--model_path", model, "--tasks_file", tasks, "--activations_dir", tmp_path / "a", *FLAGS]
+    words += ["--gcs_bucket", place, "--upload_to_cloud", True]
+    killed = run_cli(*words, cwd=tmp_path, env={VARIABLE: "upload.shard:before:1"})
+    assert killed.returncode == -9
+    local = len(list((tmp_path / "a/_run/commits").iterdir()))
+    assert local >= 1
+    assert not Ledger.open(open_storage(place)).committed()
+    metadata = run_here(model, tasks, tmp_path / "a", **OPTIONS, gcs_bucket=place, upload_to_cloud=True)
+    assert metadata["sessions"][0]["parts"] == 3 - local  # none was computed again
+    assert _in_bucket(place) == shards(whole) == shards(tmp_path / "a")
+
+
+def test_the_upload_job_is_repeated_until_it_says_that_all_is_there(
+    server: RunningServer,
+    model: Path,
+    tasks: Path,
+    whole: Path,
+    place: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(whole, tmp_path / "a")
+    last = tmp_path / "a/_run/commits/000003_001.json"
+    record = last.read_text()
+    last.unlink()
+    assert main(["upload", str(tmp_path / "a"), place]) == 1
+    assert "1 part of the run still to be computed" in capsys.readouterr().out
+    last.write_text(record)
+    server.fault("status", code=403, kind="start")
+    assert main(["upload", str(tmp_path / "a"), place, "--delete_local"]) == 2
+    assert "is not permitted" in capsys.readouterr().err
+    assert main(["upload", str(tmp_path / "a"), place, "--delete_local"]) == 0
+    assert "all is there: 3 parts" in capsys.readouterr().out
+    assert _in_bucket(place) == shards(whole)
+    server.forget_log()
+    assert main(["upload", str(tmp_path / "a"), place]) == 0
+    assert not [entry for entry in server.log() if "layer_" in entry["name"] and entry["kind"] in ("start", "chunk")]
+    assert json.loads(open_storage(place).read("metadata.json"))["total_samples"] == len(LENGTHS)
+
+
+def test_a_prefix_that_holds_another_run_is_refused(
+    server: RunningServer, model: Path, tasks: Path, whole: Path, place: str, tmp_path: Path
+) -> None:
+    run_here(model, tasks, place, **{**OPTIONS, "positions": "last"})  # type: ignore[arg-type]
+    before = _in_bucket(place)
+    with pytest.raises(UserError, match=r"holds another run.*positions was"):
+        run_here(model, tasks, tmp_path / "a", **OPTIONS, gcs_bucket=place, upload_to_cloud=True)
+    assert main(["upload", str(whole), place]) == 2
+    assert _in_bucket(place) == before
+
+
+def test_a_part_whose_name_was_taken_on_the_way_is_written_again_within_the_same_command(
+    server: RunningServer, model: Path, tasks: Path, whole: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jax_extract.store import gcs
+
+    publish, taken = gcs.BucketFile.publish, []
+
+    def publish_late(self: Any) -> Any:
+        if not taken:
+            taken.append(True)
+            raise NameTaken
+        return publish(self)
+
+    monkeypatch.setattr(gcs.BucketFile, "publish", publish_late)
+    metadata = run_here(model, tasks, place, **OPTIONS)  # type: ignore[arg-type]
+    assert taken
+    assert metadata["total_samples"] == len(LENGTHS)
+    assert _rows(place) == _rows(whole)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--upload_to_cloud", "True"], "needs a bucket; add --gcs_bucket"),
+        (["--gcs_bucket", "gs://b/p"], "alone uploads nothing; add --upload_to_cloud True"),
+        (["--gcs_bucket", "s3://b/p", "--upload_to_cloud", "True"], "is no bucket; write gs://bucket/prefix"),
+        (["--delete_local"], "goes with --gcs_bucket and --upload_to_cloud True"),
+        (["--activations_dir", "gs://B!/x"], "names no bucket"),
+        (["--worker_id", "3", "--num_workers", "3"], "--worker_id 3 must be from 0 to 2"),
+        (["--worker_id", "0"], "--worker_id and --num_workers belong together"),
+        (["--process_id", "0", "--num_processes", "2"], "give all three, or none"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused_before_anything_is_opened(
+    flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.txt").write_text("text\n")
+    assert main(["extract", "--model_path", "nowhere", "--tasks_file", "in.txt", *flags]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1

@@ -93,10 +93,13 @@ def run_parts(
     in_flight: deque[tuple[Step, dict[str, jax.Array]]] = deque()
     started = time.perf_counter()
 
-    def finish_oldest() -> None:
+    def finish_oldest(room: int = 0) -> None:
+        """Hands the oldest step in flight to the sink; `room` is what there must be for the next one, and is not."""
         step, captured = in_flight.popleft()
-        with statistics.waiting("device"):
-            blocks = _host_blocks(captured, program)
+        waiting = time.perf_counter()
+        blocks = _host_blocks(captured, program)
+        # Without room even now, it was the writer that the next step waited for all the time.
+        statistics.waited["device" if budget.fits(room) else "writer"] += time.perf_counter() - waiting
         feeder.feed(step.work[program.host], blocks, program.bytes_on_host(step.rows, step.length))
         for work in step.work[program.host]:
             statistics.samples += len(work.samples)
@@ -117,7 +120,7 @@ def run_parts(
             statistics.compile_seconds += time.perf_counter() - compiling
             needed = program.bytes_on_host(step.rows, step.length)
             while in_flight and not budget.fits(needed):  # nobody else would make the room that its rows take
-                finish_oldest()
+                finish_oldest(needed)
             with statistics.waiting("writer"):
                 budget.acquire(needed)
             with statistics.waiting("device"):  # a CPU device computes some programs before it returns

@@ -17,6 +17,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from jax_extract.errors import UserError, damage_is_told
+from jax_extract.store.checksums import crc32c_of_end
 from jax_extract.store.parts import PartContent, Site, offsets
 from jax_extract.store.storage import Chunk, Storage, crc32c
 
@@ -46,6 +47,38 @@ class BlockChecksums:
 
     def values(self) -> list[int]:
         return [*self._done, *([self._open] if self._filled else [])]
+
+
+class RunningChecksums:
+    """CRC32C of every 1 MiB block of an array, from the running one of its file: no byte is looked at a second time.
+
+    Attributes:
+      room: how many bytes the open block still takes; more are not to be written at once.
+    """
+
+    def __init__(self, running: int) -> None:
+        """`running` is the CRC32C of what lies before the first block."""
+        self.room = BLOCK_BYTES
+        self._done: list[int] = []
+        self._before = self._running = running
+
+    def advance(self, size: int, running: int) -> None:
+        """`size` more bytes were written, with which the whole has the CRC32C `running`."""
+        self.room -= size
+        self._running = running
+        if not self.room:
+            self._close()
+
+    def values(self) -> list[int]:
+        """To be called at the end of the array."""
+        if self.room < BLOCK_BYTES:
+            self._close()
+        return self._done
+
+    def _close(self) -> None:
+        self._done.append(crc32c_of_end(self._before, self._running, BLOCK_BYTES - self.room))
+        self._before = self._running
+        self.room = BLOCK_BYTES
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,14 @@ from jax_extract.store.formats import ENCODERS, SUFFIXES, ShardEncoder, ShardHea
 from jax_extract.store.lanes import Call, Countdown, Lanes
 from jax_extract.store.ledger import PARTS, Ledger, part_name
 from jax_extract.store.parts import PartContent, Site
-from jax_extract.store.sidecar import BlockChecksums, Sidecar, StoredArray
+from jax_extract.store.sidecar import RunningChecksums, Sidecar, StoredArray
 from jax_extract.store.storage import BUCKET_SCHEME, NameTaken, PendingFile, Published
 
 Blocks = Mapping[tuple[str, int | None], np.ndarray]  # site key -> [samples, positions, width]
 
+_DISK_LANES = 4  # at least: while some wait for the disk, others copy
 _BUCKET_LANES = 32  # an upload waits for the network, not for a processor
-_PIECE = 1 << 19  # values that are looked at together, so that they are still in the cache
+_INFINITY = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}  # its bits; above it is what is undefined
 
 
 class OpenPart(Protocol):
@@ -154,7 +155,7 @@ class PartWriter:
 
 def lanes_for(place: str, sites: int) -> int:
     """How many shards are written at once."""
-    most = _BUCKET_LANES if place.startswith(BUCKET_SCHEME) else max(2, (os.cpu_count() or 1) // 4)
+    most = _BUCKET_LANES if place.startswith(BUCKET_SCHEME) else max(_DISK_LANES, (os.cpu_count() or 1) // 4)
     return max(1, min(sites, most))
 
 
@@ -169,7 +170,8 @@ class _OpenPart:
 
     def append(self, blocks: Blocks, kept: Sequence[int], done: Call) -> None:
         if self.abandoned:
-            return done()
+            done()
+            return
         countdown = Countdown(len(self._shards), done)
         for lane, shard in self._shards:
             self._writer.lanes.submit(lane, partial(self._append, shard, blocks[shard.site.key], kept, countdown))
@@ -256,7 +258,7 @@ class _Shard:
         self.not_finite = 0  # rows with a value that is no finite number
         self._writer = writer
         self._content = content
-        self._checksums = BlockChecksums()
+        self._checksums: RunningChecksums | None = None
         self._file: PendingFile | None = None
         self._encoder: ShardEncoder | None = None
 
@@ -267,13 +269,21 @@ class _Shard:
 
     def append(self, block: np.ndarray, kept: Sequence[int]) -> None:
         encoder = self._opened()
-        for piece in row_pieces(block, kept):
-            values = piece.reshape(-1)
-            if not _all_finite(values):
-                self.not_finite += int((~np.isfinite(piece.reshape(-1, self.site.width)).all(axis=1)).sum())
-            data = values.view(np.uint8).data
-            encoder.append(data)
-            self._checksums.update(data)
+        for rows in row_pieces(block, kept):
+            if not self._write(encoder, rows.reshape(-1)):
+                self.not_finite += int((~np.isfinite(rows.reshape(-1, self.site.width)).all(axis=1)).sum())
+
+    def _write(self, encoder: ShardEncoder, values: np.ndarray) -> bool:
+        """Writes values [n] and says whether all are finite; in pieces that stay in the cache while that is done."""
+        assert self._checksums is not None
+        finite, at = True, 0
+        while at < len(values):
+            piece = values[at : at + self._checksums.room // values.itemsize]
+            finite = finite and _all_finite(piece)
+            encoder.append(piece.view(np.uint8).data)
+            self._checksums.advance(piece.nbytes, self.file.crc32c)
+            at += len(piece)
+        return finite
 
     def finish(self) -> None:
         self._opened().finish()
@@ -286,6 +296,7 @@ class _Shard:
 
     def stored_array(self) -> StoredArray:
         assert self.published is not None
+        assert self._checksums is not None
         return StoredArray(self.site, self.published.name, self._opened().offset, tuple(self._checksums.values()))
 
     def discard(self) -> None:
@@ -310,17 +321,20 @@ class _Shard:
                 content.row_offsets,
             )
             self._encoder = ENCODERS[writer.format](self._file, header)
+            self._checksums = RunningChecksums(self._file.crc32c)
         return self._encoder
 
 
 def _all_finite(values: np.ndarray) -> bool:
-    """Whether every value [n], of any float dtype, is finite; at the speed of memory for 16 bits too."""
-    if values.dtype.itemsize != 2:  # noqa: PLR2004 (bytes of bfloat16 and float16)
-        return bool(np.isfinite(values).all())
-    # Without its sign, a value is infinite or undefined from this exponent on.
-    exponent = 0x7C00 if values.dtype == np.float16 else 0x7F80
-    bits = values.view(np.uint16)
-    return all(int((bits[at : at + _PIECE] << 1).max(initial=0)) < exponent << 1 for at in range(0, len(bits), _PIECE))
+    """Whether every value [n] is finite, from two maxima of their bits: nothing is made on the way.
+
+    Read as a whole number, a value is infinite or undefined from its sign's infinity on. Signed numbers have
+    the positive values above the negative ones, unsigned numbers the negative ones above the positive.
+    """
+    infinity = _INFINITY[values.dtype.name]
+    bits = 8 * values.itemsize
+    positive, negative = values.view(f"i{values.itemsize}").max(), values.view(f"u{values.itemsize}").max()
+    return int(positive) < infinity and int(negative) < infinity | 1 << bits - 1
 
 
 def row_pieces(block: np.ndarray, kept: Sequence[int]) -> Iterator[np.ndarray]:

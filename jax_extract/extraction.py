@@ -16,7 +16,7 @@ from typing import Any
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.processes import Processes, start_processes
 from jax_extract.errors import UserError
-from jax_extract.inputs.plan import PlanSettings, Window
+from jax_extract.inputs.plan import Part, PlanSettings, Window
 from jax_extract.inputs.sources import Source, open_source
 from jax_extract.inputs.tokenize import InputCounts, tokenizer_digest
 from jax_extract.loop import STEPS_IN_MEMORY
@@ -44,21 +44,9 @@ def extract_to_directory(config: ExtractConfig, terminal: Terminal | None = None
     Raises:
       UserError: anything the user can mend; nothing that was committed is lost.
     """
-    config.check()
-    processes = start_processes(
-        config.distributed if config.worker_id is None else "off",
-        config.coordinator_address,
-        config.num_processes,
-        config.process_id,
-    )
+    processes = join_processes(config)
     terminal = terminal or Terminal(silent=not processes.is_first)
-    with processes.together():
-        place = Place.of(config)
-        place.written_to.require_usable()
-        source = _open_source(config)
-        job = Job.open(config)
-        place.require_usable()
-        require_open_files(len(job.sites))
+    place, source, job = open_request(config, processes)
     place.require_shared(processes)
     tell_request(job, config, processes.count, terminal)
     while True:
@@ -66,6 +54,29 @@ def extract_to_directory(config: ExtractConfig, terminal: Terminal | None = None
             return _Extraction(config, processes, place, source, job, terminal).run()
         except RunStartedMeanwhile:  # another worker was faster: its run is resumed
             config = dataclasses.replace(config, overwrite=False)
+
+
+def join_processes(config: ExtractConfig) -> Processes:
+    """Checks the configuration and joins the other hosts, if there are any; before any device is used."""
+    config.check()
+    return start_processes(
+        config.distributed if config.worker_id is None else "off",
+        config.coordinator_address,
+        config.num_processes,
+        config.process_id,
+    )
+
+
+def open_request(config: ExtractConfig, processes: Processes) -> tuple[Place, Source, Job]:
+    """What a configuration names, opened and checked as far as that goes without reading inputs or weights."""
+    with processes.together():
+        place = Place.of(config)
+        place.written_to.require_usable()
+        source = _open_source(config)
+        job = Job.open(config)
+        place.require_usable()
+        require_open_files(len(job.sites))
+    return place, source, job
 
 
 @dataclass(frozen=True)
@@ -84,14 +95,14 @@ class _Extraction:
         found = None if config.overwrite else self.place.find(processes)
         with processes.together():
             settings = self.job.plan_settings(config, found.run["identity"]["plan_settings"] if found else None)
-            run = _run_of(config, self.job, self.weights, settings)
+            run = run_of(config, self.job, self.weights, settings)
             if found:
                 found.require_same(run["identity"], run["numerics"], config.allow_numeric_change)
         committed = committed_everywhere(processes, found)
         windows = self._windows(settings)
         with processes.together():
             windows, digest, tokens, shapes = self._check_plan(windows, found, committed)
-            budget = self._budget(shapes)
+            budget = host_budget(config, self.job, self.place, shapes)
         processes.require_equal("plan", digest, "give every process the same inputs, model and options")
         ledger = found or self._start(run)
         if committed:
@@ -139,50 +150,23 @@ class _Extraction:
             tell_input(self.source, counts, self.job, self.terminal)
             stream = iter(windows)
             first = list(itertools.islice(stream, 1))
-            _require_samples(counts, self.source)
+            require_samples(counts, self.source)
             begun = iter([(itertools.chain(first, stream), counts)])
             return lambda: next(begun, None) or read(), first[0].digest, None, set(first[0].shapes)
-        _require_samples(counts, self.source)
+        require_samples(counts, self.source)
         windows = list(windows)
         if found and self.processes.is_first:  # whose inputs must be these, be it finished or not
             for _ in pending_parts(windows, committed, lambda window: keep_in(found, window, counts)):
                 pass
         tell_input(self.source, counts, self.job, self.terminal)
         parts = [part for window in windows for part in window.parts]
-        rows = self.job.plan.positions.rows
-        if not any(rows(sample.length) for part in parts for sample in part.samples):
-            raise UserError(f"no sample is long enough for positions {self.job.plan.positions}; choose earlier ones")
+        require_rows(parts, self.job)
         tell_plan(parts, self.job.mesh.size, self.processes.count, self.terminal)
         pending = [part for part in parts if part.key not in committed]
-        self._require_room(self.job.bytes_stored(sample for part in pending for sample in part.samples))
+        parties = max(self.processes.count, self.config.num_workers or 1)
+        require_room(self.place, self.job.bytes_stored(sample for part in pending for sample in part.samples), parties)
         shapes = {(slab.length, slab.rows) for part in pending for slab in part.slabs}
         return read, windows[-1].digest, sum(part.tokens for part in pending), shapes
-
-    def _require_room(self, needed: int) -> None:
-        free = self.place.written_to.free_bytes()
-        if self.place.spool is not None:  # every process has a spool of its own
-            parties = max(self.processes.count, self.config.num_workers or 1)
-            needed = 0 if self.config.delete_local else needed // parties
-        if free is not None and needed > free:
-            raise UserError(
-                f"the run needs {bytes_text(needed)} but {self.place.written_to} has {bytes_text(free)} free; "
-                "choose another --activations_dir, fewer layers, fewer --positions or a smaller --capture_dtype"
-            )
-
-    def _budget(self, shapes: set[tuple[int, int]]) -> ByteBudget:
-        """Room for captured rows on this host; UserError where not even one step fits."""
-        step = self.job.bytes_on_host(shapes) if shapes else 0
-        files = len(self.job.sites) * self.place.written_to.buffer_bytes
-        if self.config.host_memory_gb is None:
-            return ByteBudget(max(default_limit(), STEPS_IN_MEMORY * step + files))
-        limit = int(self.config.host_memory_gb * 1e9)
-        if step + files > limit:
-            raise UserError(
-                f"one step needs {bytes_text(step + files)} of host memory for what it captures, and --host_memory_gb "
-                f"{self.config.host_memory_gb} allows {bytes_text(limit)}; allow more, or start a run with a smaller "
-                "--slab_tokens, fewer layers or fewer --positions"
-            )
-        return ByteBudget(limit)
 
     def _start(self, run: Mapping[str, Any]) -> Ledger:
         """A new run in the place; with `overwrite` the one that is there goes first."""
@@ -216,7 +200,7 @@ def _open_source(config: ExtractConfig) -> Source:
     )
 
 
-def _run_of(config: ExtractConfig, job: Job, weights: Weights, settings: PlanSettings) -> dict[str, Any]:
+def run_of(config: ExtractConfig, job: Job, weights: Weights, settings: PlanSettings) -> dict[str, Any]:
     """What run.json says of this run; decides whether a directory holds the same one."""
     return {
         "identity": {
@@ -236,6 +220,40 @@ def _run_of(config: ExtractConfig, job: Job, weights: Weights, settings: PlanSet
     }
 
 
-def _require_samples(counts: InputCounts, source: Source) -> None:
+def require_samples(counts: InputCounts, source: Source) -> None:
     if not counts.samples:
         raise UserError(f"{source.name} gave no sample with a token; there is nothing to extract")
+
+
+def require_rows(parts: Iterable[Part], job: Job) -> None:
+    rows = job.plan.positions.rows
+    if not any(rows(sample.length) for part in parts for sample in part.samples):
+        raise UserError(f"no sample is long enough for positions {job.plan.positions}; choose earlier ones")
+
+
+def require_room(place: Place, needed: int, parties: int) -> None:
+    """UserError where what is to be written by so many processes does not fit."""
+    free = place.written_to.free_bytes()
+    if place.spool is not None:  # every process has a spool of its own
+        needed = 0 if place.delete_local else needed // parties
+    if free is not None and needed > free:
+        raise UserError(
+            f"the run needs {bytes_text(needed)} but {place.written_to} has {bytes_text(free)} free; "
+            "choose another --activations_dir, fewer layers, fewer --positions or a smaller --capture_dtype"
+        )
+
+
+def host_budget(config: ExtractConfig, job: Job, place: Place, shapes: set[tuple[int, int]]) -> ByteBudget:
+    """Room for captured rows on this host; UserError where not even one step fits."""
+    step = job.bytes_on_host(shapes) if shapes else 0
+    files = len(job.sites) * place.written_to.buffer_bytes
+    if config.host_memory_gb is None:
+        return ByteBudget(max(default_limit(), STEPS_IN_MEMORY * step + files))
+    limit = int(config.host_memory_gb * 1e9)
+    if step + files > limit:
+        raise UserError(
+            f"one step needs {bytes_text(step + files)} of host memory for what it captures, and --host_memory_gb "
+            f"{config.host_memory_gb} allows {bytes_text(limit)}; allow more, or start a run with a smaller "
+            "--slab_tokens, fewer layers or fewer --positions"
+        )
+    return ByteBudget(limit)

@@ -134,7 +134,7 @@ class Sidecar:
                 ]
             ),
         }
-        return safetensors.numpy.save(tensors, metadata)
+        return _in_order(safetensors.numpy.save(tensors, metadata))
 
     @classmethod
     def read(cls, storage: Storage, name: str, expected_crc32c: int, generation: int | None = None) -> Sidecar:
@@ -177,6 +177,18 @@ class Sidecar:
             for f, block in zip(files, blocks, strict=True)
         )
         return cls(content, arrays)
+
+
+def _in_order(data: bytes) -> bytes:
+    """A safetensors file with the keys of its header in order.
+
+    The library writes the strings in an order of its own each time; equal content is to be equal bytes, so that
+    what a killed attempt has left is adopted.
+    """
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
 def _concatenate(pieces: tuple[np.ndarray, ...]) -> np.ndarray:

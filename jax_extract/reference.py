@@ -1,0 +1,495 @@
+"""What a run's rows should be, and how far the stored ones are from that.
+
+In: an opened model, stored samples with their token ids. Out: the true rows of each site, each sample
+computed by itself, without batch, padding or mesh, in float32, a bounded group of sites at a time; row
+errors of what is stored, and what they may be. The reference is Hugging Face's model in torch where torch is
+installed, reading the weights itself where it can; else our own forward on one CPU device, which shares the
+port with the run, but not its batches, padding, mesh or dtype.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_extract.devices.mesh import make_mesh
+from jax_extract.errors import UserError
+from jax_extract.prepare import OpenModel
+from jax_extract.store.parts import Site
+from jax_extract.weights.load import Weights
+from models.hooks import HOOK_POINTS, CapturePlan, Taps
+from models.layers import Numerics
+from models.ports import Parameters, hook_width
+from models.positions import MEAN_POSITION, Positions
+
+SiteKey = tuple[str, int | None]  # hook point, layer
+Rows = Iterator[tuple[Site, np.ndarray]]
+Tell = Callable[[str], None]
+
+# What the project promises of float32 (tests/test_parity.py holds it): on the residual stream, and elsewhere.
+RESIDUAL_BOUND, OTHER_BOUND = 1e-5, 5e-5
+
+GROUP_BYTES = 512 << 20  # of rows that are computed in one pass and held at once
+_VALUES_AT_ONCE = 1 << 20  # that row errors are taken of
+
+# Where these models of Hugging Face's have each hook point: a module, and what of it. Others need a table of
+# their own: some give the same names to other things (Gemma's post_attention_layernorm is no pre-norm).
+_MAPPED = frozenset(("qwen2", "qwen3", "llama", "mistral"))
+_MODULES: Mapping[str, tuple[str, Literal["input", "output"]]] = {
+    "embeddings": ("embed_tokens", "output"),
+    "residual_before": ("layers.{i}", "input"),
+    "attention_out": ("layers.{i}.self_attn", "output"),
+    "after_attention": ("layers.{i}.post_attention_layernorm", "input"),
+    "ffn_gate": ("layers.{i}.mlp.gate_proj", "output"),
+    "ffn_up": ("layers.{i}.mlp.up_proj", "output"),
+    "ffn_hidden": ("layers.{i}.mlp.down_proj", "input"),
+    "ffn_out": ("layers.{i}.mlp", "output"),
+    "after_block": ("layers.{i}", "output"),
+    "final_norm": ("norm", "output"),
+}
+
+
+class Reference(Protocol):
+    """Attributes:
+    name: what computes, in words.
+    versions: of the libraries that do.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def versions(self) -> Mapping[str, str]: ...
+
+    def rows(self, sample: Wanted, sites: Sequence[Site]) -> Rows:
+        """One sample's rows, site by site in the order given.
+
+        Yields:
+          (site, float32 [rows, width]); means are taken, and given, in float64.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """Rows of one sample.
+
+    The model is causal, so a sample's beginnings are samples themselves, computed along with it: rows that a
+    run would have stored of them are further rows of the same kind.
+
+    Attributes:
+      token_ids: int32 [tokens], exactly what the model sees.
+      positions: int32 [stored], the token position of each stored row; -1 alone stands for the mean over all.
+      beginnings: int [more], the last position of each beginning whose `last` row (or mean) follows those rows.
+    """
+
+    token_ids: np.ndarray
+    positions: np.ndarray
+    beginnings: np.ndarray
+
+    @classmethod
+    def of(cls, token_ids: np.ndarray, positions: np.ndarray, beginnings: int) -> Wanted:
+        """At most so many beginnings, of lengths spread evenly."""
+        last = np.linspace(0, len(token_ids) - 1, min(beginnings, len(token_ids)))
+        return cls(token_ids, positions, np.unique(last.astype(np.int64)))
+
+    @property
+    def count(self) -> int:
+        return len(self.positions) + len(self.beginnings)
+
+    def select(self, values: np.ndarray) -> np.ndarray:
+        """values [tokens, width] -> rows [count, width]."""
+        if self.positions.tolist() != [MEAN_POSITION]:
+            return values[np.concatenate([self.positions, self.beginnings])]
+        sums = np.cumsum(values, axis=0, dtype=np.float64)
+        last = np.append([len(values) - 1], self.beginnings)
+        return sums[last] / (last + 1)[:, None]
+
+
+@dataclass(frozen=True)
+class References:
+    """What a run is compared with.
+
+    A bfloat16 run computes with weights rounded to bfloat16, and so does its peer: the truth of both is
+    float32 arithmetic on these weights, so that they differ from it, and are judged, by their arithmetic alone.
+
+    Attributes:
+      truth: float32.
+      peer: Hugging Face in bfloat16, where it is wanted and can be had.
+    """
+
+    truth: Reference
+    peer: Reference | None = None
+
+    @classmethod
+    def open(cls, model: OpenModel, sites: Sequence[Site], computed_in: str, tell: Tell) -> References:
+        """The most independent ones there are here; `tell` hears why they are not the first choice."""
+        if not torch_is_installed():
+            tell("torch is not installed, so the reference is our own forward")
+        elif truth := _open_torch(model, sites, computed_in, "float32", tell):
+            half = computed_in == "bfloat16"
+            return cls(truth, _open_torch(model, sites, computed_in, computed_in, lambda _: None) if half else None)
+        return cls(OwnForward(model, sites, computed_in))
+
+
+def torch_is_installed() -> bool:
+    return importlib.util.find_spec("torch") is not None
+
+
+def grouped(sites: Iterable[Site], rows: int) -> Iterator[list[Site]]:
+    """The sites in order, as many at a time as may be held with `rows` float32 rows each; at least one."""
+    group: list[Site] = []
+    for site in sites:
+        if group and sum(s.width for s in (*group, site)) * rows * 4 > GROUP_BYTES:
+            yield group
+            group = []
+        group.append(site)
+    if group:
+        yield group
+
+
+# ------------------------------------------------------------------------------------------- Hugging Face
+
+
+class HuggingFace:
+    """Hugging Face's model on the CPU, read through forward hooks."""
+
+    def __init__(self, model: Any, name: str) -> None:
+        self.name = name
+        self.versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers")}
+        self._model = model
+
+    def rows(self, sample: Wanted, sites: Sequence[Site]) -> Rows:
+        for group in grouped(sites, sample.count):
+            found = self._captured(sample, group)
+            for site in group:
+                yield site, found.pop(site.key)
+
+    def _captured(self, sample: Wanted, sites: Sequence[Site]) -> dict[SiteKey, np.ndarray]:
+        import torch
+
+        found: dict[SiteKey, np.ndarray] = {}
+
+        def keep(key: SiteKey, value: Any) -> None:
+            value = value[0] if isinstance(value, tuple) else value
+            found[key] = sample.select(value[0].float().numpy())  # a copy: the model may write over its own
+
+        with contextlib.ExitStack() as hooks:
+            for site in sites:
+                hooks.callback(self._hook(site, keep).remove)
+            with torch.inference_mode():
+                self._model(input_ids=torch.from_numpy(sample.token_ids.astype(np.int64))[None], use_cache=False)
+        return found
+
+    def _hook(self, site: Site, keep: Callable[[SiteKey, Any], None]) -> Any:
+        path, side = _MODULES[site.hook]
+        module = self._model.get_submodule(path.format(i=site.layer))
+        if side == "output":
+            return module.register_forward_hook(lambda _, args, result: keep(site.key, result))
+        return module.register_forward_pre_hook(
+            lambda _, args, kwargs: keep(site.key, args or kwargs["hidden_states"]), with_kwargs=True
+        )
+
+
+def _open_torch(model: OpenModel, sites: Sequence[Site], weights: str, dtype: str, tell: Tell) -> HuggingFace | None:
+    """Weights rounded to one dtype, computed with in another; None where that cannot be had.
+
+    The weights are as transformers reads them; where it cannot, as we do.
+    """
+    import torch
+
+    if model.config.model_type not in _MAPPED:
+        tell(f"where the hook points are in Hugging Face's {model.config.model_type} is not known here")
+        return None
+    layers = _blocks_of(sites, model.config.num_hidden_layers)
+    name = _name("Hugging Face transformers", weights, dtype)
+    ways = (
+        (_load_theirs, "", "its weights are read by jax_extract"),
+        (_load_ours, ", weights read by jax_extract", "the reference is our own forward"),
+    )
+    for load, whose, instead in ways:
+        try:
+            with _silence():
+                loaded = load(model, layers, getattr(torch, weights)).to(getattr(torch, dtype))
+                return HuggingFace(loaded, name + whose)
+        except Exception as error:  # noqa: BLE001 (whatever a library of models raises, there is another reference)
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            tell(f"transformers does not load this model{whose} ({reason.rstrip('.')}), so {instead}")
+    return None
+
+
+def _name(whose: str, weights: str, dtype: str) -> str:
+    return f"{whose} in {dtype}" + ("" if weights == dtype else f" on weights rounded to {weights}")
+
+
+def _blocks_of(sites: Sequence[Site], num_layers: int) -> int:
+    """How many blocks a model needs so that every site can be hooked; at least one."""
+    if any(site.hook == "final_norm" for site in sites):
+        return num_layers
+    return max((site.layer + 1 for site in sites if site.layer is not None), default=1)
+
+
+def _load_theirs(model: OpenModel, layers: int, dtype: Any) -> Any:
+    """As any user of transformers loads it, without the blocks that are not needed."""
+    from transformers import AutoConfig, AutoModel
+
+    # Safetensors only, and no code of the folder's: nothing is run. This attention never holds tokens x tokens values.
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "attn_implementation": "sdpa"}
+    options["trust_remote_code"] = False
+    path = Path(model.checkpoint.source).expanduser()
+    if path.suffix == ".gguf":
+        source, options["gguf_file"] = path.parent, path.name
+    else:
+        source = path if path.exists() else model.checkpoint.source
+        options["revision"] = model.checkpoint.revision or "main"
+        config = AutoConfig.from_pretrained(source, revision=options["revision"], trust_remote_code=False)
+        options["config"] = _without_upper_blocks(config, layers)
+    loaded, info = AutoModel.from_pretrained(source, output_loading_info=True, **options)
+    if lacking := sorted([*info["missing_keys"], *info["mismatched_keys"]]):
+        raise ValueError(f"it did not find {lacking[0]!r}")  # and would compute with random numbers in its place
+    del loaded.layers[layers:]
+    loaded.config.num_hidden_layers = layers
+    return loaded.eval()
+
+
+def _load_ours(model: OpenModel, layers: int, dtype: Any) -> Any:
+    """Hugging Face's forward with the tensors that our reader gives."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    fields = dict(model.checkpoint.config)
+    config = _without_upper_blocks(AutoConfig.for_model(fields.pop("model_type"), **fields), layers)
+    loaded = AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    stored = model.checkpoint.names()
+    with torch.no_grad():
+        for name, parameter in loaded.named_parameters():
+            values = model.checkpoint.read(f"model.{name}" if f"model.{name}" in stored else name)
+            parameter.copy_(torch.from_numpy(values.astype(np.float32)))
+    return loaded
+
+
+def _without_upper_blocks(config: Any, layers: int) -> Any:
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    config.num_hidden_layers = layers
+    return config
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Without the bars and reports of a model library, which speak of blocks left out on purpose."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# -------------------------------------------------------------------------------------- our own forward
+
+
+class OwnForward:
+    """Our port on one CPU device: a sample a call, float32, no padding, all positions."""
+
+    def __init__(self, model: OpenModel, sites: Sequence[Site], weights: str) -> None:
+        self.name = _name("jax_extract's own forward, unbatched,", weights, "float32")
+        self.versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib")}
+        self._model = model
+        mesh = make_mesh((1, 1), _one_cpu_device())
+        self._device = mesh.devices.flat[0]
+        blocks = plan_of(sites).blocks_needed(model.config.num_hidden_layers)
+        params = Weights(model.checkpoint, model.port, model.config, blocks).load(mesh, weights)
+        self._params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        self._programs: dict[CapturePlan, Callable[..., dict[str, jax.Array]]] = {}
+
+    def rows(self, sample: Wanted, sites: Sequence[Site]) -> Rows:
+        tokens = jax.device_put(sample.token_ids.astype(np.int32)[None], self._device)
+        for group in grouped(sites, len(sample.token_ids)):
+            plan = plan_of(group)
+            if plan not in self._programs:
+                self._programs[plan] = jax.jit(self._forward(plan))
+            captured = self._programs[plan](self._params, tokens)
+            arrays = {hook: np.asarray(array) for hook, array in captured.items()}
+            for site in group:
+                yield site, sample.select(arrays[site.hook][plan.slot(*site.key), 0])
+
+    def _forward(self, plan: CapturePlan) -> Callable[[Parameters, jax.Array], dict[str, jax.Array]]:
+        config, port = self._model.config, self._model.port
+        widths = {hook: hook_width(config, HOOK_POINTS[hook].width) for hook, _ in plan.layers}
+        blocks = plan.blocks_needed(config.num_hidden_layers)
+
+        def forward(params: Parameters, tokens: jax.Array) -> dict[str, jax.Array]:
+            lengths = jnp.full(1, tokens.shape[1], jnp.int32)
+            taps = Taps.start(plan, blocks, lengths, tokens.shape[1], widths)
+            return port.forward(config, params, tokens, taps, Numerics("float32"), lambda _, whole: whole).buffers
+
+        return forward
+
+
+def plan_of(sites: Iterable[Site]) -> CapturePlan:
+    """Every position of these sites, in float32."""
+    layers: dict[str, set[int]] = {}
+    for site in sites:
+        layers.setdefault(site.hook, set()).update([] if site.layer is None else [site.layer])
+    if strange := sorted(set(layers) - set(HOOK_POINTS)):
+        raise UserError(f"the run holds the hook point {strange[0]!r}, which this version does not know; update it")
+    captures = tuple((hook, tuple(sorted(layers[hook]))) for hook in HOOK_POINTS if hook in layers)
+    return CapturePlan(captures, Positions("all"), "float32")
+
+
+def _one_cpu_device() -> list[Any]:
+    try:
+        return jax.devices("cpu")[:1]
+    except RuntimeError:  # JAX_PLATFORMS names an accelerator alone
+        return jax.devices()[:1]
+
+
+# --------------------------------------------------------------------------------------------- row errors
+
+
+def row_errors(stored: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How far stored rows are from the truth: ‖a−b‖₂/‖b‖₂, absolute where b is zero.
+
+    Args:
+      stored: [rows, width], float32, float16 or bfloat16.
+      truth: [rows, width], float32 or float64.
+
+    Returns:
+      float64 [rows] twice: the error as stored, and the error that rounding to 16 bits does not explain.
+      The latter is the distance to the nearest row that rounds to the stored bits, hence at most the error
+      of the row before it was rounded; docs/verify.md derives it. Of float32 the two are the same.
+    """
+    as_stored, unexplained = np.empty(len(stored)), np.empty(len(stored))
+    step = max(1, _VALUES_AT_ONCE // max(1, stored.shape[1]))
+    for start in range(0, len(stored), step):
+        some = slice(start, start + step)
+        as_stored[some], unexplained[some] = _row_errors(stored[some], truth[some].astype(np.float64))
+    return as_stored, unexplained
+
+
+def _row_errors(stored: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    values = stored.astype(np.float64)
+    agrees = (values == truth) | (np.isnan(values) & np.isnan(truth))  # infinite alike, too
+    norm = np.linalg.norm(np.where(np.isfinite(truth), truth, 0.0), axis=1)
+    norm[norm == 0] = 1.0
+
+    def relative(difference: np.ndarray) -> np.ndarray:
+        distance = np.where(agrees, 0.0, difference)
+        return np.linalg.norm(np.where(np.isnan(distance), np.inf, distance), axis=1) / norm
+
+    with np.errstate(invalid="ignore", over="ignore"):
+        as_stored = relative(values - truth)
+        if stored.dtype.itemsize > 2:  # noqa: PLR2004 (bytes of bfloat16 and float16)
+            return as_stored, as_stored
+        low, high = rounding_interval(stored)
+        return as_stored, relative(np.maximum(0.0, np.maximum(low - truth, truth - high)))
+
+
+def rounding_interval(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float64 (low, high): what rounds to a stored 16-bit value lies between, halfway to its neighbours.
+
+    Neighbours of a subnormal are as far apart as subnormals are. Infinity is what lies beyond halfway from
+    the largest number to what would be the next one.
+    """
+    infinity = np.array(np.inf, stored.dtype)
+    largest = np.nextafter(infinity, -infinity)
+    next_one = 2 * float(largest) - float(np.nextafter(largest, -infinity))
+
+    def number(array: np.ndarray) -> np.ndarray:
+        return np.clip(array.astype(np.float64), -next_one, next_one)
+
+    with np.errstate(invalid="ignore", over="ignore"):
+        below, middle, above = map(number, (np.nextafter(stored, -infinity), stored, np.nextafter(stored, infinity)))
+        low = np.where(stored == -infinity, -np.inf, (below + middle) / 2)
+        high = np.where(stored == infinity, np.inf, (middle + above) / 2)
+    return low, high
+
+
+@dataclass(frozen=True)
+class SiteVerdict:
+    """How far the rows of one hook point and layer are from the reference, over all samples computed again.
+
+    Attributes:
+      rows: how many were compared.
+      worst, median: of the row errors, without what rounding to 16 stored bits explains.
+      worst_as_stored: with it.
+      bound, median_bound: what worst and median may be; None where nothing is promised.
+    """
+
+    hook: str
+    layer: int | None
+    rows: int
+    worst: float
+    median: float
+    worst_as_stored: float
+    bound: float | None
+    median_bound: float | None
+
+    @property
+    def ok(self) -> bool | None:
+        """None where nothing was judged."""
+        if self.bound is None:
+            return None
+        return self.worst <= self.bound and (self.median_bound is None or self.median <= self.median_bound)
+
+    @property
+    def name(self) -> str:
+        return self.hook if self.layer is None else f"{self.hook} of layer {self.layer}"
+
+
+@dataclass
+class SiteErrors:
+    """Gathers the row errors of one site, a block a sample."""
+
+    as_stored: list[np.ndarray] = field(default_factory=list)
+    unexplained: list[np.ndarray] = field(default_factory=list)
+    theirs: list[np.ndarray] = field(default_factory=list)
+    theirs_further: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, stored: np.ndarray, truth: np.ndarray, peer: np.ndarray | None) -> None:
+        """Rows as stored, as they should be, and as the peer has them; the latter two may have further ones."""
+        as_stored, unexplained = row_errors(stored, truth[: len(stored)])
+        self.as_stored.append(as_stored)
+        self.unexplained.append(unexplained)
+        if peer is not None:
+            with np.errstate(over="ignore"):  # stored as ours are: what overflows of ours overflows of theirs
+                same_dtype = peer.astype(np.float32).astype(stored.dtype)
+            _, errors = row_errors(same_dtype, truth)
+            self.theirs.append(errors[: len(stored)])
+            self.theirs_further.append(errors[len(stored) :])
+
+    def verdict(self, site: Site, computed_in: str) -> SiteVerdict:
+        """A float32 run has the project's bounds; a bfloat16 run the errors of the peer, if there is one."""
+        bound = RESIDUAL_BOUND if HOOK_POINTS[site.hook].residual_stream else OTHER_BOUND
+        median_bound = None
+        if computed_in != "float32" and self.theirs:
+            # Where the peer happens to be exact (embeddings), what is promised of float32 is near enough.
+            median_bound = max(bound, float(np.median(np.concatenate(self.theirs))))
+            bound = max(bound, *(float(errors.max(initial=0.0)) for errors in (*self.theirs, *self.theirs_further)))
+        errors = np.concatenate(self.unexplained)
+        return SiteVerdict(
+            hook=site.hook,
+            layer=site.layer,
+            rows=len(errors),
+            worst=float(errors.max()),
+            median=float(np.median(errors)),
+            worst_as_stored=float(np.concatenate(self.as_stored).max()),
+            bound=bound if computed_in == "float32" or self.theirs else None,
+            median_bound=median_bound,
+        )

@@ -153,6 +153,18 @@ def _sweep(argv: list[str]) -> int:
     return sweep_command(_parse(SweepConfig, argv, "jax-extract sweep"))
 
 
+def _estimate(argv: list[str]) -> None:
+    from jax_extract.estimate import estimate_command
+
+    estimate_command(_extract_config(argv, "jax-extract estimate"))
+
+
+def _verify(argv: list[str]) -> int:
+    from jax_extract.verify import VerifyConfig, verify_command
+
+    return verify_command(_parse(VerifyConfig, argv, "jax-extract verify"))
+
+
 def _upload(argv: list[str]) -> int:
     from jax_extract.uploading import UploadConfig, upload
 
@@ -225,8 +237,10 @@ def _inspect(argv: list[str]) -> None:
 
 _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "extract": _extract,
+    "estimate": _estimate,
     "inspect": _inspect,
     "status": _status,
+    "verify": _verify,
     "sweep": _sweep,
     "upload": _upload,
 }

@@ -160,7 +160,7 @@ def _estimate(argv: list[str]) -> None:
 
 
 def _verify(argv: list[str]) -> int:
-    from jax_extract.verify import VerifyConfig, verify_command
+    from jax_extract.verification.command import VerifyConfig, verify_command
 
     return verify_command(_parse(VerifyConfig, argv, "jax-extract verify"))
 

@@ -20,18 +20,18 @@ import pytest
 from gcs_server import running
 from small_run import make_model, run_here, snapshot, write_jsonl
 
-from jax_extract import reference
-from jax_extract import verify as verify_module
 from jax_extract.errors import UserError
-from jax_extract.reference import SiteVerdict, Wanted, rounding_interval, row_errors
 from jax_extract.store.formats import SUFFIXES
 from jax_extract.store.local import Directory
+from jax_extract.store.metadata import VERIFICATION_FILE
 from jax_extract.store.parts import PartContent
 from jax_extract.store.sidecar import BlockChecksums, Sidecar
 from jax_extract.store.storage import crc32c, open_storage
 from jax_extract.terminal import Terminal
 from jax_extract.uploading import UploadConfig, upload
-from jax_extract.verify import VERDICT_FILE, Verdict, VerifyConfig, verify, verify_command
+from jax_extract.verification import reading, reference
+from jax_extract.verification.command import Verdict, VerifyConfig, verify, verify_command
+from jax_extract.verification.reference import SiteVerdict, Wanted, rounding_interval, row_errors
 from models.hooks import HOOK_POINTS
 
 LENGTHS = [33, 60, 40, 21, 35, 50, 47, 62, 28, 34]  # three parts of four, four and two samples
@@ -70,7 +70,7 @@ def copy(make: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     """A copy of a run, to be damaged."""
 
     def copied(**options: Any) -> Path:
-        return shutil.copytree(make(**options), tmp_path / "copy", ignore=shutil.ignore_patterns(VERDICT_FILE))
+        return shutil.copytree(make(**options), tmp_path / "copy", ignore=shutil.ignore_patterns(VERIFICATION_FILE))
 
     return copied
 
@@ -209,9 +209,9 @@ def test_the_verdict_is_written_beside_the_metadata_and_replaced(copy: Callable[
     before = snapshot(directory)
     verified(directory, samples=3)
     again = verified(directory, samples=3, seed=1)
-    said = json.loads((directory / VERDICT_FILE).read_text())
-    assert set(snapshot(directory)) == {*before, VERDICT_FILE}
-    assert {name: data for name, data in snapshot(directory).items() if name != VERDICT_FILE} == before
+    said = json.loads((directory / VERIFICATION_FILE).read_text())
+    assert set(snapshot(directory)) == {*before, VERIFICATION_FILE}
+    assert {name: data for name, data in snapshot(directory).items() if name != VERIFICATION_FILE} == before
     assert said["verdict"] == "verified" and said["date"] == again.date and said["date"].endswith("+00:00")
     assert said["run_id"] == json.loads((directory / "_run/run.json").read_text())["run_id"]
     assert said["reference"]["model"] == str(model)
@@ -298,7 +298,7 @@ def test_damage_is_named_and_the_rest_is_verified_all_the_same(copy: Callable[..
     [told] = verdict.damaged
     assert re.search(sentence, told), told
     assert verdict.samples and all(site.ok for site in verdict.sites)
-    assert json.loads((directory / VERDICT_FILE).read_text())["damaged"] == [told]
+    assert json.loads((directory / VERIFICATION_FILE).read_text())["damaged"] == [told]
 
 
 def test_every_damaged_thing_of_a_part_is_named(copy: Callable[..., Path]) -> None:
@@ -314,7 +314,7 @@ def test_files_are_read_in_pieces_and_the_damaged_block_is_named(
 ) -> None:
     tasks = write_jsonl(tmp_path / "in.jsonl", [1_000] * 6)
     run_here(model, tasks, tmp_path / "a", layers_to_extract=(0,), hook_points=("ffn_up",), positions="all")
-    monkeypatch.setattr(verify_module, "_CHUNK", 100_003)  # no piece begins or ends where a block does
+    monkeypatch.setattr(reading, "_CHUNK", 100_003)  # no piece begins or ends where a block does
     assert verified(tmp_path / "a", samples=1).read["blocks"] == 2
     change_byte(tmp_path / "a/layer_0_ffn_up_batch_000001.pkl", (1 << 20) + 5_000)
     [told] = verified(tmp_path / "a", samples=1).damaged
@@ -481,7 +481,7 @@ def test_other_weights_are_refused_and_moved_ones_are_found(
     edit(directory / "_run/run.json", description={"model_path": str(tmp_path / "gone"), "model_revision": None})
     with pytest.raises(UserError, match=r"gone' was not found.*say where it is now with --model_path"):
         verified(directory)
-    assert not (directory / VERDICT_FILE).exists()
+    assert not (directory / VERIFICATION_FILE).exists()
     assert verified(directory, samples=1, model_path=str(moved)).reference["model"] == str(moved)
 
 
@@ -507,7 +507,7 @@ def test_trouble_with_the_place_is_told_and_is_no_damage(
     monkeypatch.setattr(Directory, verb, fails)
     with pytest.raises(UserError, match="the network is gone"):
         verified(directory)
-    assert not (directory / VERDICT_FILE).exists()
+    assert not (directory / VERIFICATION_FILE).exists()
 
 
 @pytest.mark.parametrize(("count", "expected"), [(1, 2), (2, 2), (5, 5), (16, 10)])
@@ -540,7 +540,7 @@ def test_a_run_in_a_bucket_and_its_emptied_directory_are_verified_where_the_shar
     here, there = verified(directory, samples=3), verified(bucket, samples=3)
     assert (here.verdict, there.verdict) == ("verified", "verified")
     assert [site.worst for site in here.sites] == [site.worst for site in there.sites]
-    assert json.loads(open_storage(bucket).read(VERDICT_FILE))["place"] == bucket
+    assert json.loads(open_storage(bucket).read(VERIFICATION_FILE))["place"] == bucket
     storage = open_storage(bucket)
     storage.replace("layer_1_batch_000001.pkl", b"x" * len(storage.read("layer_1_batch_000001.pkl")))
     for place in (directory, bucket):

@@ -13,6 +13,7 @@ from jax_extract.errors import damage_is_told
 from jax_extract.store.ledger import COMMITS, Key, Ledger, Record, to_json
 
 METADATA_FILE = "metadata.json"
+VERIFICATION_FILE = "verification.json"  # written by those who verify, gone with the run
 
 
 def metadata_of(ledger: Ledger, records: Mapping[Key, Record] | None = None) -> dict[str, Any]:

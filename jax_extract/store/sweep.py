@@ -9,7 +9,7 @@ from __future__ import annotations
 from jax_extract.errors import damage_is_told
 from jax_extract.store.failpoints import step
 from jax_extract.store.ledger import COMMITS, FOLDERS, RUN_FILE, Ledger
-from jax_extract.store.metadata import METADATA_FILE
+from jax_extract.store.metadata import METADATA_FILE, VERIFICATION_FILE
 from jax_extract.store.parts import ShardName
 from jax_extract.store.storage import Storage
 from jax_extract.store.survey import Survey
@@ -47,7 +47,8 @@ def erase(storage: Storage) -> None:
             storage.delete(name)
     for folder in FOLDERS:
         _empty(storage, folder)
-    storage.delete(METADATA_FILE)
+    for name in (METADATA_FILE, VERIFICATION_FILE):
+        storage.delete(name)
     storage.delete(RUN_FILE)
 
 

@@ -1,0 +1,223 @@
+"""`jax-extract verify`: shows that a run is what it says, or names what is not.
+
+In: a run, finished or not, in a directory or a bucket, and the model it was made with. Out: a `Verdict`, as
+lines and as `verification.json` beside metadata.json. First every record is read, every file against its
+checksums, every sidecar against its record and the plan; then some samples are computed again by an
+independent reference, and every stored row of theirs is compared. One part and one sample are in memory at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import tyro
+
+from jax_extract.errors import UserError, damage_is_told
+from jax_extract.prepare import OpenModel
+from jax_extract.store.ledger import Ledger, to_json
+from jax_extract.store.metadata import VERIFICATION_FILE
+from jax_extract.store.storage import open_storage
+from jax_extract.terminal import Terminal, bytes_text, plural
+from jax_extract.verification.comparison import Comparison, choose
+from jax_extract.verification.reading import RESTORE, Layout, Reading, some_of
+from jax_extract.verification.reference import SiteVerdict, plan_of
+from jax_extract.weights.load import Weights
+from models.hooks import HOOK_POINTS
+from models.ports import hook_width
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Read every checksum of a run, and compute samples of it again. Exit code 1 when something is not as it should be.
+
+    Attributes:
+      place: run directory or gs://bucket/prefix.
+      samples: how many samples are computed again; the longest and the shortest always are.
+      seed: of their choice.
+      model_path: where the model is now, if not where the run found it.
+    """
+
+    place: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PLACE")]
+    samples: int = 16
+    seed: int = 0
+    model_path: str | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verification.json` says.
+
+    Attributes:
+      verdict: the gravest that is true: `damaged`, `out of bounds`, `unfinished`, else `verified`.
+      date: UTC, when the reading began.
+      read: how many parts, files, bytes and blocks were read, and how many samples are in parts without a flaw.
+      damaged, missing: sentences, one a thing.
+      reference: what the rows were compared with, and in which versions.
+      samples: those computed again.
+      notes: what else a reader of the verdict must know.
+    """
+
+    verdict: str
+    place: str
+    run_id: str
+    date: str
+    read: Mapping[str, int]
+    damaged: Sequence[str]
+    missing: Sequence[str]
+    reference: Mapping[str, Any]
+    samples: Sequence[Mapping[str, Any]]
+    sites: Sequence[SiteVerdict]
+    notes: Sequence[str]
+
+    @property
+    def exit_status(self) -> int:
+        """An unfinished run is told, and is nobody's mistake; `jax-extract status` answers whether all is there."""
+        return 1 if self.verdict in ("damaged", "out of bounds") else 0
+
+    def to_json(self) -> bytes:
+        sites = [_plain({**dataclasses.asdict(site), "ok": site.ok}) for site in self.sites]
+        return to_json({**dataclasses.asdict(self), "sites": sites})
+
+
+def verify_command(config: VerifyConfig) -> int:
+    """Verifies and tells; 1 where something is damaged or out of bounds, else 0."""
+    verdict = verify(config.place, samples=config.samples, seed=config.seed, model_path=config.model_path)
+    return verdict.exit_status
+
+
+def verify(
+    place: str,
+    *,
+    samples: int = 16,
+    seed: int = 0,
+    model_path: str | None = None,
+    terminal: Terminal | None = None,
+) -> Verdict:
+    """Verifies what is committed of a run, tells it line by line, and writes the verdict beside the metadata.
+
+    Raises:
+      UserError: there is no run, or its model is not there, or is another one.
+    """
+    terminal = terminal or Terminal()
+    if samples < 1:
+        raise UserError(f"--samples {samples} must be at least 1; the longest and the shortest are always among them")
+    if seed < 0:
+        raise UserError(f"--seed {seed} is negative; give a whole number from 0 on")
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    ledger = Ledger.open(open_storage(place, "the place to verify"))
+    layout = Layout.of(ledger)
+    model = _open_model(ledger, layout, model_path)  # before the long reading: it may be the wrong one
+
+    reading = Reading(ledger, layout)
+    reading.run(terminal)
+    _tell_reading(reading, terminal)
+    comparison = Comparison(layout, model, choose(reading.whole, layout.positions, samples, seed))
+    comparison.run(terminal)
+    _tell_comparison(comparison, terminal)
+
+    verdict = Verdict(
+        verdict=_gravest(reading, comparison),
+        place=place,
+        run_id=str(ledger.run["run_id"]),
+        date=date,
+        read={**reading.counts, "samples": sum(len(part.lengths) for part in reading.whole.values())},
+        damaged=reading.damaged,
+        missing=reading.missing,
+        reference=comparison.compared_with,
+        samples=comparison.samples,
+        sites=comparison.sites,
+        notes=comparison.notes,
+    )
+    _tell_verdict(verdict, terminal)
+    ledger.storage.replace(VERIFICATION_FILE, verdict.to_json())
+    return verdict
+
+
+def _open_model(ledger: Ledger, layout: Layout, model_path: str | None) -> OpenModel:
+    """The model that the run names, or where the user says it is now; UserError unless it is the run's."""
+    with damage_is_told(f"the run in {ledger.storage}", RESTORE):
+        model_type, weights = ledger.run["identity"]["model_type"], str(ledger.run["identity"]["weights"])
+        source, revision = str(ledger.run["description"]["model_path"]), ledger.run["description"]["model_revision"]
+    try:
+        model = OpenModel.open(model_path or source, revision)
+    except UserError as error:
+        if model_path:
+            raise
+        raise UserError(f"{error}; the run was made with it: say where it is now with --model_path") from None
+    source = model.checkpoint.source
+    if model.config.model_type != model_type:
+        raise UserError(f"{source} is of type {model.config.model_type!r} and the run of {model_type!r}; {_WRONG}")
+    blocks = plan_of(layout.sites).blocks_needed(model.config.num_hidden_layers)
+    found = Weights(model.checkpoint, model.port, model.config, blocks).provenance()
+    if found != weights:
+        raise UserError(f"the weights of {source} are {found[:19]}… and those of the run {weights[:19]}…; {_WRONG}")
+    for site in layout.sites:
+        if (width := hook_width(model.config, HOOK_POINTS[site.hook].width)) != site.width:
+            raise UserError(f"{source} has {width} values a row at {site.hook} and the run {site.width}; {_WRONG}")
+    return model
+
+
+_WRONG = "give --model_path the model that the run was made with (of a hub model its hub id, at the same commit)"
+
+
+def _gravest(reading: Reading, comparison: Comparison) -> str:
+    if reading.damaged:
+        return "damaged"
+    if any(site.ok is False for site in comparison.sites):
+        return "out of bounds"
+    return "unfinished" if reading.missing else "verified"
+
+
+def _tell_reading(reading: Reading, terminal: Terminal) -> None:
+    counts = reading.counts
+    terminal.line(
+        "read",
+        f"{plural(counts['parts'], 'part')}, {plural(counts['files'], 'file')}, {bytes_text(counts['bytes'])}, "
+        f"{plural(counts['blocks'], 'block')}{'' if reading.damaged else ': every checksum is right'}",
+    )
+    for thing in reading.damaged:
+        terminal.line("damaged", thing)
+    for thing in reading.missing:
+        terminal.line("missing", thing)
+
+
+def _tell_comparison(comparison: Comparison, terminal: Terminal) -> None:
+    """One line a site."""
+    if not comparison.samples:
+        return
+    used, lengths = comparison.compared_with, [sample["tokens"] for sample in comparison.samples]
+    chosen = f"{plural(len(lengths), 'sample')} of {min(lengths):,} to {max(lengths):,} tokens"
+    terminal.line("compared", f"every row of {chosen} with {used['name']}")
+    if used["judged_by"]:
+        terminal.line("bounds", f"the worst and the median row of {used['judged_by']}, on the same samples")
+    for note in comparison.notes:
+        terminal.line("note", note)
+    terminal.line("", f"{'hook point':<16} {'layer':>5} {'rows':>9}   {'worst':>7}  {'median':>7}   {'bound':>7}")
+    for site in comparison.sites:
+        layer = "" if site.layer is None else str(site.layer)
+        bounds = "  ".join(f"{b:>7.1e}" for b in (site.bound, site.median_bound) if b is not None)
+        judged = {True: "ok", False: "OUT OF BOUNDS", None: "not judged"}[site.ok]
+        errors = f"{site.worst:>7.1e}  {site.median:>7.1e}"
+        terminal.line("", f"{site.hook:<16} {layer:>5} {site.rows:>9,}   {errors}   {bounds}  {judged}")
+
+
+def _tell_verdict(verdict: Verdict, terminal: Terminal) -> None:
+    judged = all(site.ok is not None for site in verdict.sites)
+    rows = "the rows are the model's" if judged else "its rows were not judged"
+    told = {
+        "verified": f"every byte is as it was written, and {rows}",
+        "damaged": f"{plural(len(verdict.damaged), 'thing')}, named above",
+        "out of bounds": some_of(site.name for site in verdict.sites if site.ok is False),
+        "unfinished": f"of what is committed, every byte is as it was written, and {rows}",
+    }
+    terminal.line("verdict", f"{verdict.verdict}: {told[verdict.verdict]}")
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON has them, which knows no infinity."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

@@ -7,23 +7,28 @@ against its CRC32C.
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ml_dtypes
 import numpy as np
 
 from jax_extract.errors import UserError, damage_is_told
+from jax_extract.store.direct import PAGE
 from jax_extract.store.ledger import Ledger
 from jax_extract.store.metadata import metadata_of
 from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.sidecar import BLOCK_BYTES, Sidecar, StoredArray
 from jax_extract.store.storage import Storage, crc32c, open_storage
 from models.hooks import resolve_hook_points
+
+if TYPE_CHECKING:
+    from jax_extract.store.shuffled import ShuffledRows
 
 _SIDECARS_KEPT = 16
 
@@ -190,6 +195,44 @@ class Run:
                 part.rows(site, 0, content.rows),
             )
 
+    def shuffled(
+        self,
+        layers: int | Iterable[int] | None = None,
+        hook: str = "after_block",
+        rows: int = 4096,
+        seed: int = 0,
+        *,
+        epochs: int | None = None,
+        drop_remainder: bool = True,
+        shard: tuple[int, int] = (0, 1),
+        buffer_bytes: int = 1 << 30,
+        read_bytes: int = 8 << 20,
+    ) -> ShuffledRows:
+        """Batches of rows from all over the run, in random order, for training; docs/training_data.md.
+
+        Args:
+          layers: one layer for batches [rows, width]; several for [rows, layers, width].
+          hook: hook point.
+          rows: of a batch.
+          seed: equal seeds give equal orders; every epoch has another.
+          epochs: how many times through the run; without end where left out.
+          drop_remainder: leave out what is too little for a batch at the end of an epoch.
+          shard: (index, count): of `count` readers each gets its own rows, together all.
+          buffer_bytes: memory to shuffle in; the more, the nearer to uniform.
+          read_bytes: how much of a layer is read at once, about.
+        """
+        from jax_extract.store.shuffled import ShuffledRows, ShuffleSettings
+
+        several = isinstance(layers, Iterable)
+        sites = tuple(self.site(layer, hook) for layer in (layers if several else (layers,)))
+        settings = ShuffleSettings(sites, several, rows, seed, epochs, drop_remainder, shard, buffer_bytes, read_bytes)
+        return ShuffledRows(self, settings)
+
+    @property
+    def parts(self) -> Sequence[StoredPart]:
+        """In storage order."""
+        return self._parts
+
     @cached_property
     def _places(self) -> dict[str, tuple[int, int]]:
         """Sample id -> (part number, place in it), in the order of the input."""
@@ -205,7 +248,7 @@ def _names(content: PartContent) -> Iterator[tuple[int, str]]:
     return zip(content.sample_indices, content.sample_ids, strict=True)
 
 
-class _FilePart:
+class FilePart:
     """A committed part, read by ranges of its files."""
 
     def __init__(
@@ -219,6 +262,22 @@ class _FilePart:
         self._record = record
         self._dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
         self._sidecars = sidecars
+        self._found: dict[tuple[str, int | None], tuple[StoredArray, int | None, int]] = {}
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """Its commit record."""
+        return self._record
+
+    @property
+    def storage(self) -> Storage:
+        return self._storage
+
+    def through(self, storage: Storage) -> FilePart:
+        """The same part, its rows read through another `Storage` of the same place."""
+        part = copy.copy(self)
+        part._storage = storage
+        return part
 
     @property
     def _sidecar(self) -> Sidecar:
@@ -229,10 +288,19 @@ class _FilePart:
     def content(self) -> PartContent:
         return self._sidecar.content
 
-    def rows(self, site: Site, start: int, stop: int) -> np.ndarray:
+    def rows(self, site: Site, start: int, stop: int, memory: np.ndarray | None = None) -> np.ndarray:
+        """As `StoredPart.rows`; in `memory` where that is given: uint8, whole pages, one more than the blocks take."""
+        row_bytes = site.width * self._dtype.itemsize
+        if site.key not in self._found:
+            self._found[site.key] = self._find(site, row_bytes)  # remembered: a sidecar is long, and few are kept
+        array, generation, total = self._found[site.key]
+        data = self._bytes(array, generation, start * row_bytes, stop * row_bytes, total, memory)
+        return data.view(self._dtype).reshape(stop - start, site.width)
+
+    def _find(self, site: Site, row_bytes: int) -> tuple[StoredArray, int | None, int]:
+        """Where a site's rows lie, the generation of that file, and how many bytes they are."""
         sidecar = self._sidecar
         arrays = {array.site.key: array for array in sidecar.arrays}
-        row_bytes = site.width * self._dtype.itemsize
         total = sidecar.content.rows * row_bytes
         files = {file["path"]: file for file in self._record["files"]}
         with damage_is_told(f"the sidecar of part {sidecar.content.key}", "restore it from a copy"):
@@ -241,16 +309,27 @@ class _FilePart:
             file = files[array.path]
             if not 0 <= array.offset <= file["bytes"] - total or len(array.blocks) != -(-total // BLOCK_BYTES):
                 raise ValueError(f"it does not fit {array.path}")
-        data = self._bytes(array, file.get("generation"), start * row_bytes, stop * row_bytes, total)
-        return data.view(self._dtype).reshape(stop - start, site.width)
+        return array, file.get("generation"), total
 
-    def _bytes(self, array: StoredArray, generation: int | None, start: int, stop: int, total: int) -> np.ndarray:
+    def _bytes(
+        self,
+        array: StoredArray,
+        generation: int | None,
+        start: int,
+        stop: int,
+        total: int,
+        memory: np.ndarray | None = None,
+    ) -> np.ndarray:
         """uint8 [stop - start] of an array of `total` bytes, read in whole blocks that are checked."""
         if start == stop:
             return np.zeros(0, np.uint8)
         first, last = start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)
         begin, end = first * BLOCK_BYTES, min(last * BLOCK_BYTES, total)
-        data = np.empty(end - begin, np.uint8)
+        if memory is None:
+            data = np.empty(end - begin, np.uint8)
+        else:
+            lies = (array.offset + begin) % PAGE  # as in the file, so that the disk can put it there itself
+            data = memory[lies : lies + end - begin]
         try:
             got = self._storage.read_into(array.path, array.offset + begin, data.data, generation)
         except OSError as error:
@@ -287,5 +366,5 @@ def open_activations(path: str | Path) -> Run:
         sites = [Site(str(s["hook"]), s["layer"], int(s["width"])) for s in identity["sites"]]
         # A few sidecars are kept: random access meets the same parts again, a full pass needs each once.
         sidecars = lru_cache(maxsize=_SIDECARS_KEPT)(partial(Sidecar.read, storage))
-        parts = [_FilePart(storage, r, identity["capture_dtype"], sidecars) for r in committed.values()]
+        parts = [FilePart(storage, r, identity["capture_dtype"], sidecars) for r in committed.values()]
     return Run(metadata_of(ledger, committed), sites, parts)

@@ -1,0 +1,92 @@
+"""Shuffled batches for torch: an `IterableDataset` whose tensors share the memory of the arrays.
+
+In: a run and settings. Out: dictionaries of tensors; the rows are divided among the workers of a `DataLoader` on
+top of the shard in the settings. This is the only module of the store that needs torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from jax_extract.store.reader import FilePart, Run, open_activations
+from jax_extract.store.shuffled import ShuffledBatch, ShuffledRows, ShuffleSettings
+
+Tensors = dict[str, torch.Tensor]
+
+
+class ShuffledDataset(IterableDataset[Tensors]):
+    """A run's rows in random order; give it to a `DataLoader` with `batch_size=None`, because it makes batches itself.
+
+    Each of n workers reads its n-th of this process's shard and has an n-th of `buffer_bytes`.
+    """
+
+    def __init__(self, run: Run, settings: ShuffleSettings) -> None:
+        self.run = run
+        self.settings = settings
+
+    def __iter__(self) -> TorchBatches:
+        settings = self.settings
+        if (worker := get_worker_info()) is not None:
+            index, count = settings.shard
+            settings = dataclasses.replace(
+                settings,
+                shard=(index * worker.num_workers + worker.id, count * worker.num_workers),
+                buffer_bytes=settings.buffer_bytes // worker.num_workers,
+            )
+        return TorchBatches(ShuffledRows(self.run, settings))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For workers that are started anew: they open the run where it is; one in memory is copied to them."""
+        first = self.run.parts[0]
+        return {**self.__dict__, "run": str(first.storage) if isinstance(first, FilePart) else self.run}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        run = state["run"]
+        self.__dict__.update({**state, "run": open_activations(run) if isinstance(run, str) else run})
+
+
+class TorchBatches(Iterator[Tensors]):
+    """What a `ShuffledDataset` iterates over: `activations`, `sample_indices` int64 and `positions` int32.
+
+    `state_dict` and `load_state_dict` are the names by which torchdata's `StatefulDataLoader` asks.
+    """
+
+    def __init__(self, batches: ShuffledRows) -> None:
+        self._batches = batches
+        self.get_state = self.state_dict = batches.get_state
+
+    def __next__(self) -> Tensors:
+        return tensors(next(self._batches))
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """As `ShuffledRows.set_state`."""
+        self._batches.set_state(state)
+
+    load_state_dict = set_state
+
+    def close(self) -> None:
+        """As `ShuffledRows.close`."""
+        self._batches.close()
+
+
+def tensors(batch: ShuffledBatch) -> Tensors:
+    """A batch as tensors on the same memory."""
+    return {
+        "activations": _tensor(batch.activations),
+        "sample_indices": torch.from_numpy(batch.sample_indices),
+        "positions": torch.from_numpy(batch.positions),
+    }
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    """torch does not know NumPy's bfloat16, but its bits."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

@@ -8,7 +8,6 @@ a last lane seals parts, while the others are at the next one already.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -26,7 +25,7 @@ from jax_extract.store.storage import BUCKET_SCHEME, NameTaken, PendingFile, Pub
 
 Blocks = Mapping[tuple[str, int | None], np.ndarray]  # site key -> [samples, positions, width]
 
-_DISK_LANES = 4  # at least: while some wait for the disk, others copy
+_DISK_LANES = 16  # while most wait for the disk or for a processor, one copies and the disk is never idle
 _BUCKET_LANES = 32  # an upload waits for the network, not for a processor
 _INFINITY = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}  # its bits; above it is what is undefined
 
@@ -155,8 +154,7 @@ class PartWriter:
 
 def lanes_for(place: str, sites: int) -> int:
     """How many shards are written at once."""
-    most = _BUCKET_LANES if place.startswith(BUCKET_SCHEME) else max(_DISK_LANES, (os.cpu_count() or 1) // 4)
-    return max(1, min(sites, most))
+    return max(1, min(sites, _BUCKET_LANES if place.startswith(BUCKET_SCHEME) else _DISK_LANES))
 
 
 class _OpenPart:

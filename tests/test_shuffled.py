@@ -30,6 +30,7 @@ from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.reader import Run, open_activations
 from jax_extract.store.shuffled import ShuffledBatch, ShuffledRows
 from jax_extract.store.shuffled_order import Epoch, Layout, random_order
+from jax_extract.store.shuffled_source import Who
 from jax_extract.store.sidecar import BLOCK_BYTES
 from jax_extract.store.storage import open_storage
 from jax_extract.store.writer import PartSink, PartWriter
@@ -203,6 +204,14 @@ def test_positions_in_no_even_steps_and_means_are_kept(tmp_path: Path) -> None:
     assert sorted(_rows([batch])) == _all_rows(parts)
 
 
+def test_positions_in_even_steps_take_no_memory_a_row() -> None:
+    (part,) = _in_memory([[np.arange(0, 900, 3), np.arange(5), np.array([7])]]).parts
+    who = Who(part.content)
+    assert who._positions is None
+    assert who.of(298, 306)[1].tolist() == [894, 897, 0, 1, 2, 3, 4, 7]
+    assert who.of(298, 306)[0].tolist() == [2, 2, 1, 1, 1, 1, 1, 0]
+
+
 def test_a_run_in_memory_gives_the_batches_of_the_run_on_disk(small: Path) -> None:
     options: dict[str, Any] = {"layers": [3, 7], "rows": 100, "epochs": 1, "buffer_bytes": 2 * BUFFER}
     pairs = zip(_in_memory(_parts()).shuffled(**options), open_activations(small).shuffled(**options), strict=True)
@@ -348,6 +357,23 @@ def test_a_new_reader_goes_on_at_the_exact_next_row_from_every_state(
         assert all(_same(one, other) for one, other in zip(rest, batches[number:], strict=False))
 
 
+def test_the_buffer_is_as_large_after_going_on_as_before(small: Path) -> None:
+    def reader() -> ShuffledRows:
+        return open_activations(small).shuffled(3, rows=130, epochs=1, drop_remainder=False, buffer_bytes=BUFFER)
+
+    with reader() as batches:
+        for _ in range(10):
+            next(batches)
+        state = batches.get_state()
+        assert state["taken"] > 0
+    with reader() as batches:
+        batches.set_state(state)
+        for _ in range(batches.batches_per_epoch - 10):
+            next(batches)
+        assert batches._flow is not None
+        assert batches._flow._pool.free == batches._layout.pool_rows
+
+
 def test_a_state_of_another_run_or_of_other_settings_is_refused_by_its_key(small: Path, tmp_path: Path) -> None:
     def reader(path: Path = small, **changes: Any) -> ShuffledRows:
         options = {"layers": 3, "rows": 100, "seed": 3, "buffer_bytes": BUFFER, **changes}
@@ -431,6 +457,12 @@ def test_shards_are_disjoint_together_all_and_equally_large(small: Path, count: 
     ]
     assert sorted(row for shard in shards for row in shard) == _all_rows(_parts())
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+def test_a_shard_gets_other_rows_in_every_epoch(small: Path) -> None:
+    run = open_activations(small)
+    epochs = _epochs(run.shuffled(3, rows=100, shard=(0, 2), epochs=2, buffer_bytes=BUFFER))
+    assert len(set(_rows(epochs[0])) & set(_rows(epochs[1]))) < 0.8 * len(_rows(epochs[0]))
 
 
 def test_all_shards_have_equally_many_batches_where_remainders_are_dropped(tmp_path: Path) -> None:
@@ -653,7 +685,7 @@ def test_batches_on_devices_are_the_same_and_the_state_is_that_of_the_batch_in_h
     import jax
 
     def reader() -> ShuffledRows:
-        return open_activations(small).shuffled([3, 7], rows=1000, epochs=1, buffer_bytes=2 * BUFFER)
+        return open_activations(small).shuffled([3, 7], rows=400, epochs=1, buffer_bytes=2 * BUFFER)
 
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.P("data"))

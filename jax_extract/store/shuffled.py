@@ -9,25 +9,20 @@ makes room for one that is read, so the pool is full all the time.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jax_extract.errors import UserError
-from jax_extract.store.direct import PAGE, DirectDirectory, page_memory
-from jax_extract.store.local import Directory
-from jax_extract.store.parts import PartContent, Site
-from jax_extract.store.reader import FilePart, Run, StoredPart
+from jax_extract.store.parts import Site
+from jax_extract.store.reader import Run
 from jax_extract.store.shuffled_order import Epoch, Layout
+from jax_extract.store.shuffled_source import Pool, Source
 
 if TYPE_CHECKING:
     from jax_extract.store.shuffled_jax import DeviceBatches
@@ -131,7 +126,7 @@ class ShuffledRows(Iterator[ShuffledBatch]):
     def __init__(self, run: Run, settings: ShuffleSettings) -> None:
         self.run = run
         self.settings = settings
-        self._source = _Source(run.parts, settings.sites)
+        self._source = Source(run.parts, settings.sites)
         self._place = _Place()
         self._flow: _Flow | None = None
         if not self.batches_per_epoch:
@@ -139,7 +134,14 @@ class ShuffledRows(Iterator[ShuffledBatch]):
                 f"this run has {sum(self._source.part_rows)} rows, which makes no batch of {settings.rows} for shard "
                 f"{settings.shard}; ask for fewer rows a batch, or give drop_remainder=False"
             )
-        self._layout = self._source.layout(settings)
+        self._layout = Layout.of(
+            self._source.part_rows,
+            self._source.row_bytes,
+            len(settings.sites),
+            settings.buffer_bytes,
+            settings.read_bytes,
+            settings.shard[1],
+        )
 
     @property
     def batches_per_epoch(self) -> int:
@@ -235,141 +237,6 @@ def _rows_out(total: int, settings: ShuffleSettings) -> int:
     return total * (index + 1) // count - total * index // count
 
 
-# --------------------------------------------------------------------------------------- where rows come from
-
-
-class _Who:
-    """Whose row each row of a part is, in as few bytes as that takes, because this is kept for every part."""
-
-    def __init__(self, content: PartContent) -> None:
-        self._offsets = content.row_offsets
-        self._samples = content.sample_indices
-        positions = np.concatenate([*content.positions, np.zeros(0, np.int32)])
-        self._first = positions[np.minimum(self._offsets[:-1], len(positions) - 1)] if len(positions) else positions
-        second = positions[np.minimum(self._offsets[:-1] + 1, len(positions) - 1)] if len(positions) else positions
-        self._step = np.where(np.diff(self._offsets) > 1, second - self._first, 0).astype(np.int32)
-        self._positions: np.ndarray | None = None
-        if not np.array_equal(self.of(0, len(positions))[1], positions):  # a list of positions that is no progression
-            self._positions = positions
-
-    def of(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sample indices int64 and positions int32 of rows [start, stop)."""
-        rows = np.arange(start, stop)
-        place = np.searchsorted(self._offsets, rows, side="right") - 1
-        if self._positions is not None:
-            return self._samples[place], self._positions[start:stop]
-        return self._samples[place], (self._first[place] + self._step[place] * (rows - self._offsets[place])).astype(
-            np.int32
-        )
-
-
-class _Source:
-    """The rows of some sites, by ranges of parts."""
-
-    def __init__(self, parts: Sequence[StoredPart], sites: Sequence[Site]) -> None:
-        self.sites = tuple(sites)
-        self.part_rows = [part.record["rows"] if isinstance(part, FilePart) else part.content.rows for part in parts]
-        self._parts = [_past_the_page_cache(part) for part in parts]
-        self._who: dict[int, _Who] = {}
-        self._threads = threading.local()
-
-    @cached_property
-    def digest(self) -> str:
-        """Of the run and of everything its committed parts hold."""
-        marks = json.dumps([_mark(part) for part in self._parts], sort_keys=True)
-        return hashlib.sha256(marks.encode()).hexdigest()[:32]
-
-    @cached_property
-    def dtype(self) -> np.dtype:
-        return self._parts[0].rows(self.sites[0], 0, 0).dtype
-
-    @property
-    def row_bytes(self) -> int:
-        """At one site; all have the same width, because they are of one hook point."""
-        return self.sites[0].width * self.dtype.itemsize
-
-    def layout(self, settings: ShuffleSettings) -> Layout:
-        sites, shards = len(self.sites), settings.shard[1]
-        return Layout.of(self.part_rows, self.row_bytes, sites, settings.buffer_bytes, settings.read_bytes, shards)
-
-    def fill(self, pool: _Pool, piece: tuple[int, int, int], slots: np.ndarray, piece_bytes: int) -> None:
-        """Reads a piece into the pool; rows whose slot is -1 are not wanted."""
-        if (slots < 0).all():
-            return
-        part, start, stop = piece
-        samples, positions = self._who_of(part).of(start, stop)
-        wanted: Any = slice(None) if (slots >= 0).all() else slots >= 0
-        slots = slots[wanted]
-        for number, site in enumerate(self.sites):
-            rows = self._rows(site, part, start, stop, piece_bytes)
-            pool.bits[:, number][slots] = rows.view(np.uint8)[wanted]
-        pool.sample_indices[slots] = samples[wanted]
-        pool.positions[slots] = positions[wanted]
-
-    def _rows(self, site: Site, number: int, start: int, stop: int, piece_bytes: int) -> np.ndarray:
-        """Rows of a part, in memory of this thread that its next read takes again."""
-        part = self._parts[number]
-        if not isinstance(part, FilePart):
-            return part.rows(site, start, stop)
-        if not hasattr(self._threads, "memory"):
-            self._threads.memory = page_memory(piece_bytes + PAGE)
-        return part.rows(site, start, stop, self._threads.memory)
-
-    def _who_of(self, number: int) -> _Who:
-        if number not in self._who:  # two threads may both find out; they find the same
-            content = self._parts[number].content
-            if content.rows != self.part_rows[number]:
-                raise UserError(
-                    f"part {content.key} has {content.rows} rows by its sidecar and {self.part_rows[number]} by its "
-                    "commit record; restore both from a copy"
-                )
-            self._who[number] = _Who(content)
-        return self._who[number]
-
-
-def _mark(part: StoredPart) -> dict[str, Any]:
-    """What tells a part from every other, without reading more of it than its commit record."""
-    if isinstance(part, FilePart):
-        record = part.record
-        keys = ("run", "batch", "part", "rows", "plan")
-        return {**{key: record[key] for key in keys}, "sidecar": record["sidecar"]["crc32c"]}
-    content = part.content
-    return {"batch": content.batch, "part": content.part, "rows": content.rows, "plan": content.plan}
-
-
-def _past_the_page_cache(part: StoredPart) -> StoredPart:
-    """A part of a local run, read as what is shuffled is read: docs/decisions/shuffled-reading.md says why."""
-    if isinstance(part, FilePart) and type(part.storage) is Directory:
-        return part.through(DirectDirectory(part.storage.root))
-    return part
-
-
-class _Pool:
-    """Slots for rows that wait.
-
-    Attributes:
-      bits: uint8 [slots, sites, row bytes]; NumPy moves them faster than bfloat16, and they need no alignment.
-      sample_indices, positions: [slots], whose they are.
-      free: how many slots are.
-    """
-
-    def __init__(self, slots: int, sites: int, row_bytes: int) -> None:
-        self.bits = np.empty((slots, sites, row_bytes), np.uint8)
-        self.sample_indices = np.empty(slots, np.int64)
-        self.positions = np.empty(slots, np.int32)
-        self._free = np.arange(slots)
-        self.free = slots
-
-    def take(self, count: int) -> np.ndarray:
-        assert count <= self.free
-        self.free -= count
-        return self._free[self.free : self.free + count].copy()
-
-    def give_back(self, slots: np.ndarray) -> None:
-        self._free[self.free : self.free + len(slots)] = slots
-        self.free += len(slots)
-
-
 # --------------------------------------------------------------------------------------- rows on their way
 
 
@@ -380,11 +247,11 @@ class _Flow:
       place: behind the last row that came out.
     """
 
-    def __init__(self, source: _Source, layout: Layout, settings: ShuffleSettings, place: _Place) -> None:
+    def __init__(self, source: Source, layout: Layout, settings: ShuffleSettings, place: _Place) -> None:
         self._source = source
         self._layout = layout
         self._settings = settings
-        self._pool = _Pool(layout.pool_rows, len(settings.sites), source.row_bytes)
+        self._pool = Pool(layout.pool_rows, len(settings.sites), source.row_bytes)
         self._rows_out = _rows_out(layout.rows, settings)
         self._epochs: dict[int, Epoch] = {}
         self.place = place if place.row < self._rows_out else _Place(place.epoch + 1)

@@ -27,6 +27,8 @@ from jax_extract.store.storage import Chunk, Entry, Published, StorageFull, chec
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_UNNAMED_FILES = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.EACCES, errno.EPERM}
 _BUFFER = 4 << 20  # a multiple of every disk's block; few enough calls to keep a fast disk busy
+_BLOCK = 4_096  # of every disk: addresses and sizes of direct writes are multiples
+_WORTH_A_CALL = 1 << 20  # the end of a file is written directly too if there is so much of it
 _HUGE_PAGE = 2 << 20
 _READ = 4 << 20
 _OTHER_FILES = 64  # what the libraries and the compiler keep open besides shards
@@ -221,7 +223,7 @@ class LocalFile:
             self._filled += len(piece)
             rest = rest[len(piece) :]
             if self._filled == _BUFFER:
-                self._drain(direct=True)
+                self._drain(_BUFFER, direct=True)
         self.crc32c = crc32c(data, self.crc32c)
         self.size += len(data)
         return len(data)
@@ -241,8 +243,10 @@ class LocalFile:
         """Makes the content durable and gives it this name; FileExistsError where the name is taken."""
         target = self._directory.path(name)
         with self._directory.trouble_is_told():
+            if self._filled >= _WORTH_A_CALL:
+                self._drain(self._filled // _BLOCK * _BLOCK, direct=True)
             if self._filled:
-                self._drain(direct=False)
+                self._drain(self._filled, direct=False)
             with step("local.fsync"):
                 os.fsync(self._fd)
             with step("local.link"):
@@ -260,15 +264,18 @@ class LocalFile:
 
     close = discard
 
-    def _drain(self, direct: bool) -> None:
+    def _drain(self, size: int, direct: bool) -> None:
+        """Writes the first `size` bytes that wait; directly only whole blocks."""
         with self._directory.trouble_is_told(), step("local.write"):
             assert self._buffer is not None
             self._pass_page_cache_by(direct)
-            view = self._buffer[: self._filled].data
+            view = self._buffer[:size].data
             done = 0
             while done < len(view):
                 done += self._write_some(view[done:])
-        self._filled = 0
+            left = self._filled - size
+            self._buffer[:left] = self._buffer[size : self._filled].copy()
+        self._filled = left
 
     def _write_some(self, rest: memoryview) -> int:
         try:

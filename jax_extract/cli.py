@@ -17,7 +17,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jax_extract.errors import UserError
 
@@ -79,12 +79,16 @@ def guarded(command: Callable[[], int | None]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # who reads the output has gone, as in `jax-extract inspect … | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        place = f"{error.filename} cannot be used" if error.filename else "the system refused"
+        print(f"error: {place} ({error.strerror or error}); check its permissions and the disk", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; what is committed is safe: run the same command again to go on", file=sys.stderr)
         return _INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone, as in `jax-extract inspect … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _quiet_libraries() -> None:
@@ -124,7 +128,7 @@ def _parse(kind: type[T], argv: list[str], program: str, default: T | None = Non
     import tyro
 
     said = io.StringIO()
-    given = {} if default is None else {"default": default}
+    given: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(

@@ -7,7 +7,9 @@ program over many hosts, or one of many independent workers: what it finds commi
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,12 +25,13 @@ from jax_extract.loop import STEPS_IN_MEMORY
 from jax_extract.pending import Committed, pending_parts
 from jax_extract.place import Place, keep_config
 from jax_extract.prepare import Job, numerics_fingerprint
-from jax_extract.session import Session, Windows, committed_everywhere, keep_in
+from jax_extract.session import Session, Windows, keep_in
 from jax_extract.store.budget import ByteBudget, default_limit
-from jax_extract.store.ledger import RUN_FILE, Ledger, RunStartedMeanwhile
+from jax_extract.store.ledger import COMMITS, RUN_FILE, Ledger, RunStartedMeanwhile, part_name
 from jax_extract.store.local import require_open_files
-from jax_extract.store.metadata import metadata_of, write_metadata
+from jax_extract.store.metadata import write_metadata
 from jax_extract.store.sweep import erase
+from jax_extract.store.upload import upload_buffer_bytes
 from jax_extract.summary import tell_input, tell_plan, tell_request, tell_result
 from jax_extract.terminal import Terminal, bytes_text, plural
 from jax_extract.weights.load import Weights
@@ -37,7 +40,7 @@ _STARTED_MEANWHILE = "another command has just started a run in %s; give this on
 
 
 def extract_to_directory(config: ExtractConfig, terminal: Terminal | None = None) -> dict[str, Any]:
-    """Runs or resumes an extraction; returns what metadata.json says.
+    """Runs or resumes an extraction; returns what metadata.json says (on the first process of several).
 
     Everything that can be refused is refused before anything is written.
 
@@ -71,6 +74,9 @@ def open_request(config: ExtractConfig, processes: Processes) -> tuple[Place, So
     """What a configuration names, opened and checked as far as that goes without reading inputs or weights."""
     with processes.together():
         place = Place.of(config)
+        what_to_do = [str(place.storage), place.spool is not None, config.overwrite, config.delete_local]
+    processes.require_equal("place and options", json.dumps(what_to_do), "give every process the same command")
+    with processes.together():
         place.written_to.require_usable()
         source = _open_source(config)
         job = Job.open(config)
@@ -98,13 +104,18 @@ class _Extraction:
             run = run_of(config, self.job, self.weights, settings)
             if found:
                 found.require_same(run["identity"], run["numerics"], config.allow_numeric_change)
-        committed = committed_everywhere(processes, found)
+        same = hashlib.sha256(json.dumps([run["identity"], run["numerics"]], sort_keys=True).encode()).hexdigest()
+        processes.require_equal("model, options or library versions", same, "make them the same on every host")
+        committed = self.place.committed(processes, found)
         windows = self._windows(settings)
         with processes.together():
             windows, digest, tokens, shapes = self._check_plan(windows, found, committed)
             budget = host_budget(config, self.job, self.place, shapes)
         processes.require_equal("plan", digest, "give every process the same inputs, model and options")
-        ledger = found or self._start(run)
+        with processes.together():
+            self.place.bring_over()
+        ledger = self.place.find(processes) if found else self._start(run)
+        assert ledger is not None
         if committed:
             samples = sum(part.samples for part in committed.values())
             terminal.line("resume", f"{plural(samples, 'sample')} are committed already")
@@ -113,8 +124,12 @@ class _Extraction:
         if tokens != 0:
             session.compute(windows, self.weights, tokens)
         statistics = session.end()
-        metadata = write_metadata(ledger) if processes.is_first else metadata_of(ledger)
+        if not processes.is_first:
+            return {}
+        metadata = write_metadata(ledger)
         tell_result(metadata, statistics, ledger.storage, terminal)
+        if self.source.finite:
+            _require_all(ledger, windows)
         return metadata
 
     @cached_property
@@ -170,18 +185,23 @@ class _Extraction:
 
     def _start(self, run: Mapping[str, Any]) -> Ledger:
         """A new run in the place; with `overwrite` the one that is there goes first."""
-        if self.place.spool is not None and self.place.spool.exists(RUN_FILE):
-            with self.processes.together():
+        with self.processes.together():
+            if self.config.overwrite and self.place.spool is not None and self.place.spool.exists(RUN_FILE):
                 erase(self.place.spool)
 
+        storage = self.place.storage
+        meanwhile = RunStartedMeanwhile() if self.processes.count == 1 else UserError(_STARTED_MEANWHILE % storage)
+
         def start() -> Mapping[str, Any]:
-            storage = self.place.storage
             if storage.exists(RUN_FILE):
                 if not self.config.overwrite:
-                    raise RunStartedMeanwhile if self.processes.count == 1 else UserError(_STARTED_MEANWHILE % storage)
+                    raise meanwhile
                 erase(storage)
             keep_config(storage, self.config)
-            return Ledger.start(storage, run).run
+            try:
+                return Ledger.start(storage, run).run
+            except RunStartedMeanwhile:
+                raise meanwhile from None
 
         return Ledger(self.place.storage, self.processes.of_first(start))
 
@@ -220,6 +240,17 @@ def run_of(config: ExtractConfig, job: Job, weights: Weights, settings: PlanSett
     }
 
 
+def _require_all(ledger: Ledger, windows: Windows) -> None:
+    """UserError where a planned part has no record after all; nobody should ever read this."""
+    there = set(ledger.names(COMMITS))
+    planned = [part for window in windows()[0] for part in window.parts]
+    if left := [part for part in planned if f"{part_name(part.key)}.json" not in there]:
+        raise UserError(
+            f"{len(left)} of {len(planned)} parts are not in {ledger.storage}, such as {part_name(left[0].key)}; "
+            "give the same command again to compute them"
+        )
+
+
 def require_samples(counts: InputCounts, source: Source) -> None:
     if not counts.samples:
         raise UserError(f"{source.name} gave no sample with a token; there is nothing to extract")
@@ -247,6 +278,8 @@ def host_budget(config: ExtractConfig, job: Job, place: Place, shapes: set[tuple
     """Room for captured rows on this host; UserError where not even one step fits."""
     step = job.bytes_on_host(shapes) if shapes else 0
     files = len(job.sites) * place.written_to.buffer_bytes
+    if place.spool is not None:
+        files += upload_buffer_bytes(place.storage)
     if config.host_memory_gb is None:
         return ByteBudget(max(default_limit(), STEPS_IN_MEMORY * step + files))
     limit = int(config.host_memory_gb * 1e9)

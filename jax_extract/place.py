@@ -10,11 +10,13 @@ import dataclasses
 import time
 import uuid
 from dataclasses import dataclass
+from typing import Any
 
 from jax_extract.config import ExtractConfig, to_yaml
 from jax_extract.devices.processes import Processes
 from jax_extract.errors import UserError
-from jax_extract.store.ledger import RUN_FILE, Ledger, RunStartedMeanwhile
+from jax_extract.pending import Committed, parse_committed, read_committed
+from jax_extract.store.ledger import COMMITS, RUN_FILE, UPLOADED, Ledger, RunStartedMeanwhile, part_name
 from jax_extract.store.local import Directory
 from jax_extract.store.storage import Storage, open_storage
 from jax_extract.store.upload import Uploader, open_copy
@@ -80,25 +82,49 @@ class Place:
                 self.storage.delete(name)
 
     def find(self, processes: Processes) -> Ledger | None:
-        """The run that is there; for a place with a spool, what the spool still held is brought over first."""
-        if self.spool is not None:
-            with processes.together():
-                self._bring_over()
-        run = processes.of_first(lambda: Ledger.open(self.storage).run if self.storage.exists(RUN_FILE) else None)
-        return Ledger(self.storage, run) if run else None
+        """The run that is there; where nothing was uploaded yet, the one in the spool of the first process."""
 
-    def _bring_over(self) -> None:
+        def run_of(storage: Storage | None) -> Any:
+            return Ledger.open(storage).run if storage is not None and storage.exists(RUN_FILE) else None
+
+        if run := processes.of_first(lambda: run_of(self.storage)):
+            return Ledger(self.storage, run)
+        run = processes.of_first(lambda: run_of(self.spool))
+        return Ledger(self.written_to, run) if run else None
+
+    def committed(self, processes: Processes, found: Ledger | None) -> Committed:
+        """What is committed in either place, as the first process sees it; nothing is changed."""
+
+        def read() -> list[list[Any]]:
+            parts = read_committed(found) if found else []
+            if found and self.spool is not None and found.storage is self.storage and self.spool.exists(RUN_FILE):
+                there = {tuple(part[:2]) for part in parts}
+                local = Ledger.open(self.spool)
+                open_copy(local, found)
+                parts += [part for part in read_committed(local) if tuple(part[:2]) not in there]
+            return parts
+
+        return parse_committed(processes.of_first(read))
+
+    def bring_over(self) -> None:
         """Uploads what an earlier command committed in the spool and could not upload any more."""
-        assert self.spool is not None
-        if not self.spool.exists(RUN_FILE):
+        if self.spool is None or not self.spool.exists(RUN_FILE):
             return
         source = Ledger.open(self.spool)
         target = open_copy(source, copy_run(source, self.storage))
-        there, attempt = target.committed(), uuid.uuid4().hex[:12]
-        left = [record for key, record in source.committed().items() if key not in there]
+        there = target.committed()
+        left = {key: record for key, record in source.committed().items() if key not in there}
+        for key, record in list(left.items()):
+            if to := record.get("uploaded_to"):
+                del left[key]
+                if to != str(self.storage):
+                    raise UserError(f"part {part_name(key)} of {self.spool} was uploaded to {to}; go on there")
+                # Its shards were deleted here, and the bucket has lost them since: it is computed again.
+                for folder in (COMMITS, UPLOADED):
+                    self.spool.delete(f"{folder}/{part_name(key)}.json")
         if left or self.delete_local:
-            uploader = Uploader(source, target, attempt, self.delete_local)
-            for record in left:
+            uploader = Uploader(source, target, uuid.uuid4().hex[:12], self.delete_local)
+            for record in left.values():
                 uploader.submit(record)
             uploader.close()
 
@@ -113,9 +139,11 @@ class Place:
 
 
 def keep_config(storage: Storage, config: ExtractConfig) -> None:
-    """Writes the resolved configuration beside a run; fed back, it resumes."""
+    """Writes the resolved configuration beside a run, without which process this is; fed back, it resumes."""
     storage.make("_run")
-    storage.replace(CONFIG_FILE, to_yaml(dataclasses.replace(config, overwrite=False)).encode())
+    neutral = {"overwrite": False, "worker_id": None, "num_workers": None, "process_id": None}
+    neutral |= {"num_processes": None, "coordinator_address": None}
+    storage.replace(CONFIG_FILE, to_yaml(dataclasses.replace(config, **neutral)).encode())
 
 
 def copy_run(source: Ledger, storage: Storage) -> Ledger:

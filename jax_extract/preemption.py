@@ -21,8 +21,10 @@ EXIT_CODE = 128 + signal.SIGTERM
 
 
 @contextlib.contextmanager
-def on_preemption(wind_up: Callable[[float], str]) -> Iterator[None]:
+def on_preemption(wind_up: Callable[[float], str], linger: bool = False) -> Iterator[None]:
     """While inside, SIGTERM calls `wind_up(seconds left)`, prints what it returns, and ends the process.
+
+    With `linger` not before the time is up: the end of the first process of several is the end of all.
 
     Only the main thread can set this up; elsewhere, as in a notebook's server, nothing is changed.
     """
@@ -34,7 +36,9 @@ def on_preemption(wind_up: Callable[[float], str]) -> Iterator[None]:
     # The byte is written by the interpreter's own C handler, at once; the Python one has nothing left to do.
     before_fd = signal.set_wakeup_fd(notice, warn_on_full_buffer=False)
     before = signal.signal(signal.SIGTERM, lambda *_: None)
-    watcher = threading.Thread(target=_watch, args=(noticed, wind_up), name="jax_extract-preemption", daemon=True)
+    watcher = threading.Thread(
+        target=_watch, args=(noticed, wind_up, linger), name="jax_extract-preemption", daemon=True
+    )
     watcher.start()
     try:
         yield
@@ -49,16 +53,19 @@ def on_preemption(wind_up: Callable[[float], str]) -> Iterator[None]:
 _speaking = threading.Lock()  # taken once and for good
 
 
-def _watch(noticed: int, wind_up: Callable[[float], str]) -> None:
+def _watch(noticed: int, wind_up: Callable[[float], str], linger: bool) -> None:
     while byte := os.read(noticed, 1):
         if byte[0] != signal.SIGTERM:
             continue
+        until = time.monotonic() + GRACE_SECONDS - _LAST_WORDS_SECONDS
         # Should the disk or the network hang, the process ends all the same, by a thread that waits for nothing.
         threading.Thread(target=_end_after, args=(GRACE_SECONDS,), daemon=True).start()
         try:
             said = wind_up(GRACE_SECONDS - _LAST_WORDS_SECONDS)
         except BaseException as error:  # noqa: BLE001 (the process ends; it is told why)
             said = f"{error}"
+        if linger:
+            time.sleep(max(0.0, until - time.monotonic()))
         _end(said)
 
 

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from jax_extract.config import ExtractConfig
-from jax_extract.devices.processes import Processes
+from jax_extract.devices.processes import Processes, leave
+from jax_extract.errors import UserError
 from jax_extract.inputs.plan import Part, Window
 from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.loop import LoopStatistics, run_parts
 from jax_extract.pending import Committed, Worker, parse_committed, pending_parts, plan_json, read_committed
 from jax_extract.preemption import on_preemption
-from jax_extract.prepare import Job
+from jax_extract.prepare import Job, numerics_fingerprint
 from jax_extract.program import CaptureProgram
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.ledger import Ledger
@@ -69,10 +70,19 @@ class Session:
             def advance(so_far: LoopStatistics) -> None:
                 bar.update(self.statistics.tokens + so_far.tokens - bar.n)
 
+            seen, before = 0, LoopStatistics()
             for number in itertools.count():
-                done, again = self._round(self._pending(windows, steal=number > 0), program, advance)
+                steal = number > 0 and self.worker.count > 1
+                committed = committed_everywhere(self.processes, self.ledger)
+                if steal and before.parts and len(committed) == seen:
+                    raise UserError(
+                        f"parts were computed and none of them is in {self.ledger.storage}; see jax-extract status "
+                        "and give the same command again"
+                    )
+                done, again = self._round(self._pending(windows, committed, steal), program, advance)
+                seen, before = len(committed), done
                 self.statistics.add(done)
-                if not (again or (self.worker.count > 1 and done.parts)):
+                if not (again or (self.worker.count > 1 and (done.parts or not steal))):
                     return
 
     def end(self) -> LoopStatistics:
@@ -80,7 +90,12 @@ class Session:
         for ledger in self._ledgers:
             ledger.end_session(
                 self.attempt,
-                {**dataclasses.asdict(self.statistics), "mesh": dict(self.job.mesh.shape), "processes": self.parties},
+                {
+                    **dataclasses.asdict(self.statistics),
+                    "mesh": dict(self.job.mesh.shape),
+                    "processes": self.parties,
+                    "numerics": numerics_fingerprint(self.job.numerics),
+                },
             )
         everywhere = LoopStatistics.side_by_side(self.processes.of_all(dataclasses.asdict(self.statistics)))
         if self.spool is not None:
@@ -91,11 +106,12 @@ class Session:
     def _ledgers(self) -> list[Ledger]:
         return [self.ledger] if self.spool is None else [self.ledger, self.spool]
 
-    def _pending(self, windows: Windows, steal: bool) -> Iterable[Part]:
+    def _pending(self, windows: Windows, committed: Committed, steal: bool) -> Iterable[Part]:
         plan, counts = windows()
-        committed = committed_everywhere(self.processes, self.ledger)
 
         def keep_plan(window: Window) -> None:
+            mend = "give every process the same inputs"
+            self.processes.require_equal(f"plan of window {window.number}", window.digest, mend)
             with self.processes.together():
                 if self.processes.is_first:
                     keep_in(self.ledger, window, counts)
@@ -123,23 +139,25 @@ class Session:
             on_failure=self.budget.fail,
             on_commit=uploader.submit if uploader else lambda _: None,
         )
-        buffers = sink.buffer_bytes
+        buffers = sink.buffer_bytes + (uploader.buffer_bytes if uploader else 0)
         self.budget.acquire(buffers)
 
         def wind_up(seconds: float) -> str:
             in_time = sink.commit_what_is_complete(seconds) and (uploader is None or uploader.wait(seconds))
-            parts = f"{plural(len(sink.committed), 'part')} of this session are committed"
+            parts = f"{plural(sink.committed, 'part')} of this session are committed"
             return parts if in_time else f"{parts}; the {seconds:.0f} s did not suffice for the others"
 
         try:
-            with on_preemption(wind_up):
+            with on_preemption(wind_up, linger=self.processes.count > 1 and self.processes.is_first):
                 done = run_parts(parts, program, sink, self.budget, advance)
                 if uploader is not None:
                     with done.waiting("writer"):
                         uploader.close()
-        except BaseException:
+        except BaseException as failure:
             if uploader is not None:
                 uploader.cancel()
+            if self.processes.count > 1:
+                leave(failure)
             raise
         finally:
             self.budget.release(buffers)

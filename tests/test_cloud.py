@@ -192,6 +192,48 @@ def test_a_prefix_that_holds_another_run_is_refused(
     assert _in_bucket(place) == before
 
 
+def test_a_local_run_of_another_model_is_not_uploaded_nor_deleted_by_a_command_that_is_refused(
+    server: RunningServer, model: Path, tasks: Path, whole: Path, place: str, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "a")
+    other = make_model(tmp_path / "other", seed=1)
+    options = {"gcs_bucket": place, "upload_to_cloud": True, "delete_local": True}
+    with pytest.raises(UserError, match=r"holds another run: weights was"):
+        run_here(other, tasks, tmp_path / "a", **OPTIONS, **options)
+    other_inputs = write_jsonl(tmp_path / "other.jsonl", LENGTHS, seed=9)
+    with pytest.raises(UserError, match="holds a run over other inputs"):
+        run_here(model, other_inputs, tmp_path / "a", **OPTIONS, **options)
+    assert shards(tmp_path / "a") == shards(whole)
+    assert not open_storage(place).entries("_run")
+
+
+def test_a_run_that_was_copied_to_another_prefix_is_read_there(
+    server: RunningServer, whole: Path, place: str, tmp_path: Path
+) -> None:
+    assert main(["upload", str(whole), place]) == 0
+    source, target = open_storage(place), open_storage(f"{place}-copied")
+    for folder in ("", "_run", "_run/plan", "_run/parts", "_run/commits", "_run/sessions"):
+        for name in source.entries(folder):
+            path = f"{folder}/{name}".lstrip("/")
+            target.write(path, source.read(path))  # which gives it a generation of its own
+    assert _rows(f"{place}-copied") == _rows(whole)
+    assert main(["status", f"{place}-copied"]) == 0
+
+
+def test_a_part_that_another_process_committed_in_a_shared_spool_is_uploaded_by_whoever_finds_it(
+    server: RunningServer, model: Path, tasks: Path, whole: Path, place: str, tmp_path: Path
+) -> None:
+    """A worker that shares the local directory may commit there and die before it uploads."""
+    from jax_extract.place import Place, copy_run
+
+    run_here(model, tasks, tmp_path / "a", **OPTIONS)
+    with pytest.MonkeyPatch.context() as patched:  # as if it had committed after this process looked
+        patched.setattr(Place, "bring_over", lambda self: copy_run(Ledger.open(self.spool), self.storage))
+        patched.setattr(Place, "committed", lambda *_: {})
+        run_here(model, tasks, tmp_path / "a", **OPTIONS, gcs_bucket=place, upload_to_cloud=True)
+    assert _rows(place) == _rows(whole)
+
+
 def test_a_part_whose_name_was_taken_on_the_way_is_written_again_within_the_same_command(
     server: RunningServer, model: Path, tasks: Path, whole: Path, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +262,8 @@ def test_a_part_whose_name_was_taken_on_the_way_is_written_again_within_the_same
         (["--gcs_bucket", "s3://b/p", "--upload_to_cloud", "True"], "is no bucket; write gs://bucket/prefix"),
         (["--delete_local"], "goes with --gcs_bucket and --upload_to_cloud True"),
         (["--activations_dir", "gs://B!/x"], "names no bucket"),
+        (["--activations_dir", "s3://bucket/x"], "is neither a directory nor a bucket; write gs://bucket/prefix"),
+        (["--activations_dir", "GS://bucket/x"], "is neither a directory nor a bucket; write gs://bucket/prefix"),
         (["--worker_id", "3", "--num_workers", "3"], "--worker_id 3 must be from 0 to 2"),
         (["--worker_id", "0"], "--worker_id and --num_workers belong together"),
         (["--process_id", "0", "--num_processes", "2"], "give all three, or none"),

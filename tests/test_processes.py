@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from small_run import command, environment, make_model, run_cli, texts, write_jsonl
+from small_run import command, environment, make_model, run_cli, run_here, texts, write_jsonl
 
 from jax_extract import open_activations
 from jax_extract.cli import main
@@ -87,27 +88,37 @@ def test_a_program_of_4_2_1_processes_and_8_4_2_devices_killed_twice_gives_every
     assert len({json.loads(path.read_text())["attempt"] for path in records}) > 2  # hosts wrote parts of their own
 
 
-def test_hosts_without_a_shared_directory_are_refused_with_one_sentence(
-    model: Path, tasks: Path, tmp_path: Path
-) -> None:
+def _refused(words_of: Callable[[int], list[str]], folders: Sequence[Path]) -> list[str]:
+    """One program of a process in each folder, all of which must end with exit code 2; what they said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    group = ["--coordinator_address", f"127.0.0.1:{port}", "--num_processes", 2]
+    group = ["--coordinator_address", f"127.0.0.1:{port}", "--num_processes", len(folders)]
     started = [
         subprocess.Popen(
-            command(*_words(model, tasks, tmp_path / f"of_host_{i}"), *group, "--process_id", i),
+            command(*words_of(i), *group, "--process_id", i),
+            cwd=folder,
             env=environment(),
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
         )
-        for i in range(2)
+        for i, folder in enumerate(folders)
     ]
     said = [process.communicate(timeout=ENDS)[1] for process in started]
-    assert [process.returncode for process in started] == [2, 2], said
+    assert [process.returncode for process in started] == [2] * len(folders), said
+    return said
+
+
+def test_hosts_without_a_shared_directory_are_refused_with_one_sentence(
+    model: Path, tasks: Path, tmp_path: Path
+) -> None:
+    folders = [tmp_path / f"of_host_{i}" for i in range(2)]
+    for folder in folders:
+        folder.mkdir()
+    said = _refused(lambda _: _words(model, tasks, Path("run")), folders)
     assert all("is not the same directory on every host; write to a bucket" in text for text in said)
-    assert not any((tmp_path / f"of_host_{i}/_run/run.json").exists() for i in range(2))
+    assert not any((folder / "run/_run/run.json").exists() for folder in folders)
 
 
 def test_a_lost_worker_s_parts_are_stolen_and_nothing_is_there_twice(model: Path, tasks: Path, tmp_path: Path) -> None:
@@ -130,6 +141,27 @@ def test_a_lost_worker_s_parts_are_stolen_and_nothing_is_there_twice(model: Path
     metadata = json.loads((tmp_path / "shared/metadata.json").read_text())
     assert metadata["total_samples"] == len(LENGTHS)
     assert len(metadata["sessions"]) == 2
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_worker_that_comes_back_alone_computes_the_stripes_of_those_that_do_not(
+    model: Path, tasks: Path, tmp_path: Path, index: int
+) -> None:
+    options: dict[str, Any] = {"layers_to_extract": (3,), "batch_size": 50, "num_workers": 2}
+    run_here(model, tasks, tmp_path / "a", worker_id=0, **options)
+    for record in sorted((tmp_path / "a/_run/commits").iterdir())[1::2]:  # worker 1's stripe
+        record.unlink()
+    run_here(model, tasks, tmp_path / "a", worker_id=index, **options)
+    assert main(["status", str(tmp_path / "a")]) == 0
+
+
+def test_hosts_with_different_models_are_refused_although_their_tokens_are_the_same(
+    model: Path, tasks: Path, tmp_path: Path
+) -> None:
+    other = make_model(tmp_path / "other", seed=7)
+    said = _refused(lambda i: _words((model, other)[i], tasks, tmp_path / "a"), [tmp_path, tmp_path])
+    assert all("do not have the same model, options or library versions" in text for text in said)
+    assert not (tmp_path / "a/_run/run.json").exists()
 
 
 def _plan(rows: int, samples: int, hosts: int) -> list:

@@ -11,10 +11,11 @@ import contextlib
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -96,6 +97,14 @@ class Processes:
         message[: len(data)] = np.frombuffer(data, np.uint8)
         gathered = np.asarray(process_allgather(message), np.uint8)
         return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in gathered]
+
+
+def leave(failure: BaseException) -> NoReturn:
+    """Says what failed on this process alone, and ends it without waiting for the others, who wait for it."""
+    said = str(failure) or type(failure).__name__
+    print(f"error: process {jax.process_index()}: {said}; the other processes end too", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(2 if isinstance(failure, UserError) else 1)
 
 
 def start_processes(mode: str, coordinator: str | None, count: int | None, index: int | None) -> Processes:

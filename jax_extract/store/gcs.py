@@ -187,6 +187,7 @@ class Bucket:
             return b""
 
         def attempt(once: Once) -> bytes:
+            nonlocal generation
             with self._media(name, offset, size, generation, once) as response:
                 if response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                     return b""
@@ -195,8 +196,14 @@ class Bucket:
                     raise Damaged("it was damaged on the way")
                 return data
 
-        with self._missing_is_told(name, generation):
-            return self.requests.within(f"reading {self.where(name)}", attempt, (_MISSING,))
+        with self._missing_is_told(name):
+            try:
+                return self.requests.within(f"reading {self.where(name)}", attempt, (_MISSING,))
+            except Answer:
+                if generation is None:
+                    raise
+                generation = None  # copied or restored since; whoever names a generation knows the checksum too
+                return self.requests.within(f"reading {self.where(name)}", attempt, (_MISSING,))
 
     def read_into(self, name: str, offset: int, buffer: memoryview, generation: int | None = None) -> int:
         got = 0
@@ -214,8 +221,14 @@ class Bucket:
 
         if not buffer:
             return 0
-        with self._missing_is_told(name, generation):
-            return self.requests.within(f"reading {self.where(name)}", attempt, (_MISSING,))
+        with self._missing_is_told(name):
+            try:
+                return self.requests.within(f"reading {self.where(name)}", attempt, (_MISSING,))
+            except Answer:
+                if generation is None:
+                    raise
+                got, generation = 0, None
+                return self.requests.within(f"reading {self.where(name)}", attempt, (_MISSING,))
 
     def read_many(self, names: Iterable[str]) -> dict[str, bytes]:
         with ThreadPoolExecutor(_READERS, thread_name_prefix="jax_extract-reader") as pool:
@@ -271,12 +284,11 @@ class Bucket:
                 return
 
     @contextlib.contextmanager
-    def _missing_is_told(self, name: str, generation: int | None) -> Iterator[None]:
+    def _missing_is_told(self, name: str) -> Iterator[None]:
         try:
             yield
         except Answer:
-            which = "object" if generation is None else f"generation {generation} of the object"
-            raise FileNotFoundError(errno.ENOENT, f"there is no such {which}", self.where(name)) from None
+            raise FileNotFoundError(errno.ENOENT, "there is no such object", self.where(name)) from None
 
     def _media(self, name: str, offset: int, size: int | None, generation: int | None, once: Once) -> requests.Response:
         """An object's content on its way; only what is asked for."""

@@ -156,6 +156,12 @@ class Ledger:
             raise UserError(reason)
         return records
 
+    def record(self, key: Key) -> Record:
+        """The record of a committed part; UserError where it is damaged or of another run."""
+        name = f"{COMMITS}/{part_name(key)}.json"
+        with damage_is_told(f"commit record {self.storage.where(name)}", _REMOVE):
+            return self._checked(read_json(self.storage, name))
+
     def is_committed(self, key: Key) -> bool:
         return self.storage.exists(f"{COMMITS}/{part_name(key)}.json")
 

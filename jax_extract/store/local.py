@@ -127,8 +127,13 @@ class Directory:
         path = self.path(folder)
         if not path.is_dir():
             return {}
+        sizes: dict[str, Entry] = {}
         with os.scandir(path) as found:
-            return dict(sorted((file.name, Entry(file.stat().st_size)) for file in found if file.is_file()))
+            for file in found:
+                with contextlib.suppress(FileNotFoundError):  # gone since it was listed, as temporary files are
+                    if file.is_file():
+                        sizes[file.name] = Entry(file.stat().st_size)
+        return dict(sorted(sizes.items()))
 
     def delete(self, name: str) -> None:
         with self.trouble_is_told(), step("local.delete"):

@@ -13,6 +13,8 @@ from jax_extract.errors import damage_is_told
 from jax_extract.store.ledger import COMMITS, Key, Ledger, Record, to_json
 
 METADATA_FILE = "metadata.json"
+_TRIES = 3  # a worker that ends while others go on does not wait for them: the last one writes it whole
+
 VERIFICATION_FILE = "verification.json"  # written by those who verify, gone with the run
 
 
@@ -24,12 +26,13 @@ def metadata_of(ledger: Ledger, records: Mapping[Key, Record] | None = None) -> 
 
 def write_metadata(ledger: Ledger) -> dict[str, Any]:
     """Writes metadata.json; again, where other workers have committed parts in the meantime."""
-    while True:
+    for _ in range(_TRIES):
         records = ledger.committed()
         metadata = metadata_of(ledger, records)
         ledger.storage.replace(METADATA_FILE, to_json(metadata))
         if len(ledger.names(COMMITS)) == len(records):
-            return metadata
+            break
+    return metadata
 
 
 def _metadata(ledger: Ledger, records: Mapping[Key, Record]) -> dict[str, Any]:

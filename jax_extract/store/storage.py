@@ -7,6 +7,7 @@ reader, upload) speaks to these verbs alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,7 @@ from jax_extract.errors import UserError, user_path
 Chunk = bytes | memoryview
 
 BUCKET_SCHEME = "gs://"
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # of other clouds, or misspelt
 
 
 class StorageFull(UserError):
@@ -145,6 +147,8 @@ def open_storage(place: str | Path, flag: str = "the directory") -> Storage:
         from jax_extract.store.gcs import Bucket
 
         return Bucket.parse(str(place))
+    if _SCHEME.match(str(place)):
+        raise UserError(f"{flag} {str(place)[:80]!r} is neither a directory nor a bucket; write gs://bucket/prefix")
     from jax_extract.store.local import Directory
 
     return Directory(user_path(str(place), flag))

@@ -55,6 +55,7 @@ def survey(ledger: Ledger) -> Survey:
     entries = dict(ledger.storage.entries())
     for folder in ("_run", PARTS):
         entries |= {f"{folder}/{name}": entry for name, entry in ledger.storage.entries(folder).items()}
+    named = {file["path"] for record in records.values() for file in _files(record)}  # those of torn parts too
     for key, record in list(records.items()):
         if wrong := next(filter(None, (wrong_with(file, record, entries) for file in _files(record))), None):
             torn[f"{COMMITS}/{part_name(key)}.json"] = wrong
@@ -63,7 +64,7 @@ def survey(ledger: Ledger) -> Survey:
         plans = ledger.plans()
         planned = {(part["batch"], part["part"]): part["samples"] for plan in plans for part in plan["parts"]}
         whole = bool(plans) and bool(plans[-1]["last"])
-    return Survey(dict(sorted(planned.items())), whole, records, torn, _orphans(ledger, entries))
+    return Survey(dict(sorted(planned.items())), whole, records, torn, _orphans(ledger, named, entries))
 
 
 def wrong_with(file: Mapping[str, object], record: Record, entries: Mapping[str, Entry]) -> str | None:
@@ -83,9 +84,8 @@ def _files(record: Record) -> list[dict]:
     return [record["sidecar"], *record["files"]]
 
 
-def _orphans(ledger: Ledger, entries: Mapping[str, Entry]) -> dict[str, int]:
+def _orphans(ledger: Ledger, named: set[str], entries: Mapping[str, Entry]) -> dict[str, int]:
     """Files that can only be this run's: of its sites and format, or half-made ones of our own naming."""
-    named = {file["path"] for record in ledger.records()[0].values() for file in _files(record)}
     identity = ledger.run["identity"]
     sites = {(site["hook"], site["layer"]) for site in identity["sites"]}
     orphans: dict[str, int] = {}

@@ -19,8 +19,9 @@ from jax_extract.store.differences import differences
 from jax_extract.store.failpoints import step
 from jax_extract.store.lanes import Countdown, Lanes
 from jax_extract.store.ledger import PARTS, UPLOADED, Key, Ledger, Record, part_name, to_json
+from jax_extract.store.parts import ShardName
 from jax_extract.store.sidecar import Sidecar
-from jax_extract.store.storage import NameTaken, Published, crc32c
+from jax_extract.store.storage import NameTaken, Published, Storage, crc32c
 from jax_extract.store.survey import survey
 
 _LANES = 16  # an upload waits for the network, not for a processor
@@ -61,7 +62,7 @@ class Uploader:
         self._lanes = Lanes(_LANES + 1, on_failure)  # the last one seals
         self._next_lane = 0
         self._there = target.storage.entries()  # what an upload that was broken off has left
-        self.buffer_bytes = _LANES * (target.storage.buffer_bytes + _CHUNK)
+        self.buffer_bytes = upload_buffer_bytes(target.storage)
         self.uploaded: list[Key] = []
 
     def submit(self, record: Mapping[str, Any]) -> None:
@@ -139,7 +140,8 @@ class Uploader:
         entry = {"path": published.name, "bytes": len(data), "crc32c": crc32c(data), "generation": published.generation}
         copied = {name: value for name, value in record.items() if name not in ("run", "uploaded_to")}
         with step("upload.record"):
-            self._target.commit({**copied, "sidecar": entry, "files": files})
+            if not self._target.commit({**copied, "sidecar": entry, "files": files}):
+                self._target.record(key)  # another's, and as good: of this run
         if self._delete_local:
             self._release(key, record)
         self.uploaded.append(key)
@@ -163,8 +165,9 @@ class Uploader:
         with contextlib.suppress(FileExistsError), step("upload.note"):
             storage.write(name, note)
         for file in record["files"]:
-            with step("upload.delete_local"):
-                storage.delete(file["path"])
+            if ShardName.parse(str(file["path"])):  # a record that was tampered with names no other file
+                with step("upload.delete_local"):
+                    storage.delete(file["path"])
 
     def _release_rest(self) -> None:
         """Releases what an earlier upload brought over and did not come to delete."""
@@ -180,6 +183,11 @@ class Uploader:
                 self._release(key, record)
 
 
+def upload_buffer_bytes(storage: Storage) -> int:
+    """What an `Uploader` into this storage may hold in memory."""
+    return _LANES * (storage.buffer_bytes + _CHUNK)
+
+
 def _own_name(name: str, attempt: str) -> str:
     path = PurePosixPath(name)
-    return str(path.with_name(f"{path.stem}_attempt_{attempt}{path.suffix}"))
+    return str(path.with_name(f"{path.stem.partition('_attempt_')[0]}_attempt_{attempt}{path.suffix}"))

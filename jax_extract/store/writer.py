@@ -64,7 +64,7 @@ class PartWriter:
 
     Attributes:
       buffer_bytes: what the files that are open at once may hold in memory, besides the blocks.
-      committed: records made durable by this writer.
+      committed: parts that have a record when this writer is done with them.
       refused: parts to be written again, because other content took a name while theirs was on its way.
     """
 
@@ -86,7 +86,7 @@ class PartWriter:
         self.attempt = attempt
         self.lanes = Lanes(lanes_for(str(ledger.storage), len(sites)) + 1, on_failure)
         self.buffer_bytes = len(sites) * ledger.storage.buffer_bytes
-        self.committed: list[Mapping[str, Any]] = []
+        self.committed = 0
         self.refused = 0
         self._on_commit = on_commit
         self._open: set[_OpenPart] = set()
@@ -132,12 +132,12 @@ class PartWriter:
         return part.complete
 
     def closed(self, part: _OpenPart, record: Mapping[str, Any] | None) -> None:
-        """A part is done with; `record` where it was committed by this writer."""
+        """A part is done with; `record` is that of the place, be it this writer's or another's."""
         with self._lock:
             self._open.discard(part)
         part.discard()
         if record is not None:
-            self.committed.append(record)
+            self.committed += 1
             self._on_commit(record)
 
     def refuse(self, part: _OpenPart) -> None:
@@ -234,7 +234,7 @@ class _OpenPart:
         }
         with step("part.record"):
             mine = writer.ledger.commit(record)
-        return writer.closed(self, record if mine else None)
+        return writer.closed(self, record if mine else writer.ledger.record(content.key))
 
 
 def file_record(published: Published, file: PendingFile) -> dict[str, Any]:

@@ -107,20 +107,17 @@ def extract(place: str, case: Case, spool: str | None = None, delete_local: bool
     if spool is not None:
         config = ExtractConfig(activations_dir=spool, gcs_bucket=place, upload_to_cloud=True, delete_local=delete_local)
     somewhere, windows, attempt = Place.of(config), case.windows(), uuid.uuid4().hex[:12]
-    found = somewhere.find(Processes())
+    if found := somewhere.find(Processes()):
+        found.require_same(case.run()["identity"], {}, False)
+    somewhere.bring_over()
+    ledger = somewhere.find(Processes()) or _start(somewhere, config, case)
+    local = somewhere.open_spool(ledger, config)
+    ledgers = [ledger] if local is None else [ledger, local]
 
     def keep_plan(window: Window) -> None:
         for each in ledgers:
             each.keep_plan(window.number, plan_json(window, {}))
 
-    if found is None:
-        keep_config(somewhere.storage, config)
-        ledger = Ledger.start(somewhere.storage, case.run())
-    else:
-        ledger = found
-        ledger.require_same(case.run()["identity"], {}, False)
-    local = somewhere.open_spool(ledger, config)
-    ledgers = [ledger] if local is None else [ledger, local]
     refused = True
     while refused:
         uploader = None if local is None else Uploader(local, ledger, attempt, delete_local)
@@ -146,6 +143,11 @@ def extract(place: str, case: Case, spool: str | None = None, delete_local: bool
     for each in ledgers:
         each.end_session(attempt, {"tokens": 0, "slab_tokens": 0, "seconds": 0.0})
         write_metadata(each)
+
+
+def _start(place: Place, config: ExtractConfig, case: Case) -> Ledger:
+    keep_config(place.storage, config)
+    return Ledger.start(place.storage, case.run())
 
 
 def _block(case: Case, samples: tuple[TokenizedSample, ...], length: int, site: Site) -> np.ndarray:

@@ -73,6 +73,7 @@ class Workers:
         with ThreadPoolExecutor(len(self._all)) as pool:
             for _ in pool.map(one, points):
                 pass
+        print(f"\n{len(points)} kill points in {root.name}")  # with -s: the count that docs/never_lost.md gives
 
     def close(self) -> None:
         for worker in self._all:

@@ -318,7 +318,8 @@ def test_a_disk_that_fills_in_the_middle_keeps_what_is_committed_and_the_run_goe
     assert f"no space left for {tmp_path / 'a'}" in start.stderr
     assert "what is committed is safe" in start.stderr
     assert "Traceback" not in start.stderr
-    assert sorted(p.stem for p in (tmp_path / "a/_run/commits").iterdir()) == ["000001_001", "000002_001"]
+    there = {path.stem for path in (tmp_path / "a/_run/commits").iterdir()}
+    assert there - {"000004_001"} == {"000001_001", "000002_001"}  # the fourth, if its rows were there in time
     assert open_activations(tmp_path / "a").sample_ids == list(named)[:8]
     assert len(shards(tmp_path / "a")) == 4
     assert not list((tmp_path / "a").glob(".writing-*"))

@@ -48,7 +48,8 @@ VMS = 2
 
 # Every fake notes its words in `calls`, each ended by a zero byte, the call by a one.
 NOTE = """#!/bin/bash
-{ printf '%s\\0' "${0##*/}" "$@"; printf '\\1'; } >>"$CLOUD/calls"
+{ printf '%s\\0' "${0##*/}" "$@"; printf '\\1'; } |
+  dd bs=1M iflag=fullblock oflag=append conv=notrunc status=none of="$CLOUD/calls"  # at once: others note theirs too
 take() { # FILE: its first line, which goes, unless it is the last
   mapfile -t lines <"$CLOUD/$1" && printf '%s\\n' "${lines[0]}"
   ((${#lines[@]} < 2)) || printf '%s\\n' "${lines[@]:1}" >"$CLOUD/$1"

@@ -16,7 +16,7 @@ from jax_extract import UserError
 from jax_extract.store.budget import ByteBudget
 
 PROGRAM = """
-import resource, sys
+import sys
 from jax_extract.config import ExtractConfig
 from jax_extract.extraction import extract_to_directory
 from jax_extract.terminal import Terminal
@@ -25,7 +25,9 @@ model, tasks, directory = sys.argv[1:]
 config = ExtractConfig(model_path=model, tasks_file=tasks, activations_dir=directory, positions="all",
                        layers_to_extract=tuple(range(12)), batch_size=8, host_memory_gb=0.1)
 metadata = extract_to_directory(config, Terminal(silent=True))
-print(metadata["total_bytes"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+with open("/proc/self/status") as status:  # ru_maxrss would be that of the process which started this one
+    peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+print(metadata["total_bytes"], peak)
 """
 
 

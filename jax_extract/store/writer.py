@@ -8,6 +8,7 @@ a last lane seals parts, while the others are at the next one already.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -26,6 +27,7 @@ from jax_extract.store.storage import BUCKET_SCHEME, NameTaken, PendingFile, Pub
 Blocks = Mapping[tuple[str, int | None], np.ndarray]  # site key -> [samples, positions, width]
 
 _DISK_LANES = 16  # while most wait for the disk or for a processor, one copies and the disk is never idle
+_CANCEL_SECONDS = 20.0
 _BUCKET_LANES = 32  # an upload waits for the network, not for a processor
 
 
@@ -84,6 +86,8 @@ class PartWriter:
         self.dtype = dtype
         self.attempt = attempt
         self.lanes = Lanes(lanes_for(str(ledger.storage), len(sites)) + 1, on_failure)
+        self._on_failure = on_failure
+        self._failure: BaseException | None = None
         self.buffer_bytes = len(sites) * ledger.storage.buffer_bytes
         self.committed = 0
         self.refused = 0
@@ -106,10 +110,15 @@ class PartWriter:
     def close(self) -> None:
         try:
             self.lanes.close()
+            if self._failure is not None:
+                raise self._failure
         finally:
             self._discard_open()
 
     def cancel(self) -> None:
+        """Makes durable what has all its rows, if that goes quickly, and lets go of the rest."""
+        with contextlib.suppress(Exception):  # what failed before is being told
+            self.commit_what_is_complete(_CANCEL_SECONDS)
         self.lanes.cancel()
         self._discard_open()
 
@@ -121,8 +130,17 @@ class PartWriter:
         with self._lock:
             self._winding_up = True
             for part in self._open:
-                part.abandoned = not part.complete
+                part.abandoned = part.abandoned or not part.complete
         return self.lanes.wait(seconds)
+
+    def fail(self, failure: BaseException) -> None:
+        """A part could not be written: no other is begun or goes on, but those that have all their rows do."""
+        with self._lock:
+            self._failure = self._failure or failure
+            self._winding_up = True
+            for part in self._open:
+                part.abandoned = part.abandoned or not part.complete
+        self._on_failure(failure)
 
     def completes(self, part: _OpenPart) -> bool:
         """Takes note that a part has all its rows; False where it was abandoned before."""
@@ -171,20 +189,31 @@ class _OpenPart:
             return
         countdown = Countdown(len(self._shards), done)
         for lane, shard in self._shards:
-            self._writer.lanes.submit(lane, partial(self._append, shard, blocks[shard.site.key], kept, countdown))
+            self._submit(lane, partial(self._append, shard, blocks[shard.site.key], kept, countdown))
 
     def commit(self) -> None:
         if not self._writer.completes(self):
             return
-        countdown = Countdown(
-            len(self._shards), lambda: self._writer.lanes.submit(self._writer.sealing_lane, self._seal)
-        )
+        countdown = Countdown(len(self._shards), lambda: self._submit(self._writer.sealing_lane, self._seal))
         for lane, shard in self._shards:
-            self._writer.lanes.submit(lane, partial(self._finish, shard, countdown))
+            self._submit(lane, partial(self._finish, shard, countdown))
 
     def discard(self) -> None:
         for _, shard in self._shards:
             shard.discard()
+
+    def _submit(self, lane: int, call: Call) -> None:
+        self._writer.lanes.submit(lane, partial(self._guarded, call))
+
+    def _guarded(self, call: Call) -> None:
+        """One call of this part in a lane; where it fails, this part and those that lack rows are over."""
+        if self.abandoned and self.complete:
+            return
+        try:
+            call()
+        except BaseException as failure:  # noqa: BLE001 (handed to the thread that submits or waits)
+            self.abandoned = True
+            self._writer.fail(failure)
 
     def _append(self, shard: _Shard, block: np.ndarray, kept: Sequence[int], done: Call) -> None:
         if not self.abandoned:

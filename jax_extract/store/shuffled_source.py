@@ -52,7 +52,7 @@ class Source:
     def __init__(self, parts: Sequence[StoredPart], sites: Sequence[Site]) -> None:
         self.sites = tuple(sites)
         self.part_rows = [part.record["rows"] if isinstance(part, FilePart) else part.content.rows for part in parts]
-        self._parts = [_past_the_page_cache(part) for part in parts]
+        self._parts = [past_the_page_cache(part) for part in parts]
         self._who: dict[int, Who] = {}
         self._threads = threading.local()
 
@@ -116,8 +116,8 @@ def _mark(part: StoredPart) -> dict[str, Any]:
     return {"batch": content.batch, "part": content.part, "rows": content.rows, "plan": content.plan}
 
 
-def _past_the_page_cache(part: StoredPart) -> StoredPart:
-    """A part of a local run, read as what is shuffled is read: docs/decisions/shuffled-reading.md says why."""
+def past_the_page_cache(part: StoredPart) -> StoredPart:
+    """A part of a local run, read as what is shuffled is read."""
     if isinstance(part, FilePart) and type(part.storage) is Directory:
         return part.through(DirectDirectory(part.storage.root))
     return part

@@ -14,6 +14,7 @@ import fcntl
 import mmap
 import os
 import resource
+import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -31,6 +32,9 @@ _BLOCK = 4_096  # of every disk: addresses and sizes of direct writes are multip
 _WORTH_A_CALL = 1 << 20  # the end of a file is written directly too if there is so much of it
 _HUGE_PAGE = 2 << 20
 _READ = 4 << 20
+# The disk serves all that are in its queue at one pace. With every lane in it, all would come back at the same
+# time and the disk would be idle while they fill their next buffers.
+_WRITES_AT_ONCE = 6
 _OTHER_FILES = 64  # what the libraries and the compiler keep open besides shards
 
 
@@ -55,6 +59,7 @@ class Directory:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.writing = threading.BoundedSemaphore(_WRITES_AT_ONCE)
         self._idle: list[np.ndarray] = []  # buffers of files that are done with: the first touch of a page is dear
 
     def __str__(self) -> str:
@@ -276,8 +281,9 @@ class LocalFile:
             self._pass_page_cache_by(direct)
             view = self._buffer[:size].data
             done = 0
-            while done < len(view):
-                done += self._write_some(view[done:])
+            with self._directory.writing:
+                while done < len(view):
+                    done += self._write_some(view[done:])
             left = self._filled - size
             self._buffer[:left] = self._buffer[size : self._filled].copy()
         self._filled = left

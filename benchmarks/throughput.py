@@ -184,8 +184,8 @@ def ours(scratch: Path) -> dict[str, Callable[[], dict[str, Any]]]:
     import importlib.metadata
 
     from jax_extract.config import ExtractConfig
-    from jax_extract.extraction import extract_to_directory
-    from jax_extract.prepare import OpenModel
+    from jax_extract.extraction.command import extract_to_directory
+    from jax_extract.extraction.prepare import OpenModel
     from jax_extract.terminal import Terminal
 
     model = OpenModel.open(str(scratch / "model"))

@@ -46,13 +46,13 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from jax_extract.loop import STEPS_IN_MEMORY  # noqa: E402 (the checkout's own package first)
+from jax_extract.extraction.loop import STEPS_IN_MEMORY  # noqa: E402 (the checkout's own package first)
 from jax_extract.store import writer as writer_module  # noqa: E402
 from jax_extract.store.budget import ByteBudget  # noqa: E402
 from jax_extract.store.ledger import Ledger  # noqa: E402
-from jax_extract.store.local import Directory  # noqa: E402
 from jax_extract.store.parts import PartContent, Site  # noqa: E402
-from jax_extract.store.storage import Chunk, Published, Storage, crc32c  # noqa: E402
+from jax_extract.store.storage.local import Directory  # noqa: E402
+from jax_extract.store.storage.verbs import Chunk, Published, Storage, crc32c  # noqa: E402
 from jax_extract.store.writer import PartWriter  # noqa: E402
 
 WIDTH, ROWS, POSITIONS = 896, 8, 512
@@ -338,7 +338,7 @@ def checksum_alone() -> float:
 
 def uploads(scratch: Path, rounds: int) -> dict[str, Any]:
     """The same parts by one lane and by as many as a bucket gets, against a server that is slow to answer."""
-    from jax_extract.store.storage import open_storage
+    from jax_extract.store.storage.verbs import open_storage
 
     server_module = _load(ROOT / "tests" / "gcs_server.py")
     producer = Producer(Load("float32", SLAB, SLAB * len(SITES)))

@@ -5,7 +5,7 @@ command wrote, `load_shard(file)` reads one shard by itself.
 """
 
 from jax_extract.errors import UserError
-from jax_extract.extract import extract
+from jax_extract.extraction.notebook import extract
 from jax_extract.store.formats import load_shard
 from jax_extract.store.reader import Run, SampleActivations, open_activations
 

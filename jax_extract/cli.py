@@ -102,7 +102,7 @@ def _quiet_libraries() -> None:
 
 
 def _extract(argv: list[str], program: str = "jax-extract extract", defaults: object = None) -> None:
-    from jax_extract.extraction import extract_to_directory
+    from jax_extract.extraction.command import extract_to_directory
 
     extract_to_directory(_extract_config(argv, program, defaults))
 
@@ -146,19 +146,19 @@ def _parse(kind: type[T], argv: list[str], program: str, default: T | None = Non
 
 
 def _status(argv: list[str]) -> int:
-    from jax_extract.status import StatusConfig, status
+    from jax_extract.upkeep.status import StatusConfig, status
 
     return status(_parse(StatusConfig, argv, "jax-extract status"))
 
 
 def _sweep(argv: list[str]) -> int:
-    from jax_extract.status import SweepConfig, sweep_command
+    from jax_extract.upkeep.status import SweepConfig, sweep_command
 
     return sweep_command(_parse(SweepConfig, argv, "jax-extract sweep"))
 
 
 def _estimate(argv: list[str]) -> None:
-    from jax_extract.estimate import estimate_command
+    from jax_extract.estimation.command import estimate_command
 
     estimate_command(_extract_config(argv, "jax-extract estimate"))
 
@@ -170,7 +170,7 @@ def _verify(argv: list[str]) -> int:
 
 
 def _upload(argv: list[str]) -> int:
-    from jax_extract.uploading import UploadConfig, upload
+    from jax_extract.upkeep.uploading import UploadConfig, upload
 
     return upload(_parse(UploadConfig, argv, "jax-extract upload"))
 
@@ -229,7 +229,7 @@ def _spell_out_flags(argv: list[str], dataclass: type) -> list[str]:
 
 
 def _inspect(argv: list[str]) -> None:
-    from jax_extract.inspect import inspect
+    from jax_extract.upkeep.inspect import inspect
 
     if len(argv) != 1 or argv[0].startswith("-"):
         print("usage: jax-extract inspect DIR | SHARD")

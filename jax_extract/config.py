@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from jax_extract.errors import UserError
-from jax_extract.store.storage import BUCKET_SCHEME
+from jax_extract.store.storage.verbs import BUCKET_SCHEME
 from models.hooks import DEFAULT_HOOK_POINT
 
 _LARGEST = 2**31 - 1

@@ -16,9 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_extract import extract, prepare
+from jax_extract import extract
 from jax_extract.devices.mesh import make_mesh
-from jax_extract.program import CaptureProgram
+from jax_extract.extraction import prepare
+from jax_extract.extraction.program import CaptureProgram
 from jax_extract.weights.load import Weights
 
 COLLECTIVE = re.compile(

@@ -18,7 +18,7 @@ import safetensors.numpy
 import tokenizers
 
 from jax_extract.config import ExtractConfig
-from jax_extract.extraction import extract_to_directory
+from jax_extract.extraction.command import extract_to_directory
 from jax_extract.store.formats import load_shard
 from jax_extract.terminal import Terminal
 

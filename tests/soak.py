@@ -38,7 +38,7 @@ from small_run import command, environment, make_model, texts, write_jsonl
 from jax_extract import open_activations
 from jax_extract.cli import main as jax_extract
 from jax_extract.store.ledger import RUN_FILE, Ledger
-from jax_extract.store.storage import open_storage
+from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.survey import survey
 
 LAYERS = (3, 11)

@@ -24,24 +24,24 @@ from typing import Any
 
 import numpy as np
 
-from jax_extract import status, uploading
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.processes import Processes
+from jax_extract.extraction.loop import part_content
+from jax_extract.extraction.pending import parse_committed, pending_parts, plan_json, read_committed
+from jax_extract.extraction.place import Place, keep_config
 from jax_extract.inputs.plan import PlanSettings, Window, plan_windows
 from jax_extract.inputs.tokenize import TokenizedSample
-from jax_extract.loop import part_content
-from jax_extract.pending import parse_committed, pending_parts, plan_json, read_committed
-from jax_extract.place import Place, keep_config
-from jax_extract.store import gcs
-from jax_extract.store.failpoints import VARIABLE
-from jax_extract.store.gcs_requests import Patience
 from jax_extract.store.ledger import Ledger
 from jax_extract.store.metadata import write_metadata
 from jax_extract.store.parts import Site
-from jax_extract.store.storage import open_storage
+from jax_extract.store.storage import gcs
+from jax_extract.store.storage.failpoints import VARIABLE
+from jax_extract.store.storage.gcs_requests import Patience
+from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.sweep import erase
 from jax_extract.store.upload import Uploader
 from jax_extract.store.writer import PartWriter
+from jax_extract.upkeep import status, uploading
 from models.positions import Positions
 
 ALL = Positions.parse("all")

@@ -23,7 +23,7 @@ from small_run import (
 )
 
 from jax_extract import cli, open_activations
-from jax_extract.store.local import Directory
+from jax_extract.store.storage.local import Directory
 from jax_extract.weights.load import Weights
 
 Refused = Callable[..., str]

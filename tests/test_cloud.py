@@ -15,9 +15,10 @@ from small_run import environment, make_model, run_cli, run_here, shards, write_
 
 from jax_extract import UserError, open_activations
 from jax_extract.cli import main
-from jax_extract.store.failpoints import VARIABLE
 from jax_extract.store.ledger import Ledger
-from jax_extract.store.storage import NameTaken, open_storage
+from jax_extract.store.storage.failpoints import VARIABLE
+from jax_extract.store.storage.opening import open_storage
+from jax_extract.store.storage.verbs import NameTaken
 
 LENGTHS = [33, 60, 40, 61, 35, 50, 47, 62, 63, 34, 41]
 OPTIONS: dict[str, Any] = {"layers_to_extract": (10, 11), "batch_size": 4, "positions": "all"}
@@ -224,7 +225,7 @@ def test_a_part_that_another_process_committed_in_a_shared_spool_is_uploaded_by_
     server: RunningServer, model: Path, tasks: Path, whole: Path, place: str, tmp_path: Path
 ) -> None:
     """A worker that shares the local directory may commit there and die before it uploads."""
-    from jax_extract.place import Place, copy_run
+    from jax_extract.extraction.place import Place, copy_run
 
     run_here(model, tasks, tmp_path / "a", **OPTIONS)
     with pytest.MonkeyPatch.context() as patched:  # as if it had committed after this process looked
@@ -237,7 +238,7 @@ def test_a_part_that_another_process_committed_in_a_shared_spool_is_uploaded_by_
 def test_a_part_whose_name_was_taken_on_the_way_is_written_again_within_the_same_command(
     server: RunningServer, model: Path, tasks: Path, whole: Path, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from jax_extract.store import gcs
+    from jax_extract.store.storage import gcs
 
     publish, taken = gcs.BucketFile.publish, []
 

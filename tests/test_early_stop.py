@@ -19,11 +19,12 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from tiny_models import random_ids, text_of, tiny_folder
 
-from jax_extract import extract, prepare
+from jax_extract import extract
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.sharding import parameter_specs
-from jax_extract.extraction import extract_to_directory
-from jax_extract.program import capture_function
+from jax_extract.extraction import prepare
+from jax_extract.extraction.command import extract_to_directory
+from jax_extract.extraction.program import capture_function
 from jax_extract.terminal import Terminal
 from jax_extract.weights.checkpoint import SafetensorsCheckpoint
 from jax_extract.weights.load import Weights

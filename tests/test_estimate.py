@@ -13,18 +13,20 @@ import pytest
 from gcs_server import running
 from small_run import make_model, run_here, shards, snapshot, write_jsonl
 
-from jax_extract import UserError, estimate, probe
+from jax_extract import UserError
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.processes import Processes
-from jax_extract.estimate import Estimate, Output, Work, duration_text, estimate_command, output_of, tell
+from jax_extract.estimation import command as estimate
+from jax_extract.estimation import probe
+from jax_extract.estimation.command import Estimate, Output, Work, duration_text, estimate_command, output_of, tell
+from jax_extract.estimation.probe import ComputeProbe, WriteProbe, probe_writing
+from jax_extract.extraction.loop import LoopStatistics
 from jax_extract.inputs.plan import Part, PlanSettings, plan_windows
 from jax_extract.inputs.tokenize import TokenizedSample
-from jax_extract.loop import LoopStatistics
-from jax_extract.probe import ComputeProbe, WriteProbe, probe_writing
 from jax_extract.store.budget import ByteBudget
-from jax_extract.store.local import Directory
 from jax_extract.store.parts import Site
-from jax_extract.store.storage import open_storage
+from jax_extract.store.storage.local import Directory
+from jax_extract.store.storage.opening import open_storage
 from jax_extract.terminal import Terminal, bytes_text
 from models.positions import Positions
 
@@ -182,7 +184,7 @@ def test_a_run_that_cannot_fit_is_refused_at_once_with_the_sentence_of_the_run(
 
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jax_extract.prepare.plan_windows", partial(plan_windows, window_samples=16))
+    monkeypatch.setattr("jax_extract.extraction.prepare.plan_windows", partial(plan_windows, window_samples=16))
 
 
 def _stream(model: Path, tasks: Path, directory: Path, **options: Any) -> ExtractConfig:
@@ -192,7 +194,7 @@ def _stream(model: Path, tasks: Path, directory: Path, **options: Any) -> Extrac
 def test_of_a_stream_of_known_length_the_first_window_foretells_the_rest(
     model: Path, tasks: Path, tmp_path: Path, untimed: None, small_windows: None
 ) -> None:
-    from jax_extract.extraction import extract_to_directory
+    from jax_extract.extraction.command import extract_to_directory
 
     config = _stream(model, tasks, tmp_path / "a", n_samples=48, positions="all", layers_to_extract=(10, 11))
     found = estimate.estimate(config, Terminal(silent=True))
@@ -287,7 +289,9 @@ def test_workers_share_one_directory_but_have_a_spool_each(
     shared = _estimate(model, tasks, tmp_path / "a", **four)
     assert (shared.workers, shared.writers) == (4, 1)
     assert shared.output.objects == _estimate(model, tasks, tmp_path / "a").output.objects + 3  # sessions
-    monkeypatch.setattr("jax_extract.place.open_storage", lambda text, flag: Directory(tmp_path / str(text)[-1]))
+    monkeypatch.setattr(
+        "jax_extract.extraction.place.open_storage", lambda text, flag: Directory(tmp_path / str(text)[-1])
+    )
     spooled = _estimate(model, tasks, tmp_path / "b", **four, gcs_bucket="gs://bucket/c", upload_to_cloud=True)
     assert (spooled.workers, spooled.writers) == (4, 4)
     assert list(spooled.writes) == [str(tmp_path / "b"), str(tmp_path / "c")]
@@ -383,7 +387,7 @@ def test_a_directory_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch:
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("jax_extract.store.local.os.write", full)
+    monkeypatch.setattr("jax_extract.store.storage.local.os.write", full)
     with pytest.raises(UserError, match="no space left for"):
         probe_writing(Directory(tmp_path), 2)
     assert not list(tmp_path.iterdir())

@@ -16,10 +16,10 @@ import safetensors.numpy
 from jax_extract.errors import UserError
 from jax_extract.store.formats import DTYPES, ENCODERS, SUFFIXES, load_shard
 from jax_extract.store.ledger import Ledger
-from jax_extract.store.local import Directory
 from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.reader import open_activations
 from jax_extract.store.sidecar import Sidecar
+from jax_extract.store.storage.local import Directory
 from jax_extract.store.writer import PartWriter
 
 SITE = Site("after_block", 3, 5)

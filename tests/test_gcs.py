@@ -22,14 +22,15 @@ import pytest
 from gcs_server import RunningServer, running
 
 from jax_extract.errors import UserError
-from jax_extract.store import gcs
-from jax_extract.store.gcs import Bucket
-from jax_extract.store.gcs_requests import Patience
 from jax_extract.store.ledger import COMMITS, Ledger
-from jax_extract.store.local import Directory
 from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.reader import open_activations
-from jax_extract.store.storage import Entry, NameTaken, Storage, crc32c, open_storage
+from jax_extract.store.storage import gcs
+from jax_extract.store.storage.gcs import Bucket
+from jax_extract.store.storage.gcs_requests import Patience
+from jax_extract.store.storage.local import Directory
+from jax_extract.store.storage.opening import open_storage
+from jax_extract.store.storage.verbs import Entry, NameTaken, Storage, crc32c
 from jax_extract.store.writer import PartWriter
 
 KIB = 1 << 10

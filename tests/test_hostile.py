@@ -23,9 +23,9 @@ from small_run import ROOT, make_model, run_here, write_jsonl
 from jax_extract.errors import UserError
 from jax_extract.store.formats import load_shard
 from jax_extract.store.ledger import COMMITS, RUN_FILE
-from jax_extract.store.local import require_open_files
 from jax_extract.store.reader import open_activations
-from jax_extract.store.storage import crc32c
+from jax_extract.store.storage.local import require_open_files
+from jax_extract.store.storage.verbs import crc32c
 
 
 class Call:
@@ -189,7 +189,7 @@ def test_overwrite_does_not_follow_links_out_of_the_directory(copied: Path) -> N
 
 def test_a_run_started_anew_by_another_process_ends_this_one(copied: Path) -> None:
     from jax_extract.store.ledger import Ledger
-    from jax_extract.store.local import Directory
+    from jax_extract.store.storage.local import Directory
 
     ledger = Ledger.open(Directory(copied / "a"))
     again(copied, overwrite=True, positions="mean")
@@ -201,7 +201,7 @@ def test_rows_that_are_not_finite_are_reported(copied: Path, capsys: pytest.Capt
     import safetensors.numpy
 
     from jax_extract.config import ExtractConfig
-    from jax_extract.extraction import extract_to_directory
+    from jax_extract.extraction.command import extract_to_directory
 
     weights = safetensors.numpy.load_file(copied / "model/model.safetensors")
     weights["model.embed_tokens.weight"][:] *= np.float32(1e38)

@@ -18,7 +18,7 @@ import torch
 from jax import Array
 from tiny_models import Rows, random_ids, reference, row_errors, tiny_folder, tiny_model
 
-from jax_extract import prepare
+from jax_extract.extraction import prepare
 from jax_extract.weights.load import Weights
 from models.hooks import HOOK_POINTS, Intervention, Taps
 from models.layers import Numerics

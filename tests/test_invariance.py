@@ -21,7 +21,7 @@ from tiny_models import Rows, random_ids, row_errors, run_rows, text_of, tiny_fo
 
 from jax_extract import extract
 from jax_extract.config import ExtractConfig
-from jax_extract.extraction import extract_to_directory
+from jax_extract.extraction.command import extract_to_directory
 from jax_extract.store.reader import open_activations
 from jax_extract.terminal import Terminal
 

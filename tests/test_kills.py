@@ -26,7 +26,8 @@ from store_worker import Case, StoreWorker, extract
 from jax_extract.store.ledger import COMMITS, PARTS, RUN_FILE, Ledger, Record
 from jax_extract.store.reader import open_activations
 from jax_extract.store.sidecar import Sidecar
-from jax_extract.store.storage import Storage, open_storage
+from jax_extract.store.storage.opening import open_storage
+from jax_extract.store.storage.verbs import Storage
 from jax_extract.store.survey import survey
 from jax_extract.store.sweep import sweep
 

@@ -18,7 +18,7 @@ from jax_extract.store.budget import ByteBudget
 PROGRAM = """
 import sys
 from jax_extract.config import ExtractConfig
-from jax_extract.extraction import extract_to_directory
+from jax_extract.extraction.command import extract_to_directory
 from jax_extract.terminal import Terminal
 
 model, tasks, directory = sys.argv[1:]

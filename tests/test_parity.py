@@ -35,9 +35,10 @@ from tiny_models import (
 )
 from transformers import AutoModel, LlamaConfig, LlamaModel
 
-from jax_extract import extract, prepare
+from jax_extract import extract
+from jax_extract.extraction import prepare
+from jax_extract.extraction.program import CaptureProgram
 from jax_extract.inputs.arc import arc_samples, read_tasks
-from jax_extract.program import CaptureProgram
 from jax_extract.weights.gguf import GgufCheckpoint
 from jax_extract.weights.load import Weights
 from models.hooks import HOOK_POINTS

@@ -19,18 +19,18 @@ import numpy as np
 import pytest
 
 from jax_extract.errors import UserError
+from jax_extract.extraction.loop import STEPS_IN_MEMORY, LoopStatistics, run_parts
+from jax_extract.extraction.program import CaptureProgram
+from jax_extract.extraction.summary import stages_text
 from jax_extract.inputs.plan import Part, PlanSettings, plan_windows
 from jax_extract.inputs.tokenize import TokenizedSample
-from jax_extract.loop import STEPS_IN_MEMORY, LoopStatistics, run_parts
-from jax_extract.program import CaptureProgram
 from jax_extract.store import writer
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.lanes import Call, Countdown, Lanes
 from jax_extract.store.ledger import Ledger
-from jax_extract.store.local import Directory
 from jax_extract.store.parts import PartContent, Site
+from jax_extract.store.storage.local import Directory
 from jax_extract.store.writer import Blocks, PartWriter
-from jax_extract.summary import stages_text
 from models.hooks import CapturePlan
 from models.positions import Positions
 

@@ -18,7 +18,7 @@ from small_run import environment, make_model, write_jsonl
 from jax_extract import open_activations
 from jax_extract.cli import main
 from jax_extract.store.ledger import Ledger
-from jax_extract.store.storage import open_storage
+from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.survey import survey
 
 SAMPLES = 160
@@ -29,9 +29,9 @@ NOTICED = "told "  # begins the line in which the process says that the test's m
 # The command, with one function replaced. SIGTERM can come when a line that begins with `told` was printed.
 SCRIPT = f"""
 import ctypes, sys, threading, time
-from jax_extract import preemption
+from jax_extract.extraction import preemption
 from jax_extract.cli import main
-from jax_extract.program import CaptureProgram
+from jax_extract.extraction.program import CaptureProgram
 from jax_extract.store import writer
 
 run, finish, calls = CaptureProgram.run, writer._Shard.finish, []

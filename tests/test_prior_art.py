@@ -13,10 +13,10 @@ import pytest
 from small_run import make_model, run_cli, run_here, texts, write_jsonl
 
 from jax_extract import UserError, load_shard, open_activations
-from jax_extract.store import storage
-from jax_extract.store.failpoints import VARIABLE
-from jax_extract.store.local import Directory, LocalFile
-from jax_extract.store.storage import Published
+from jax_extract.store.storage.failpoints import VARIABLE
+from jax_extract.store.storage.local import Directory, LocalFile
+from jax_extract.store.storage.opening import open_storage
+from jax_extract.store.storage.verbs import Published
 
 LENGTHS = [33, 60, 40, 61, 35, 50, 47, 62, 63, 34, 41]  # the last batch of 4 is partial
 OPTIONS: dict[str, Any] = {"layers_to_extract": (10, 11), "batch_size": 4, "positions": "all"}
@@ -91,10 +91,10 @@ def test_an_upload_failure_that_lets_the_run_go_on(
 
     def place(text: str, flag: str = "") -> Directory:
         if not str(text).startswith("gs://"):
-            return storage.open_storage(text, flag)  # type: ignore[return-value]
+            return open_storage(text, flag)  # type: ignore[return-value]
         return (_Unreliable if unreliable["now"] else Directory)(bucket)
 
-    monkeypatch.setattr("jax_extract.place.open_storage", place)
+    monkeypatch.setattr("jax_extract.extraction.place.open_storage", place)
     options = {**OPTIONS, "gcs_bucket": "gs://bucket/a", "upload_to_cloud": True}
     with pytest.raises(UserError, match="503 Service Unavailable"):
         run_here(model, tasks, tmp_path / "a", **options)

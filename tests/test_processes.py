@@ -15,10 +15,10 @@ from small_run import command, environment, make_model, run_cli, run_here, texts
 
 from jax_extract import open_activations
 from jax_extract.cli import main
+from jax_extract.extraction.schedule import steps, tokens_computed
 from jax_extract.inputs.plan import PlanSettings, plan_windows
 from jax_extract.inputs.tokenize import TokenizedSample
-from jax_extract.schedule import steps, tokens_computed
-from jax_extract.store.failpoints import VARIABLE
+from jax_extract.store.storage.failpoints import VARIABLE
 from models.positions import Positions
 
 LENGTHS = [int(n) for n in np.random.default_rng(0).integers(20, 121, 150)]

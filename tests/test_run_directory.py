@@ -13,8 +13,9 @@ import pytest
 from small_run import make_model, run_here, shards, texts, write_jsonl
 
 import jax_extract
-from jax_extract import UserError, load_shard, open_activations, prepare
-from jax_extract.store.storage import crc32c
+from jax_extract import UserError, load_shard, open_activations
+from jax_extract.extraction import prepare
+from jax_extract.store.storage.verbs import crc32c
 
 LENGTHS = [33, 60, 40, 61, 35, 50, 47, 62, 63, 34, 48, 64, 49, 36, 51, 37, 38, 52, 39, 53]  # one slab shape
 LAYERS = (10, 11)

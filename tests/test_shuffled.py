@@ -22,17 +22,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_extract.errors import UserError
-from jax_extract.store.direct import PAGE, DirectDirectory, page_memory
 from jax_extract.store.ledger import Ledger
-from jax_extract.store.local import Directory
 from jax_extract.store.memory import MemorySink
 from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.reader import Run, open_activations
-from jax_extract.store.shuffled import ShuffledBatch, ShuffledRows
-from jax_extract.store.shuffled_order import Epoch, Layout, random_order
-from jax_extract.store.shuffled_source import Who
+from jax_extract.store.shuffled.order import Epoch, Layout, random_order
+from jax_extract.store.shuffled.rows import ShuffledBatch, ShuffledRows
+from jax_extract.store.shuffled.source import Who
 from jax_extract.store.sidecar import BLOCK_BYTES
-from jax_extract.store.storage import open_storage
+from jax_extract.store.storage.direct import PAGE, DirectDirectory, page_memory
+from jax_extract.store.storage.local import Directory
+from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.writer import PartSink, PartWriter
 
 WIDTH = 64

@@ -22,13 +22,14 @@ from small_run import make_model, run_here, snapshot, write_jsonl
 
 from jax_extract.errors import UserError
 from jax_extract.store.formats import SUFFIXES
-from jax_extract.store.local import Directory
 from jax_extract.store.metadata import VERIFICATION_FILE
 from jax_extract.store.parts import PartContent
 from jax_extract.store.sidecar import BlockChecksums, Sidecar
-from jax_extract.store.storage import crc32c, open_storage
+from jax_extract.store.storage.local import Directory
+from jax_extract.store.storage.opening import open_storage
+from jax_extract.store.storage.verbs import crc32c
 from jax_extract.terminal import Terminal
-from jax_extract.uploading import UploadConfig, upload
+from jax_extract.upkeep.uploading import UploadConfig, upload
 from jax_extract.verification import reading, reference
 from jax_extract.verification.command import Verdict, VerifyConfig, verify, verify_command
 from jax_extract.verification.reference import SiteVerdict, Wanted, rounding_interval, row_errors

@@ -10,10 +10,10 @@ import pytest
 
 from jax_extract.store.checksums import crc32c_of_end
 from jax_extract.store.ledger import Ledger
-from jax_extract.store.local import Directory
 from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.sidecar import BLOCK_BYTES, Sidecar
-from jax_extract.store.storage import crc32c
+from jax_extract.store.storage.local import Directory
+from jax_extract.store.storage.verbs import crc32c
 from jax_extract.store.writer import PartWriter, _all_finite
 
 WIDTH = 1_000  # 4,000 bytes a row: no block of 1 MiB ends with one

@@ -1,1 +1,1 @@
-"""Shards on disk: formats, durable create-only files, commit records, the writer and the reader."""
+"""Runs on disk or in a bucket: shard formats, commit records, the writer, the upload and the reader."""

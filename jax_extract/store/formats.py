@@ -27,7 +27,7 @@ from numpy.lib import format as npy
 from safetensors import SafetensorError, safe_open
 
 from jax_extract.errors import UserError, damage_is_told
-from jax_extract.store.storage import Chunk
+from jax_extract.store.storage.verbs import Chunk
 
 DTYPES = ("float32", "bfloat16", "float16")
 _SAFETENSORS_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}

@@ -22,7 +22,7 @@ from typing import Any
 
 from jax_extract.errors import UserError, damage_is_told
 from jax_extract.store.differences import differences
-from jax_extract.store.storage import Storage
+from jax_extract.store.storage.verbs import Storage
 
 FORMAT_VERSION = 1
 RUN_FILE = "_run/run.json"

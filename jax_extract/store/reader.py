@@ -1,47 +1,27 @@
-"""Reads a run back, from disk or from memory, lazily and in bounded memory.
+"""Reads a run back, from disk, bucket or memory, lazily and in bounded memory.
 
-In: a run directory, or parts in memory. Out: `Run`. Only ranges of rows are read, at the offsets that
-the sidecars name, whatever the shard format: nothing is unpickled. Every block read is checked
-against its CRC32C.
+In: a run directory, or parts in memory. Out: `Run`, whose samples and rows are read when they are asked for.
 """
 
 from __future__ import annotations
 
-import copy
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, partial
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from jax_extract.errors import UserError, damage_is_told
-from jax_extract.store.direct import PAGE
+from jax_extract.store.file_part import FilePart, Sidecars, StoredPart
 from jax_extract.store.ledger import Ledger
 from jax_extract.store.metadata import metadata_of
 from jax_extract.store.parts import PartContent, Site
-from jax_extract.store.sidecar import BLOCK_BYTES, Sidecar, StoredArray
-from jax_extract.store.storage import Storage, crc32c, open_storage
+from jax_extract.store.shuffled.rows import ShuffledRows, ShuffleSettings
+from jax_extract.store.storage.opening import open_storage
 from models.hooks import resolve_hook_points
-
-if TYPE_CHECKING:
-    from jax_extract.store.shuffled import ShuffledRows
-
-_SIDECARS_KEPT = 16
-
-
-class StoredPart(Protocol):
-    """A part that can be read."""
-
-    @property
-    def content(self) -> PartContent: ...
-
-    def rows(self, site: Site, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) of a site's array, [rows, width]."""
-        ...
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -221,12 +201,10 @@ class Run:
           buffer_bytes: memory to shuffle in; the more, the nearer to uniform.
           read_bytes: how much of a layer is read at once, about.
         """
-        from jax_extract.store.shuffled import ShuffledRows, ShuffleSettings
-
         several = isinstance(layers, Iterable)
         sites = tuple(self.site(layer, hook) for layer in (layers if several else (layers,)))
         settings = ShuffleSettings(sites, several, rows, seed, epochs, drop_remainder, shard, buffer_bytes, read_bytes)
-        return ShuffledRows(self, settings)
+        return ShuffledRows(self._parts, settings)
 
     @property
     def parts(self) -> Sequence[StoredPart]:
@@ -248,107 +226,6 @@ def _names(content: PartContent) -> Iterator[tuple[int, str]]:
     return zip(content.sample_indices, content.sample_ids, strict=True)
 
 
-class FilePart:
-    """A committed part, read by ranges of its files."""
-
-    def __init__(
-        self,
-        storage: Storage,
-        record: Mapping[str, Any],
-        dtype: str,
-        sidecars: Callable[[str, int, int | None], Sidecar],
-    ) -> None:
-        self._storage = storage
-        self._record = record
-        self._dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-        self._sidecars = sidecars
-        self._found: dict[tuple[str, int | None], tuple[StoredArray, int | None, int]] = {}
-
-    @property
-    def record(self) -> Mapping[str, Any]:
-        """Its commit record."""
-        return self._record
-
-    @property
-    def storage(self) -> Storage:
-        return self._storage
-
-    def through(self, storage: Storage) -> FilePart:
-        """The same part, its rows read through another `Storage` of the same place."""
-        part = copy.copy(self)
-        part._storage = storage
-        return part
-
-    @property
-    def _sidecar(self) -> Sidecar:
-        named = self._record["sidecar"]
-        return self._sidecars(named["path"], named["crc32c"], named.get("generation"))
-
-    @property
-    def content(self) -> PartContent:
-        return self._sidecar.content
-
-    def rows(self, site: Site, start: int, stop: int, memory: np.ndarray | None = None) -> np.ndarray:
-        """As `StoredPart.rows`; in `memory` where that is given: uint8, whole pages, one more than the blocks take."""
-        row_bytes = site.width * self._dtype.itemsize
-        if site.key not in self._found:
-            self._found[site.key] = self._find(site, row_bytes)  # remembered: a sidecar is long, and few are kept
-        array, generation, total = self._found[site.key]
-        data = self._bytes(array, generation, start * row_bytes, stop * row_bytes, total, memory)
-        return data.view(self._dtype).reshape(stop - start, site.width)
-
-    def _find(self, site: Site, row_bytes: int) -> tuple[StoredArray, int | None, int]:
-        """Where a site's rows lie, the generation of that file, and how many bytes they are."""
-        sidecar = self._sidecar
-        arrays = {array.site.key: array for array in sidecar.arrays}
-        total = sidecar.content.rows * row_bytes
-        files = {file["path"]: file for file in self._record["files"]}
-        with damage_is_told(f"the sidecar of part {sidecar.content.key}", "restore it from a copy"):
-            array = arrays[site.key]
-            self._storage.where(array.path)  # refuses a path that leads out, by its own sentence
-            file = files[array.path]
-            if not 0 <= array.offset <= file["bytes"] - total or len(array.blocks) != -(-total // BLOCK_BYTES):
-                raise ValueError(f"it does not fit {array.path}")
-        return array, file.get("generation"), total
-
-    def _bytes(
-        self,
-        array: StoredArray,
-        generation: int | None,
-        start: int,
-        stop: int,
-        total: int,
-        memory: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """uint8 [stop - start] of an array of `total` bytes, read in whole blocks that are checked."""
-        if start == stop:
-            return np.zeros(0, np.uint8)
-        first, last = start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)
-        begin, end = first * BLOCK_BYTES, min(last * BLOCK_BYTES, total)
-        if memory is None:
-            data = np.empty(end - begin, np.uint8)
-        else:
-            lies = (array.offset + begin) % PAGE  # as in the file, so that the disk can put it there itself
-            data = memory[lies : lies + end - begin]
-        try:
-            got = self._storage.read_into(array.path, array.offset + begin, data.data, generation)
-        except OSError as error:
-            gone = f"shard {array.path} cannot be read: {error.strerror}"
-            if self._record.get("uploaded_to"):
-                raise UserError(f"{gone}; it was uploaded: open {self._record['uploaded_to']}") from None
-            raise UserError(f"{gone}; restore it from a copy") from None
-        if got < len(data):
-            raise UserError(f"shard {array.path} is cut short; restore it from a copy, or start the run anew")
-        for block in range(first, last):
-            at = block * BLOCK_BYTES - begin
-            if crc32c(data[at : at + BLOCK_BYTES].data) != array.blocks[block]:
-                raise UserError(
-                    f"shard {array.path} is damaged (block {block} does not match its checksum); "
-                    "restore it from a copy, or start the run anew"
-                )
-        return data[start - begin : stop - begin]
-
-
 def open_activations(path: str | Path) -> Run:
     """Opens a run; it may still be going on, and then holds what is committed so far.
 
@@ -364,7 +241,6 @@ def open_activations(path: str | Path) -> Run:
     with damage_is_told(f"the run in {storage}", "restore its _run folder from a copy"):
         identity = ledger.run["identity"]
         sites = [Site(str(s["hook"]), s["layer"], int(s["width"])) for s in identity["sites"]]
-        # A few sidecars are kept: random access meets the same parts again, a full pass needs each once.
-        sidecars = lru_cache(maxsize=_SIDECARS_KEPT)(partial(Sidecar.read, storage))
+        sidecars = Sidecars(storage)
         parts = [FilePart(storage, r, identity["capture_dtype"], sidecars) for r in committed.values()]
     return Run(metadata_of(ledger, committed), sites, parts)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from jax_extract.errors import UserError, damage_is_told
 from jax_extract.store.checksums import crc32c_of_end
 from jax_extract.store.parts import PartContent, Site, offsets
-from jax_extract.store.storage import Chunk, Storage, crc32c
+from jax_extract.store.storage.verbs import Chunk, Storage, crc32c
 
 BLOCK_BYTES = 1 << 20
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from jax_extract.errors import damage_is_told
 from jax_extract.store.ledger import COMMITS, PARTS, Key, Ledger, Record, part_name
 from jax_extract.store.parts import ShardName
-from jax_extract.store.storage import Entry
+from jax_extract.store.storage.verbs import Entry
 
 _SIDECAR = re.compile(r"(\d{6,})_\d{3,}(?:_attempt_[0-9a-f]+)?\.safetensors")
 _UNNAMED = re.compile(

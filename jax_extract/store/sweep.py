@@ -7,11 +7,11 @@ run's own are touched.
 from __future__ import annotations
 
 from jax_extract.errors import damage_is_told
-from jax_extract.store.failpoints import step
 from jax_extract.store.ledger import COMMITS, FOLDERS, RUN_FILE, Ledger
 from jax_extract.store.metadata import METADATA_FILE, VERIFICATION_FILE
 from jax_extract.store.parts import ShardName
-from jax_extract.store.storage import Storage
+from jax_extract.store.storage.failpoints import step
+from jax_extract.store.storage.verbs import Storage
 from jax_extract.store.survey import Survey
 
 

@@ -16,12 +16,12 @@ from typing import Any
 
 from jax_extract.errors import UserError
 from jax_extract.store.differences import differences
-from jax_extract.store.failpoints import step
 from jax_extract.store.lanes import Countdown, Lanes
 from jax_extract.store.ledger import PARTS, UPLOADED, Key, Ledger, Record, part_name, to_json
 from jax_extract.store.parts import ShardName
 from jax_extract.store.sidecar import Sidecar
-from jax_extract.store.storage import NameTaken, Published, Storage, crc32c
+from jax_extract.store.storage.failpoints import step
+from jax_extract.store.storage.verbs import NameTaken, Published, Storage, crc32c
 from jax_extract.store.survey import survey
 
 _LANES = 16  # an upload waits for the network, not for a processor

@@ -16,13 +16,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jax_extract.store.failpoints import step
 from jax_extract.store.formats import ENCODERS, SUFFIXES, ShardEncoder, ShardHeader
 from jax_extract.store.lanes import Call, Countdown, Lanes
 from jax_extract.store.ledger import PARTS, Ledger, part_name
 from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.sidecar import RunningChecksums, Sidecar, StoredArray
-from jax_extract.store.storage import BUCKET_SCHEME, NameTaken, PendingFile, Published
+from jax_extract.store.storage.failpoints import step
+from jax_extract.store.storage.verbs import BUCKET_SCHEME, NameTaken, PendingFile, Published
 
 Blocks = Mapping[tuple[str, int | None], np.ndarray]  # site key -> [samples, positions, width]
 

@@ -18,10 +18,10 @@ from typing import Annotated, Any
 import tyro
 
 from jax_extract.errors import UserError, damage_is_told
-from jax_extract.prepare import OpenModel
+from jax_extract.extraction.prepare import OpenModel
 from jax_extract.store.ledger import Ledger, to_json
 from jax_extract.store.metadata import VERIFICATION_FILE
-from jax_extract.store.storage import open_storage
+from jax_extract.store.storage.opening import open_storage
 from jax_extract.terminal import Terminal, bytes_text, plural
 from jax_extract.verification.comparison import Comparison, choose
 from jax_extract.verification.reading import RESTORE, Layout, Reading, some_of

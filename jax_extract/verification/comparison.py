@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jax_extract.errors import damage_is_told
-from jax_extract.prepare import OpenModel
+from jax_extract.extraction.prepare import OpenModel
 from jax_extract.store.ledger import Key, part_name
 from jax_extract.store.sidecar import Sidecar, StoredArray
 from jax_extract.terminal import Terminal

@@ -23,7 +23,8 @@ from jax_extract.inputs.tokenize import TokenizedSample
 from jax_extract.store.ledger import PARTS, Key, Ledger, Record, part_name
 from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.sidecar import BLOCK_BYTES, BlockChecksums, Sidecar, StoredArray
-from jax_extract.store.storage import Entry, Storage, crc32c, open_storage
+from jax_extract.store.storage.opening import open_storage
+from jax_extract.store.storage.verbs import Entry, Storage, crc32c
 from jax_extract.store.survey import wrong_with
 from jax_extract.store.writer import lanes_for
 from jax_extract.terminal import Terminal, plural

@@ -24,7 +24,7 @@ import numpy as np
 
 from jax_extract.devices.mesh import make_mesh
 from jax_extract.errors import UserError
-from jax_extract.prepare import OpenModel
+from jax_extract.extraction.prepare import OpenModel
 from jax_extract.store.parts import Site
 from jax_extract.weights.load import Weights
 from models.hooks import HOOK_POINTS, CapturePlan, Taps

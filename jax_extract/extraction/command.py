@@ -18,21 +18,21 @@ from typing import Any
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.processes import Processes, start_processes
 from jax_extract.errors import UserError
+from jax_extract.extraction.loop import STEPS_IN_MEMORY
+from jax_extract.extraction.pending import Committed, pending_parts
+from jax_extract.extraction.place import Place, keep_config
+from jax_extract.extraction.prepare import Job, numerics_fingerprint
+from jax_extract.extraction.session import Session, Windows, keep_in
+from jax_extract.extraction.summary import tell_input, tell_plan, tell_request, tell_result
 from jax_extract.inputs.plan import Part, PlanSettings, Window
 from jax_extract.inputs.sources import Source, open_source
 from jax_extract.inputs.tokenize import InputCounts, tokenizer_digest
-from jax_extract.loop import STEPS_IN_MEMORY
-from jax_extract.pending import Committed, pending_parts
-from jax_extract.place import Place, keep_config
-from jax_extract.prepare import Job, numerics_fingerprint
-from jax_extract.session import Session, Windows, keep_in
 from jax_extract.store.budget import ByteBudget, default_limit
 from jax_extract.store.ledger import COMMITS, RUN_FILE, Ledger, RunStartedMeanwhile, part_name
-from jax_extract.store.local import require_open_files
 from jax_extract.store.metadata import write_metadata
+from jax_extract.store.storage.local import require_open_files
 from jax_extract.store.sweep import erase
 from jax_extract.store.upload import upload_buffer_bytes
-from jax_extract.summary import tell_input, tell_plan, tell_request, tell_result
 from jax_extract.terminal import Terminal, bytes_text, plural
 from jax_extract.weights.load import Weights
 

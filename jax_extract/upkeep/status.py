@@ -12,7 +12,7 @@ import tyro
 
 from jax_extract.store.ledger import Ledger, part_name
 from jax_extract.store.metadata import write_metadata
-from jax_extract.store.storage import open_storage
+from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.survey import Survey, survey
 from jax_extract.store.sweep import sweep
 from jax_extract.terminal import bytes_text, plural

@@ -16,17 +16,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.parse import quote
 
 import requests
 from google.cloud.storage import Blob
 
 from jax_extract.errors import UserError
-from jax_extract.store.failpoints import step
-from jax_extract.store.gcs_requests import SAFE, Answer, Damaged, Once, Patience, Requests, reason_of
-from jax_extract.store.gcs_upload import GRAIN, REJECTED, TAKEN, Upload, content_type, decoded_crc32c
-from jax_extract.store.storage import BUCKET_SCHEME, Chunk, Entry, NameTaken, Published, checked_name, crc32c
+from jax_extract.store.storage.failpoints import step
+from jax_extract.store.storage.gcs_requests import SAFE, Answer, Damaged, Once, Patience, Requests, reason_of
+from jax_extract.store.storage.gcs_upload import GRAIN, REJECTED, TAKEN, Upload, content_type, decoded_crc32c
+from jax_extract.store.storage.verbs import BUCKET_SCHEME, Chunk, Entry, NameTaken, Published, checked_name, crc32c
 
 _CHUNK = 8 << 20
 _ONE_REQUEST = 1 << 20  # up to here content and metadata go in one request, which copies the content
@@ -67,6 +67,9 @@ class Bucket:
         if {"", ".", ".."} & set(parts) or not prefix.isprintable() or len(prefix.encode()) > _LONGEST_PREFIX:
             raise UserError(f"{url[:80]!r} is no usable place; write gs://bucket/prefix, as in gs://my-bucket/runs/1")
         return cls(url, bucket, prefix, patience, buffer_bytes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).parse, (self._url, self.requests.patience, self.buffer_bytes)
 
     def __str__(self) -> str:
         return self._url

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from jax_extract.errors import UserError
-from jax_extract.store.direct import PAGE, DirectDirectory, page_memory
-from jax_extract.store.local import Directory
+from jax_extract.store.file_part import FilePart, StoredPart
 from jax_extract.store.parts import PartContent, Site
-from jax_extract.store.reader import FilePart, StoredPart
+from jax_extract.store.storage.direct import PAGE, DirectDirectory, page_memory
+from jax_extract.store.storage.local import Directory
 
 
 class Who:

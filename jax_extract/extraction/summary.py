@@ -10,12 +10,12 @@ from pathlib import PurePath
 from typing import Any
 
 from jax_extract.config import ExtractConfig
+from jax_extract.extraction.loop import LoopStatistics
+from jax_extract.extraction.prepare import Job
+from jax_extract.extraction.schedule import tokens_computed
 from jax_extract.inputs.plan import Part
 from jax_extract.inputs.sources import Source
 from jax_extract.inputs.tokenize import InputCounts
-from jax_extract.loop import LoopStatistics
-from jax_extract.prepare import Job
-from jax_extract.schedule import tokens_computed
 from jax_extract.store.formats import SUFFIXES
 from jax_extract.terminal import Terminal, bytes_text, plural, ranges_text, share_text
 

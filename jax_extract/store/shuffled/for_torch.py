@@ -7,7 +7,7 @@ top of the shard in the settings. This is the only module of the store that need
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from jax_extract.store.reader import FilePart, Run, open_activations
-from jax_extract.store.shuffled import ShuffledBatch, ShuffledRows, ShuffleSettings
+from jax_extract.store.file_part import StoredPart
+from jax_extract.store.shuffled.rows import ShuffledBatch, ShuffledRows, ShuffleSettings
 
 Tensors = dict[str, torch.Tensor]
 
@@ -24,11 +24,12 @@ Tensors = dict[str, torch.Tensor]
 class ShuffledDataset(IterableDataset[Tensors]):
     """A run's rows in random order; give it to a `DataLoader` with `batch_size=None`, because it makes batches itself.
 
-    Each of n workers reads its n-th of this process's shard and has an n-th of `buffer_bytes`.
+    Each of n workers reads its n-th of this process's shard and has an n-th of `buffer_bytes`. Workers that are
+    started anew get the parts' commit records, not their rows; a run in memory is copied to them.
     """
 
-    def __init__(self, run: Run, settings: ShuffleSettings) -> None:
-        self.run = run
+    def __init__(self, parts: Sequence[StoredPart], settings: ShuffleSettings) -> None:
+        self.parts = parts
         self.settings = settings
 
     def __iter__(self) -> TorchBatches:
@@ -40,16 +41,7 @@ class ShuffledDataset(IterableDataset[Tensors]):
                 shard=(index * worker.num_workers + worker.id, count * worker.num_workers),
                 buffer_bytes=settings.buffer_bytes // worker.num_workers,
             )
-        return TorchBatches(ShuffledRows(self.run, settings))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For workers that are started anew: they open the run where it is; one in memory is copied to them."""
-        first = self.run.parts[0]
-        return {**self.__dict__, "run": str(first.storage) if isinstance(first, FilePart) else self.run}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        run = state["run"]
-        self.__dict__.update({**state, "run": open_activations(run) if isinstance(run, str) else run})
+        return TorchBatches(ShuffledRows(self.parts, settings))
 
 
 class TorchBatches(Iterator[Tensors]):

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jax_extract.store.shuffled import ShuffledBatch, ShuffledRows
+from jax_extract.store.shuffled.rows import ShuffledBatch, ShuffledRows
 
 
 class DeviceBatches(Iterator[ShuffledBatch]):

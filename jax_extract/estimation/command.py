@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.processes import Processes
-from jax_extract.extraction import (
+from jax_extract.estimation.probe import ComputeProbe, Shape, WriteProbe, probe_computing, probe_writing, step_counts
+from jax_extract.extraction.command import (
     host_budget,
     join_processes,
     open_request,
@@ -23,22 +24,21 @@ from jax_extract.extraction import (
     require_samples,
     run_of,
 )
+from jax_extract.extraction.loop import part_content
+from jax_extract.extraction.pending import Committed, parse_committed, pending_parts, plan_json, read_committed
+from jax_extract.extraction.place import Place
+from jax_extract.extraction.prepare import Job
+from jax_extract.extraction.session import keep_in
+from jax_extract.extraction.summary import tell_input, tell_plan, tell_request
 from jax_extract.inputs.plan import Part, PlanSettings, Window
 from jax_extract.inputs.sources import Source
 from jax_extract.inputs.tokenize import InputCounts
-from jax_extract.loop import part_content
-from jax_extract.pending import Committed, parse_committed, pending_parts, plan_json, read_committed
-from jax_extract.place import Place
-from jax_extract.prepare import Job
-from jax_extract.probe import ComputeProbe, Shape, WriteProbe, probe_computing, probe_writing, step_counts
-from jax_extract.session import keep_in
 from jax_extract.store.formats import ENCODERS, SUFFIXES, ShardHeader
 from jax_extract.store.ledger import PLAN, RUN_FILE, Ledger, to_json
 from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.sidecar import BLOCK_BYTES, Sidecar, StoredArray
-from jax_extract.store.storage import BUCKET_SCHEME, Chunk
+from jax_extract.store.storage.verbs import BUCKET_SCHEME, Chunk
 from jax_extract.store.writer import lanes_for
-from jax_extract.summary import tell_input, tell_plan, tell_request
 from jax_extract.terminal import Terminal, bytes_text, plural, ranges_text, share_text
 from models.positions import Positions
 

@@ -1,9 +1,9 @@
 """Rows of a run in random order, for training: streamed through a buffer of bounded size.
 
-In: a run, sites, a seed. Out: batches of rows, each with the sample and the token position it belongs to, and
-a state of a few numbers with which another process goes on at the very next row. `shuffled_order` says
-in which order; here threads read ahead and rows wait in a pool until their turn. A row that is taken out
-makes room for one that is read, so the pool is full all the time.
+In: the parts of a run, sites, a seed. Out: batches of rows, each with the sample and the token position it
+belongs to, and a state of a few numbers with which another process goes on at the very next row. `order`
+says in which order; here threads read ahead and rows wait in a pool until their turn. A row that is taken
+out makes room for one that is read, so the pool is full all the time.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jax_extract.errors import UserError
+from jax_extract.store.file_part import StoredPart
 from jax_extract.store.parts import Site
-from jax_extract.store.reader import Run
-from jax_extract.store.shuffled_order import Epoch, Layout
-from jax_extract.store.shuffled_source import Pool, Source
+from jax_extract.store.shuffled.order import Epoch, Layout
+from jax_extract.store.shuffled.source import Pool, Source
 
 if TYPE_CHECKING:
-    from jax_extract.store.shuffled_jax import DeviceBatches
-    from jax_extract.store.shuffled_torch import ShuffledDataset
+    from jax_extract.store.shuffled.for_jax import DeviceBatches
+    from jax_extract.store.shuffled.for_torch import ShuffledDataset
 
 _STATE_VERSION = 1
 _PAIR = 2
@@ -123,10 +123,10 @@ class ShuffledRows(Iterator[ShuffledBatch]):
     Threads read ahead from the first `next` on; `close`, or leaving its `with` block, ends them.
     """
 
-    def __init__(self, run: Run, settings: ShuffleSettings) -> None:
-        self.run = run
+    def __init__(self, parts: Sequence[StoredPart], settings: ShuffleSettings) -> None:
         self.settings = settings
-        self._source = Source(run.parts, settings.sites)
+        self._parts = parts
+        self._source = Source(parts, settings.sites)
         self._place = _Place()
         self._flow: _Flow | None = None
         if not self.batches_per_epoch:
@@ -212,17 +212,17 @@ class ShuffledRows(Iterator[ShuffledBatch]):
 
     def on_devices(self, sharding: Any) -> DeviceBatches:
         """The same batches with `activations` as JAX arrays of this sharding, put on the devices a batch ahead."""
-        from jax_extract.store.shuffled_jax import DeviceBatches
+        from jax_extract.store.shuffled.for_jax import DeviceBatches
 
         return DeviceBatches(self, sharding)
 
     def for_torch(self) -> ShuffledDataset:
         """The same rows as a `torch.utils.data.IterableDataset`, divided among the workers of a `DataLoader`."""
         try:
-            from jax_extract.store.shuffled_torch import ShuffledDataset
+            from jax_extract.store.shuffled.for_torch import ShuffledDataset
         except ModuleNotFoundError as error:
             raise UserError(f"for_torch needs {error.name}, which is not installed: pip install torch") from None
-        return ShuffledDataset(self.run, self.settings)
+        return ShuffledDataset(self._parts, self.settings)
 
 
 def _is_whole(value: Any, least: int = 0) -> bool:

@@ -23,10 +23,10 @@ from jax_extract.config import ExtractConfig
 from jax_extract.devices.mesh import make_mesh, parse_mesh_shape
 from jax_extract.devices.platform import device_kind, platform_defaults
 from jax_extract.errors import UserError, user_path
+from jax_extract.extraction.program import CaptureProgram, captured_bytes
 from jax_extract.inputs.plan import PlanSettings, Window, plan_windows
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.tokenize import InputCounts, TokenizedSample, tokenize
-from jax_extract.program import CaptureProgram, captured_bytes
 from jax_extract.store.parts import Site
 from jax_extract.weights.checkpoint import Checkpoint, open_checkpoint
 from jax_extract.weights.load import Weights

@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from jax_extract.extraction.program import CaptureProgram
+from jax_extract.extraction.schedule import Step, Work, steps
 from jax_extract.inputs.plan import Part
-from jax_extract.program import CaptureProgram
-from jax_extract.schedule import Step, Work, steps
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.lanes import Countdown
 from jax_extract.store.parts import PartContent

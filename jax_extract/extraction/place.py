@@ -15,10 +15,11 @@ from typing import Any
 from jax_extract.config import ExtractConfig, to_yaml
 from jax_extract.devices.processes import Processes
 from jax_extract.errors import UserError
-from jax_extract.pending import Committed, parse_committed, read_committed
+from jax_extract.extraction.pending import Committed, parse_committed, read_committed
 from jax_extract.store.ledger import COMMITS, RUN_FILE, UPLOADED, Ledger, RunStartedMeanwhile, part_name
-from jax_extract.store.local import Directory
-from jax_extract.store.storage import Storage, open_storage
+from jax_extract.store.storage.local import Directory
+from jax_extract.store.storage.opening import open_storage
+from jax_extract.store.storage.verbs import Storage
 from jax_extract.store.upload import Uploader, open_copy
 
 CONFIG_FILE = "_run/config.yaml"

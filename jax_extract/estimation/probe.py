@@ -19,16 +19,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jax_extract.devices.processes import Processes
+from jax_extract.extraction.loop import run_parts
+from jax_extract.extraction.prepare import Job
+from jax_extract.extraction.program import CaptureProgram
+from jax_extract.extraction.schedule import steps
 from jax_extract.inputs.plan import Part, Slab
-from jax_extract.loop import run_parts
-from jax_extract.prepare import Job
-from jax_extract.program import CaptureProgram
-from jax_extract.schedule import steps
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.lanes import Call
-from jax_extract.store.local import Directory
 from jax_extract.store.parts import PartContent
-from jax_extract.store.storage import PendingFile, Storage
+from jax_extract.store.storage.local import Directory
+from jax_extract.store.storage.verbs import PendingFile, Storage
 from jax_extract.store.writer import Blocks
 from jax_extract.weights.load import Weights
 

@@ -12,7 +12,7 @@ import os
 
 import numpy as np
 
-from jax_extract.store.local import Directory
+from jax_extract.store.storage.local import Directory
 
 PAGE = 4096  # a multiple of every disk's block
 

@@ -87,13 +87,13 @@ class Requests:
 
     def __init__(self, bucket: str, patience: Patience) -> None:
         self._name = bucket
-        self._patience = patience
+        self.patience = patience
         self._lock = threading.Lock()
         self._client: storage.Client | None = None
 
     def hurried(self) -> Requests:
         """The same client with the patience of the check before a run."""
-        hurried = Requests(self._name, dataclasses.replace(self._patience, deadline=self._patience.at_start))
+        hurried = Requests(self._name, dataclasses.replace(self.patience, deadline=self.patience.at_start))
         hurried._client = self.client
         return hurried
 
@@ -125,7 +125,7 @@ class Requests:
           Answer: one of the expected ones.
           UserError: everything else that goes wrong.
         """
-        patience = self._patience
+        patience = self.patience
         once = {"timeout": (patience.connect, patience.answer), "retry": None}
 
         def tried() -> T:

@@ -13,10 +13,11 @@ from typing import Annotated, Any
 import tyro
 
 from jax_extract.errors import UserError
-from jax_extract.place import CONFIG_FILE, copy_run
+from jax_extract.extraction.place import CONFIG_FILE, copy_run
 from jax_extract.store.ledger import PLAN, SESSIONS, Ledger
 from jax_extract.store.metadata import write_metadata
-from jax_extract.store.storage import BUCKET_SCHEME, Storage, open_storage
+from jax_extract.store.storage.opening import open_storage
+from jax_extract.store.storage.verbs import BUCKET_SCHEME, Storage
 from jax_extract.store.survey import survey
 from jax_extract.store.upload import Uploader, open_copy
 from jax_extract.terminal import Terminal, bytes_text, plural

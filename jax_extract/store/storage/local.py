@@ -18,12 +18,13 @@ import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
 from jax_extract.errors import UserError
-from jax_extract.store.failpoints import step
-from jax_extract.store.storage import Chunk, Entry, Published, StorageFull, checked_name, crc32c
+from jax_extract.store.storage.failpoints import step
+from jax_extract.store.storage.verbs import Chunk, Entry, Published, StorageFull, checked_name, crc32c
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_UNNAMED_FILES = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.EACCES, errno.EPERM}
@@ -61,6 +62,9 @@ class Directory:
         self.root = root
         self.writing = threading.BoundedSemaphore(_WRITES_AT_ONCE)
         self._idle: list[np.ndarray] = []  # buffers of files that are done with: the first touch of a page is dear
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.root,)
 
     def __str__(self) -> str:
         return str(self.root)

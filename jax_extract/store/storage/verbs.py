@@ -1,27 +1,24 @@
-"""What the store needs of a place that keeps files, and the places there are.
+"""What the store needs of a place that keeps files.
 
-In: what a user wrote, a directory or `gs://bucket/prefix`. Out: a `Storage`: files by relative name, each
-either whole and durable or not there, and no name ever taken twice. Everything above (ledger, writer,
-reader, upload) speaks to these verbs alone.
+In: nothing. Out: `Storage`: files by relative name, each either whole and durable or not there, and no name
+ever taken twice. Everything above (ledger, writer, reader, upload) speaks to these verbs alone.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Protocol
 
 import google_crc32c
 import numpy as np
 
-from jax_extract.errors import UserError, user_path
+from jax_extract.errors import UserError
 
 Chunk = bytes | memoryview
 
 BUCKET_SCHEME = "gs://"
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # of other clouds, or misspelt
 
 
 class StorageFull(UserError):
@@ -77,7 +74,7 @@ class PendingFile(Protocol):
 
 
 class Storage(Protocol):
-    """Durable, create-only files under a root. `str()` is the place as the user wrote it."""
+    """Durable, create-only files under a root. `str()` is the place as the user wrote it; it can be pickled."""
 
     buffer_bytes: int
     """What one pending file may hold in memory."""
@@ -139,19 +136,6 @@ class Storage(Protocol):
     def free_bytes(self) -> int | None:
         """Room that is left; None where there is no limit."""
         ...
-
-
-def open_storage(place: str | Path, flag: str = "the directory") -> Storage:
-    """The storage that a user named; UserError where the words are no place at all. Nothing is touched yet."""
-    if str(place).startswith(BUCKET_SCHEME):
-        from jax_extract.store.gcs import Bucket
-
-        return Bucket.parse(str(place))
-    if _SCHEME.match(str(place)):
-        raise UserError(f"{flag} {str(place)[:80]!r} is neither a directory nor a bucket; write gs://bucket/prefix")
-    from jax_extract.store.local import Directory
-
-    return Directory(user_path(str(place), flag))
 
 
 def checked_name(name: str, place: object) -> str:

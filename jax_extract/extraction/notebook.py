@@ -12,11 +12,11 @@ from typing import Any
 
 from jax_extract.config import ExtractConfig
 from jax_extract.errors import UserError
+from jax_extract.extraction.loop import STEPS_IN_MEMORY, LoopStatistics, run_parts
+from jax_extract.extraction.prepare import Job, numerics_fingerprint
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.text import checked_id, checked_text
 from jax_extract.inputs.tokenize import InputCounts
-from jax_extract.loop import STEPS_IN_MEMORY, LoopStatistics, run_parts
-from jax_extract.prepare import Job, numerics_fingerprint
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.memory import MemorySink
 from jax_extract.store.reader import Run

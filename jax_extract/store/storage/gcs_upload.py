@@ -15,8 +15,8 @@ from typing import Any
 
 from google.cloud.storage import Blob
 
-from jax_extract.store.gcs_requests import Answer, Once, Requests, reason_of
-from jax_extract.store.storage import BUCKET_SCHEME, Entry
+from jax_extract.store.storage.gcs_requests import Answer, Once, Requests, reason_of
+from jax_extract.store.storage.verbs import BUCKET_SCHEME, Entry
 
 GRAIN = 256 << 10  # chunks must be multiples of it; also what is passed to a connection at once
 

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.processes import Processes, leave
 from jax_extract.errors import UserError
+from jax_extract.extraction.loop import LoopStatistics, run_parts
+from jax_extract.extraction.pending import Committed, Worker, parse_committed, pending_parts, plan_json, read_committed
+from jax_extract.extraction.preemption import on_preemption
+from jax_extract.extraction.prepare import Job, numerics_fingerprint
+from jax_extract.extraction.program import CaptureProgram
 from jax_extract.inputs.plan import Part, Window
 from jax_extract.inputs.tokenize import InputCounts
-from jax_extract.loop import LoopStatistics, run_parts
-from jax_extract.pending import Committed, Worker, parse_committed, pending_parts, plan_json, read_committed
-from jax_extract.preemption import on_preemption
-from jax_extract.prepare import Job, numerics_fingerprint
-from jax_extract.program import CaptureProgram
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.ledger import Ledger
 from jax_extract.store.metadata import write_metadata

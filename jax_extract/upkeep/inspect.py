@@ -16,7 +16,7 @@ from jax_extract.errors import UserError
 from jax_extract.store.formats import load_shard
 from jax_extract.store.parts import Site
 from jax_extract.store.reader import Run, open_activations
-from jax_extract.store.storage import BUCKET_SCHEME
+from jax_extract.store.storage.verbs import BUCKET_SCHEME
 from jax_extract.terminal import bytes_text, plural, ranges_text, share_text
 
 _BAR = 30

@@ -1,0 +1,1 @@
+"""Places that keep files, behind one set of verbs: a local directory and a bucket."""

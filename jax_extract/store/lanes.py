@@ -36,7 +36,7 @@ class Lanes:
     def submit(self, lane: int, call: Call) -> None:
         """Queues a call; raises what failed before."""
         with self._changed:
-            self._raise()
+            self.require_sound()
             self._queues[lane].append(call)
             self._unfinished += 1
             self._changed.notify_all()
@@ -45,7 +45,7 @@ class Lanes:
         """Waits until every call is done; False where that took longer than `seconds`. Raises what failed."""
         with self._changed:
             done = self._changed.wait_for(lambda: self._failure or not self._unfinished, seconds)
-            self._raise()
+            self.require_sound()
             return bool(done)
 
     def close(self) -> None:
@@ -64,7 +64,8 @@ class Lanes:
         for thread in self._threads:
             thread.join()
 
-    def _raise(self) -> None:
+    def require_sound(self) -> None:
+        """Raises what failed, if anything did."""
         if self._failure is not None:
             raise self._failure
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import PurePosixPath
@@ -26,6 +27,7 @@ from jax_extract.store.survey import survey
 
 _LANES = 16  # an upload waits for the network, not for a processor
 _CHUNK = 8 << 20
+_LOOK_SECONDS = 0.5  # whether an upload has failed, by one who waits for its bytes
 
 
 def open_copy(source: Ledger, target: Ledger) -> Ledger:
@@ -61,6 +63,8 @@ class Uploader:
         self._on_bytes = on_bytes
         self._lanes = Lanes(_LANES + 1, on_failure)  # the last one seals
         self._next_lane = 0
+        self._on_the_way: dict[Key, int] = {}  # the bytes of parts that were submitted
+        self._shrunk = threading.Condition()
         self._there = target.storage.entries()  # what an upload that was broken off has left
         self.buffer_bytes = upload_buffer_bytes(target.storage)
         self.uploaded: list[Key] = []
@@ -68,6 +72,8 @@ class Uploader:
     def submit(self, record: Mapping[str, Any]) -> None:
         """Queues a part that is committed locally; returns at once, raises what failed before."""
         files = [dict(file) for file in record["files"]]
+        with self._shrunk:
+            self._on_the_way[_key(record)] = sum(file["bytes"] for file in record["files"])
         countdown = Countdown(len(files), lambda: self._lanes.submit(_LANES, partial(self._seal, dict(record), files)))
         for file in files:
             self._lanes.submit(self._next_lane, partial(self._upload, dict(record), file, countdown))
@@ -75,6 +81,13 @@ class Uploader:
 
     def wait(self, seconds: float | None = None) -> bool:
         return self._lanes.wait(seconds)
+
+    def wait_for_backlog(self, most: int) -> None:
+        """Waits until at most so many bytes are on their way; raises what failed."""
+        with self._shrunk:
+            while sum(self._on_the_way.values()) > most:
+                self._shrunk.wait(_LOOK_SECONDS)
+                self._lanes.require_sound()
 
     def close(self) -> None:
         """Waits until all is in the bucket; raises what failed. With `delete_local`, no shard it has is left here."""
@@ -89,8 +102,8 @@ class Uploader:
         try:
             published = self._copy(file)
         except FileNotFoundError:
-            if self._target.is_committed((record["batch"], record["part"])):
-                return  # another process has brought the part over and deleted it here
+            if self._target.is_committed(_key(record)):
+                return self._arrived(_key(record))  # another process has brought the part over and deleted it here
             raise UserError(
                 f"{self._source.storage.where(file['path'])} is missing; run jax-extract status {self._source.storage}"
             ) from None
@@ -127,7 +140,7 @@ class Uploader:
 
     def _seal(self, record: Record, files: list[dict[str, Any]]) -> None:
         """Sidecar and record of a part whose shards are all there."""
-        key: Key = (record["batch"], record["part"])
+        key = _key(record)
         local = record["sidecar"]
         data = self._source.storage.read(local["path"])
         self._require_committed(local, len(data), crc32c(data))
@@ -145,6 +158,12 @@ class Uploader:
         if self._delete_local:
             self._release(key, record)
         self.uploaded.append(key)
+        self._arrived(key)
+
+    def _arrived(self, key: Key) -> None:
+        with self._shrunk:
+            self._on_the_way.pop(key, None)
+            self._shrunk.notify_all()
 
     def _put(self, name: str, data: bytes) -> Published:
         while True:
@@ -181,6 +200,10 @@ class Uploader:
         for key, record in left.items():
             if key in there:
                 self._release(key, record)
+
+
+def _key(record: Mapping[str, Any]) -> Key:
+    return record["batch"], record["part"]
 
 
 def upload_buffer_bytes(storage: Storage) -> int:

@@ -61,6 +61,14 @@ HOOK_POINTS: Mapping[str, HookPoint] = {
 }
 DEFAULT_HOOK_POINT = "after_block"
 
+# What else the two ends of a block are called: by TransformerLens 3 (`blocks.{i}.hook_out`), and by analogy.
+_OTHER_NAMES = {
+    "in": "residual_before",
+    "out": "after_block",
+    "residual_after": "after_block",
+    "residual_post": "after_block",
+}
+
 _ALIAS_LAYER = re.compile(r"^blocks\.(\d{1,9}|\*|\{i\})\.(.+)$")
 
 
@@ -110,10 +118,28 @@ def _matches(name: str) -> list[tuple[str, int | None]]:
     by_glob = fnmatch.filter(HOOK_POINTS, name) if any(c in name for c in "*?[") else []
     if matched := by_alias or by_glob:
         return [(point, layer) for point in matched]
-    vocabulary = [*HOOK_POINTS, *(p.alias for p in HOOK_POINTS.values())]
-    near = difflib.get_close_matches(template, vocabulary, n=1, cutoff=0.4)
-    nearest = f"; the nearest name is {near[0]!r}" if near else ""
+    nearest = f"; the nearest name is {near!r}" if (near := _nearest(template)) else ""
     raise UserError(f"unknown hook point {name!r}{nearest}; the hook points are: {', '.join(HOOK_POINTS)}")
+
+
+def _nearest(name: str) -> str | None:
+    """The hook point that was probably meant, by its alias where the name is written like one.
+
+    Others' names are often written without their block or `hook_`; compared whole, `resid_post` would be nearest
+    to `residual_before`.
+    """
+    spellings = {_short(point.alias): point for point in HOOK_POINTS.values()}
+    spellings |= {other: HOOK_POINTS[meant] for other, meant in _OTHER_NAMES.items()}
+    spellings |= HOOK_POINTS
+    near = difflib.get_close_matches(_short(name), spellings, n=1, cutoff=0.4)
+    if not near:
+        return None
+    return spellings[near[0]].alias if _ALIAS_LAYER.match(name) else spellings[near[0]].name
+
+
+def _short(name: str) -> str:
+    """`resid_post` of `blocks.{i}.hook_resid_post`; the module stays, as in `mlp.pre`."""
+    return _ALIAS_LAYER.sub(r"\2", name.lower()).replace("hook_", "")
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ def test_another_run_in_the_directory_is_refused_as_the_run_itself_would_be(
     model: Path, tasks: Path, tmp_path: Path, untimed: None
 ) -> None:
     run_here(model, tasks, tmp_path / "a", layers_to_extract=(10,))
-    with pytest.raises(UserError, match=r"holds another run: sites was .*after_block 10.*is now .*after_block 11"):
+    with pytest.raises(UserError, match=r"holds another run: --layers_to_extract was 10, is now 11;"):
         _estimate(model, tasks, tmp_path / "a", layers_to_extract=(11,))
     assert _estimate(model, tasks, tmp_path / "a", layers_to_extract=(11,), overwrite=True).output.samples == 48
     other = write_jsonl(tmp_path / "other.jsonl", LENGTHS, seed=1)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jax_extract.errors import UserError, damage_is_told
-from jax_extract.store.differences import differences
+from jax_extract.store.differences import differences, input_differences
 from jax_extract.store.storage.verbs import Storage
 
 FORMAT_VERSION = 1
@@ -106,10 +106,12 @@ class Ledger:
     def require_same(
         self, identity: Mapping[str, Any], numerics: Mapping[str, Any], allow_numeric_change: bool
     ) -> None:
-        """Refuses to mix runs: names every key that differs."""
-        if changed := differences(self.run["identity"], identity):
+        """Refuses to mix runs: names everything that differs."""
+        with damage_is_told(self.storage.where(RUN_FILE), _RESTORE):
+            changed = differences(self.run["identity"], identity)
+        if changed:
             raise UserError(
-                f"{self.storage} holds another run: {changed}; choose another --activations_dir, "
+                f"{self.storage} holds another run: {changed}; go back to that, choose another --activations_dir, "
                 "or start anew with --overwrite"
             )
         if (changed := differences(self.run["numerics"], numerics)) and not allow_numeric_change:
@@ -182,9 +184,11 @@ class Ledger:
         try:
             self.storage.write(name, to_json(plan))
         except FileExistsError:
-            if read_json(self.storage, name) != json.loads(to_json(plan)):
+            stored = read_json(self.storage, name)
+            if stored != json.loads(to_json(plan)):
+                source = self.run["description"].get("source")
                 raise UserError(
-                    f"{self.storage} holds a run over other inputs (window {number} of its plan differs); "
+                    f"{self.storage} holds a run over other inputs, of {source}: {input_differences(stored, plan)}; "
                     "restore the inputs, choose another --activations_dir, or start anew with --overwrite"
                 ) from None
 

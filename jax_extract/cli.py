@@ -228,15 +228,10 @@ def _spell_out_flags(argv: list[str], dataclass: type) -> list[str]:
     return words
 
 
-def _inspect(argv: list[str]) -> None:
-    from jax_extract.upkeep.inspect import inspect
+def _inspect(argv: list[str]) -> int:
+    from jax_extract.upkeep.inspect import InspectConfig, inspect
 
-    if len(argv) != 1 or argv[0].startswith("-"):
-        print("usage: jax-extract inspect DIR | SHARD")
-        if argv not in (["-h"], ["--help"]):
-            raise UserError("inspect takes one run directory or one shard file")
-        return
-    inspect(argv[0])
+    return inspect(_parse(InspectConfig, argv, "jax-extract inspect"))
 
 
 _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import pickle
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from gcs_server import RunningServer, running
 
-from jax_extract import UserError
+from jax_extract import UserError, load_shard
+from jax_extract.cli import main
 from jax_extract.store.differences import differences, input_differences
+from jax_extract.store.formats import SUFFIXES
+from jax_extract.store.ledger import Ledger
+from jax_extract.store.parts import PartContent, Site
+from jax_extract.store.storage.local import Directory
+from jax_extract.store.storage.opening import open_storage
+from jax_extract.store.upload import Uploader
+from jax_extract.store.writer import PartWriter
 from models.hooks import resolve_hook_points
 
 
@@ -90,3 +105,137 @@ def test_other_inputs_are_told_as_far_as_the_plan_has_counted_them() -> None:
     other = {**plan, "input": {**counts, "dataset_hash": "b"}}
     assert input_differences(plan, other) == "as many samples and tokens, but other texts or ids"
     assert input_differences(plan, {**plan, "parts": []}) == "the same texts, but window 1 of its plan differs"
+
+
+# ------------------------------------------------------------------------------------- one shard on its own
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    with running() as process:
+        yield process
+
+
+@pytest.fixture
+def place(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A prefix of a new bucket."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    name = f"reader-{time.monotonic_ns()}"
+    server.make_bucket(name)
+    yield f"gs://{name}/runs/one"
+    server.forget_faults()
+
+
+def write_run(root: Path, shard_format: str = "pickle", parts: int = 2) -> Path:
+    """A run of two layers and parts of three samples, without a model."""
+    directory = Directory(root)
+    directory.make()
+    sites = [Site("after_block", layer, 4) for layer in (3, 4)]
+    identity = {
+        "sites": [vars(site) for site in sites],
+        "hook_points": ["after_block"],
+        "capture_dtype": "float32",
+        "positions": "all",
+        "shard_format": shard_format,
+        "model_type": "qwen2",
+    }
+    description = {"model_name": "m", "hidden_dim": 4, "num_hidden_layers": 9}
+    run = {"identity": identity, "numerics": {"dtype": "float32"}, "description": description}
+    ledger = Ledger.start(directory, run)
+    writer = PartWriter(ledger, sites, shard_format, "float32", "abc")
+    for batch in range(1, parts + 1):
+        lengths = (2, 1, 3)
+        positions = tuple(np.arange(n, dtype=np.int32) for n in lengths)
+        part = writer.begin(
+            PartContent(
+                batch=batch,
+                part=1,
+                parts_in_batch=1,
+                sample_indices=np.arange(3) + 3 * batch,
+                sample_ids=tuple(f"b{batch}s{i}" for i in range(3)),
+                token_ids=positions,
+                positions=positions,
+                full_lengths=np.array(lengths, np.int64),
+                meta=({},) * 3,
+                plan="p",
+            )
+        )
+        values = np.random.default_rng(batch).normal(size=(3, 3, 4)).astype(np.float32)
+        part.append({site.key: values + (site.layer or 0) for site in sites}, lengths, lambda: None)
+        part.commit()
+    writer.close()
+    return root
+
+
+def bucket_copy(root: Path, place: str, delete_local: bool = False) -> None:
+    """The run brought into a bucket, with its shards deleted here where that is wanted."""
+    source = Ledger.open(Directory(root))
+    target = Ledger.start(open_storage(place), source.run)
+    uploader = Uploader(source, target, "fed", delete_local)
+    for record in source.committed().values():
+        uploader.submit(record)
+    uploader.close()
+
+
+SHARD = "layer_3_batch_000002"
+
+
+@pytest.mark.parametrize("shard_format", list(SUFFIXES))
+def test_a_shard_in_a_bucket_is_read_and_inspected_as_the_file_is(
+    tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str], shard_format: str
+) -> None:
+    bucket_copy(write_run(tmp_path / "a", shard_format), place)
+    name = f"{SHARD}.{SUFFIXES[shard_format]}"
+    here, there = load_shard(tmp_path / "a" / name), load_shard(f"{place}/{name}")
+    assert here["sample_ids"].tolist() == there["sample_ids"].tolist() == ["b2s0", "b2s1", "b2s2"]
+    np.testing.assert_array_equal(here["activations"], there["activations"])
+    said = []
+    for where in (str(tmp_path / "a"), place):
+        assert main(["inspect", f"{where}/{name}"]) == 0
+        said.append(capsys.readouterr().out.partition("\n")[2])
+    assert said[0] == said[1]
+    assert re.match(r"  of run [0-9a-f]{12}, and matches the checksum of its record\n", said[0])
+
+
+def test_a_pickle_in_a_bucket_runs_nothing_and_a_missing_object_is_told(
+    tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace"
+    call = type("Call", (), {"__reduce__": lambda _: (Path.touch, (trace,))})()
+    open_storage(place).write(f"{SHARD}.pkl", pickle.dumps({"activations": call}))
+    assert main(["inspect", f"{place}/{SHARD}.pkl"]) == 2
+    assert "holds plain arrays and nothing else" in capsys.readouterr().err
+    assert not trace.exists()
+    assert main(["inspect", f"{place}/layer_9_batch_000001.pkl"]) == 2
+    assert f"shard {place}/layer_9_batch_000001.pkl does not exist" in capsys.readouterr().err
+
+
+def test_a_shard_that_is_not_what_its_run_committed_is_told_with_exit_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = write_run(tmp_path / "a") / f"{SHARD}.pkl"
+    monkeypatch.chdir(shard.parent)
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    assert main(["inspect", shard.name]) == 1  # by its name alone, as from its folder
+    assert "DAMAGED: it does not match the checksum of its record" in capsys.readouterr().out
+    orphan = shard.with_name(f"{SHARD}_attempt_0123456789ab.pkl")
+    shard.rename(orphan)
+    assert main(["inspect", str(orphan)]) == 1
+    assert "no record names it" in capsys.readouterr().out
+    alone = tmp_path / orphan.name
+    orphan.rename(alone)
+    assert main(["inspect", str(alone)]) == 0
+    assert "no run lies beside it" in capsys.readouterr().out
+
+
+def test_inspect_says_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", "--help"])
+    assert not ended.value.code
+    assert "gs://bucket/prefix, or one shard" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for words in ([], ["a", "b"], ["--wrong"]):
+        assert main(["inspect", *words]) == 2
+        assert "jax-extract inspect --help lists the flags" in capsys.readouterr().err

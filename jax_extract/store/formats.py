@@ -18,19 +18,21 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO, Protocol
 
 import ml_dtypes
 import numpy as np
 from numpy.lib import format as npy
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize
 
 from jax_extract.errors import UserError, damage_is_told
-from jax_extract.store.storage.verbs import Chunk
+from jax_extract.store.storage.opening import open_storage
+from jax_extract.store.storage.verbs import BUCKET_SCHEME, Chunk
 
 DTYPES = ("float32", "bfloat16", "float16")
 _SAFETENSORS_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_NUMPY_TYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16, "I64": np.int64}
 SUFFIXES = {"pickle": "pkl", "npz": "npz", "safetensors": "safetensors"}
 
 
@@ -282,22 +284,43 @@ class _ArrayUnpickler(pickle.Unpickler):
 def load_shard(path: str | Path) -> dict[str, Any]:
     """Reads one shard of any format, on its own.
 
+    Args:
+      path: a file, or an object `gs://bucket/prefix/layer_10_batch_000001.pkl`.
+
     Returns:
       `activations` [rows, width] (bfloat16 as `ml_dtypes.bfloat16`), `layer` (None where there is none),
       `hook`, `dtype`, `sample_ids` (array of strings) and `row_offsets` int64 [samples + 1].
 
     Raises:
-      UserError: the file is missing, damaged, not a shard, or a pickle that holds more than plain arrays.
+      UserError: it is missing, damaged, not a shard, or a pickle that holds more than plain arrays.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"shard {path} does not exist; give a file such as layer_10_batch_000001.pkl")
+    with open_shard(path) as file:
+        return read_shard(file, path)
+
+
+def open_shard(path: str | Path) -> BinaryIO:
+    """A shard's bytes; an object is fetched whole. UserError where there is none."""
+    missing = f"shard {path} does not exist; give a file such as layer_10_batch_000001.pkl"
+    if str(path).startswith(BUCKET_SCHEME):
+        place, _, name = str(path).rpartition("/")
+        try:
+            return io.BytesIO(open_storage(place).read(name))
+        except FileNotFoundError:
+            raise UserError(missing) from None
+    if not Path(path).is_file():
+        raise UserError(missing)
+    return Path(path).open("rb")
+
+
+def read_shard(file: BinaryIO, path: str | Path) -> dict[str, Any]:
+    """As `load_shard`, of what `open_shard(path)` gave."""
+    suffix = PurePath(path).suffix
     readers = {".pkl": _load_pickle, ".npz": _load_npz, ".safetensors": _load_safetensors}
-    if path.suffix not in readers:
-        raise UserError(f"shard {path} has the suffix {path.suffix!r}; shards end in {', '.join(readers)}")
+    if suffix not in readers:
+        raise UserError(f"shard {path} has the suffix {suffix!r}; shards end in {', '.join(readers)}")
     try:
         with damage_is_told(f"shard {path}", "extract that batch again"):
-            return _checked(readers[path.suffix](path))
+            return _checked(readers[suffix](file))
     except (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, EOFError, SafetensorError) as error:
         raise UserError(f"shard {path} was not read ({error}); a shard holds plain arrays and nothing else") from None
 
@@ -317,28 +340,32 @@ def _checked(shard: dict[str, Any]) -> dict[str, Any]:
     return {**shard, "activations": activations, "layer": layer, "hook": hook, "dtype": dtype}
 
 
-def _load_pickle(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        content = _ArrayUnpickler(file).load()
+def _load_pickle(file: BinaryIO) -> dict[str, Any]:
+    content = _ArrayUnpickler(file).load()
     if not isinstance(content, dict):
         raise ValueError("it does not hold a dictionary")
     return content
 
 
-def _load_npz(path: Path) -> dict[str, Any]:
-    # Opened here, because np.load leaves the file open when it is no zip file.
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+def _load_npz(file: BinaryIO) -> dict[str, Any]:
+    with np.load(file, allow_pickle=False) as content:
         return {name: content[name] for name in content.files}
 
 
-def _load_safetensors(path: Path) -> dict[str, Any]:
-    with safe_open(path, framework="numpy") as file:
-        metadata = file.metadata() or {}
-        return {
-            "activations": file.get_tensor("activations"),
-            "row_offsets": file.get_tensor("row_offsets"),
-            "sample_ids": np.array(json.loads(metadata["sample_ids"]), np.str_),
-            "layer": int(metadata["layer"]) if metadata["layer"] else None,
-            "hook": metadata["hook"],
-            "dtype": metadata["dtype"],
-        }
+def _load_safetensors(file: BinaryIO) -> dict[str, Any]:
+    data = file.read()
+    tensors = dict(deserialize(data))
+
+    def array(name: str) -> np.ndarray:
+        stored = tensors[name]
+        return np.frombuffer(stored["data"], _NUMPY_TYPES[stored["dtype"]]).reshape(stored["shape"])
+
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    return {
+        "activations": array("activations"),
+        "row_offsets": array("row_offsets"),
+        "sample_ids": np.array(json.loads(metadata["sample_ids"]), np.str_),
+        "layer": int(metadata["layer"]) if metadata["layer"] else None,
+        "hook": metadata["hook"],
+        "dtype": metadata["dtype"],
+    }

@@ -1,27 +1,46 @@
 """`jax-extract inspect`: what is in a run, or in one shard, as a person reads it.
 
-In: a run directory or a shard file. Out: text: what was extracted, and per site the shape, the mean
-norm of a row and the root mean square of a value, with a bar to see how the norm grows with depth.
+In: a run or one shard, in a directory or a bucket. Out: text: what was extracted, and per site the shape, the mean
+norm of a row and the root mean square of a value, with a bar to see how the norm grows with depth; of a shard also
+whether it is as the run beside it has committed it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from jax_extract.errors import UserError
-from jax_extract.store.formats import load_shard
-from jax_extract.store.parts import Site
+from jax_extract.store.formats import SUFFIXES, open_shard, read_shard
+from jax_extract.store.ledger import COMMITS, RUN_FILE, Ledger
+from jax_extract.store.parts import ShardName, Site
 from jax_extract.store.reader import Run, open_activations
-from jax_extract.store.storage.verbs import BUCKET_SCHEME
+from jax_extract.store.storage.opening import open_storage
+from jax_extract.store.storage.verbs import BUCKET_SCHEME, crc32c
 from jax_extract.terminal import bytes_text, plural, ranges_text, share_text
+from jax_extract.upkeep.status import Place
 
 _BAR = 30
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _CHUNK_ROWS = 65_536
+_CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Summarise a run, or one shard: shape, mean norm of a row, root mean square of a value.
+
+    Exit code 1 when a shard is not what the run beside it has committed, else 0.
+
+    Attributes:
+      place: run directory or gs://bucket/prefix, or one shard file in either.
+    """
+
+    place: Place
 
 
 @dataclass
@@ -65,14 +84,23 @@ def statistics(arrays: Iterable[np.ndarray]) -> SiteStatistics:
     return result
 
 
-def inspect(path: str) -> None:
-    """Prints the summary of a run, in a directory or a bucket, or of one shard; UserError where it is neither."""
-    if path.startswith(BUCKET_SCHEME) or Path(path).is_dir():
-        _inspect_run(open_activations(path), path)
-    elif Path(path).is_file():
-        _inspect_shard(path)
+def inspect(config: InspectConfig) -> int:
+    """Prints the summary of a run or of one shard; 1 where a shard is not as its run committed it, else 0.
+
+    Raises:
+      UserError: the place holds neither, or what it holds is damaged.
+    """
+    place = config.place
+    if place.startswith(BUCKET_SCHEME):
+        is_shard = PurePosixPath(place).suffix.removeprefix(".") in SUFFIXES.values()
     else:
-        raise UserError(f"{path!r} is neither a run directory nor a shard; give what --activations_dir named")
+        is_shard = Path(place).is_file()
+        if not is_shard and not Path(place).is_dir():
+            raise UserError(f"{place!r} is neither a run directory nor a shard; give what --activations_dir named")
+    if is_shard:
+        return _inspect_shard(place)
+    _inspect_run(open_activations(place), place)
+    return 0
 
 
 def _inspect_run(run: Run, path: str) -> None:
@@ -92,12 +120,45 @@ def _inspect_run(run: Run, path: str) -> None:
     _table([(site, statistics(b.activations for b in run.batches(site.layer, site.hook))) for site in run.sites])
 
 
-def _inspect_shard(path: str) -> None:
-    shard = load_shard(path)
+def _inspect_shard(path: str) -> int:
+    with open_shard(path) as file:
+        shard = read_shard(file, path)
+        as_committed, said = _as_committed(path, file)
     activations: np.ndarray = shard["activations"]
     print(f"{path}: {plural(len(shard['sample_ids']), 'sample')}, stored as {shard['dtype']}")
-    print()
+    print(f"  {said}\n")
     _table([(Site(shard["hook"], shard["layer"], activations.shape[1]), statistics([activations]))])
+    return 0 if as_committed else 1
+
+
+def _as_committed(path: str, file: BinaryIO) -> tuple[bool, str]:
+    """Whether a shard is what the run in its place has committed, and that in words; no run has nothing against it."""
+    place, _, name = path.rpartition("/")
+    storage = open_storage(place or ("/" if path.startswith("/") else "."))
+    if not storage.exists(RUN_FILE):
+        return True, "no run lies beside it, so its checksum is not known"
+    ledger = Ledger.open(storage)
+    entry = next((file for file in _committed_files(ledger, name) if file["path"] == name), None)
+    of = f"of run {str(ledger.run['run_id'])[:12]}"
+    if entry is None:
+        return False, f"{of}, but no record names it: an attempt was killed, or is still writing it"
+    file.seek(0)
+    checksum = 0
+    while chunk := file.read(_CHUNK_BYTES):
+        checksum = crc32c(chunk, checksum)
+    if checksum == entry["crc32c"]:
+        return True, f"{of}, and matches the checksum of its record"
+    return False, f"{of}, but DAMAGED: it does not match the checksum of its record; see jax-extract verify {place}"
+
+
+def _committed_files(ledger: Ledger, name: str) -> list[dict[str, Any]]:
+    """What the records of a shard's batch name."""
+    if not (shard := ShardName.parse(name)):
+        return []
+    of_batch = f"{shard.batch:06d}_"
+    parts = [record[len(of_batch) :] for record in ledger.names(COMMITS) if record.startswith(of_batch)]
+    keys = [(shard.batch, int(part.removesuffix(".json"))) for part in parts]
+    return [file for key in keys for file in ledger.record(key)["files"]]
 
 
 def _table(rows: list[tuple[Site, SiteStatistics]]) -> None:

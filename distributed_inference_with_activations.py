@@ -8,6 +8,8 @@ Edit the defaults of `DistributedARCConfig` or pass flags; `--help` lists them a
 jax_extract, to which the configuration is handed once; importing this file starts no device.
 """
 
+import os
+import signal
 import sys
 from dataclasses import dataclass, field
 from typing import List, Optional
@@ -41,5 +43,12 @@ def main() -> int:
     return extract_command("distributed_inference_with_activations.py", DistributedARCConfig())
 
 
+def interrupted(*_: object) -> None:
+    """Ctrl-C while libraries are still imported; later jax_extract hears it."""
+    print("interrupted; what is committed is safe: run the same command again to go on", file=sys.stderr, flush=True)
+    os._exit(130)  # no exception: what imports swallows it
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupted)
     sys.exit(main())

@@ -6,6 +6,8 @@
 Edit the defaults of `SimpleExtractionConfig` or pass flags; `--help` lists them all.
 """
 
+import os
+import signal
 import sys
 from dataclasses import dataclass
 from typing import List, Optional
@@ -40,5 +42,12 @@ def main() -> int:
     return extract_command("simple_extraction_inference.py", SimpleExtractionConfig())
 
 
+def interrupted(*_: object) -> None:
+    """Ctrl-C while libraries are still imported; later jax_extract hears it."""
+    print("interrupted; what is committed is safe: run the same command again to go on", file=sys.stderr, flush=True)
+    os._exit(130)  # no exception: what imports swallows it
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupted)
     sys.exit(main())

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from jax_extract import interruption
 from jax_extract.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ commands:
 
 jax-extract COMMAND --help lists the options of each.
 """
-_INTERRUPTED = 130
 _CONFIG_FLAG = "--config"
 _EXTRACT_HELP = (
     "Extract activations of a language model, matched to tokens. "
@@ -48,7 +48,9 @@ _EXTRACT_HELP = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The `jax-extract` command."""
+    """The `jax-extract` command; without `argv` it is the process's own."""
+    if argv is None:
+        interruption.listen()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE, end="")
@@ -64,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def extract_command(program: str, defaults: object = None, argv: Sequence[str] | None = None) -> int:
     """An extraction as a script: `defaults` is a dataclass whose fields are (some of) `ExtractConfig`'s."""
+    if argv is None:
+        interruption.listen()
     words = list(sys.argv[1:] if argv is None else argv)
     return guarded(lambda: _extract(words, program, defaults))
 
@@ -87,8 +91,8 @@ def guarded(command: Callable[[], int | None]) -> int:
         print(f"error: {place} ({error.strerror or error}); check its permissions and the disk", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; what is committed is safe: run the same command again to go on", file=sys.stderr)
-        return _INTERRUPTED
+        interruption.say()
+        return interruption.EXIT_CODE
 
 
 def _quiet_libraries() -> None:

@@ -6,12 +6,14 @@ import dataclasses
 import importlib.metadata
 import json
 import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from small_run import ROOT, SCRIPT, make_model, run_cli, run_here, shards, write_arc, write_jsonl
+from small_run import ROOT, SCRIPT, environment, make_model, run_cli, run_here, shards, write_arc, write_jsonl
 
 from jax_extract import cli, open_activations
 from jax_extract.config import ExtractConfig
@@ -24,6 +26,35 @@ config = DistributedARCConfig()
 print(f"Extracting layers: {config.layers_to_extract}")
 print(f"Number of layers: {len(config.layers_to_extract)}")
 print(sorted({name.partition(".")[0] for name in sys.modules} & {"jax", "jaxlib", "flax", "torch", "transformers"}))
+"""
+# A program that says when it comes to import a module and is busy there: in Python, where an exception is swallowed as
+# libraries do, or in C, where none comes.
+BUSY = """
+import ctypes, runpy, sys, time
+
+module, where, script = sys.argv[1:]
+
+class Busy:
+    def find_spec(self, name, path=None, target=None):
+        if name != module:
+            return
+        print("told", flush=True)
+        if where == "C":
+            mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+            libc.pthread_mutex_lock(mutex)
+            libc.pthread_mutex_lock(mutex)
+        for _ in range(2):
+            try:
+                time.sleep(30)
+            except BaseException:
+                pass
+
+sys.meta_path.insert(0, Busy())
+if script:
+    runpy.run_path(script, run_name="__main__")
+from jax_extract.cli import main
+sys.argv[1:] = ["extract"]
+main()
 """
 DEFAULT_LAYERS = [str(layer) for layer in range(10, 24)]
 
@@ -202,6 +233,31 @@ def test_a_second_configuration_file_is_refused_instead_of_replacing_the_first(
 ) -> None:
     assert cli.main(["extract", "--config", "a.yaml", "--config=b.yaml"]) == 2
     assert "--config was given 2 times" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "module", "where", "times"),
+    [
+        (SCRIPT, "jax", "Python", 1),
+        (ROOT / "simple_extraction_inference.py", "jax", "Python", 1),
+        (SCRIPT, "tyro", "C", 1),
+        ("", "tyro", "Python", 2),
+    ],
+)
+def test_ctrl_c_while_a_command_starts_ends_it_with_one_sentence(
+    script: Path | str, module: str, where: str, times: int
+) -> None:
+    line = [sys.executable, "-c", BUSY, module, where, str(script)]
+    with subprocess.Popen(
+        line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "told\n"
+        for _ in range(times):
+            process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert (out, err) == ("", "interrupted; what is committed is safe: run the same command again to go on\n")
 
 
 def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:

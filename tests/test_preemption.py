@@ -29,6 +29,7 @@ NOTICED = "told "  # begins the line in which the process says that the test's m
 # The command, with one function replaced. SIGTERM can come when a line that begins with `told` was printed.
 SCRIPT = f"""
 import ctypes, sys, threading, time
+from jax_extract import interruption
 from jax_extract.extraction import preemption
 from jax_extract.cli import main
 from jax_extract.extraction.program import CaptureProgram
@@ -65,14 +66,15 @@ def stuck_writer(shard):
     finish(shard)
 
 kind, grace = sys.argv[1], float(sys.argv[2])
-preemption.GRACE_SECONDS = grace
+preemption.GRACE_SECONDS = interruption._UNWIND_SECONDS = grace
 if kind == "slow":
     CaptureProgram.run, writer._Shard.finish = slow_program, slow_writer
 if kind == "stuck in C":
     CaptureProgram.run, writer._Shard.finish = program_stuck_in_c, slow_writer
 if kind == "stuck writer":
     writer._Shard.finish = stuck_writer
-sys.exit(main(["extract", *sys.argv[3:]]))
+sys.argv[1:] = ["extract", *sys.argv[3:]]
+sys.exit(main())
 """
 
 
@@ -116,14 +118,22 @@ def _run(place: Path | str) -> list:
 
 
 class Preempted:
-    """The command, sent SIGTERM in the middle.
+    """The command, sent SIGTERM (or another signal) in the middle.
 
     Attributes:
       before, after: parts committed when the signal was sent, and when the process had ended.
       seconds: from the one to the other.
     """
 
-    def __init__(self, kind: str, words: list[str], directory: Path, grace: float = 25, enough: int = 0) -> None:
+    def __init__(
+        self,
+        kind: str,
+        words: list[str],
+        directory: Path,
+        grace: float = 25,
+        enough: int = 0,
+        sent: signal.Signals = signal.SIGTERM,
+    ) -> None:
         line = [sys.executable, "-c", SCRIPT, kind, str(grace), *words]
         commits = directory / "_run/commits"
         with subprocess.Popen(
@@ -132,7 +142,7 @@ class Preempted:
             try:
                 self._wait(process, commits, enough)
                 self.before, started = len(list(commits.iterdir())), time.monotonic()
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(sent)
                 self.stdout, self.stderr = process.communicate(timeout=60)
             finally:
                 process.kill()
@@ -188,6 +198,30 @@ def test_sigterm_commits_the_parts_that_are_complete_and_abandons_the_others(
     assert not list(directory.glob(".*"))
     _require_resumed(words, directory, expected)
     assert len(json.loads((directory / "metadata.json").read_text())["sessions"]) == 1  # the first came to no end
+
+
+def test_ctrl_c_while_shards_are_written_takes_away_what_is_half_written_and_ends_with_one_sentence(
+    model: Path, tasks: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    directory = tmp_path / "a"
+    words = _words(model, tasks, directory)
+    stopped = Preempted("slow", words, directory, enough=3, sent=signal.SIGINT)
+    assert stopped.code == 130
+    assert stopped.seconds < 15
+    assert stopped.after < PARTS
+    lines = [line for line in re.split(r"[\r\n]+", stopped.stderr) if line.strip() and not line.startswith("extract:")]
+    assert lines == ["interrupted; what is committed is safe: run the same command again to go on"]
+    assert not survey(Ledger.open(open_storage(directory))).orphans
+    assert not list(directory.glob(".*"))
+    _require_resumed(words, directory, expected)
+
+
+def test_ctrl_c_is_heard_while_the_main_thread_is_stuck_in_c(model: Path, tasks: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "a"
+    stopped = Preempted("stuck in C", _words(model, tasks, directory), directory, grace=1, sent=signal.SIGINT)
+    assert stopped.code == 130
+    assert stopped.seconds < 5
+    assert "interrupted; what is committed is safe" in stopped.stderr
 
 
 def test_sigterm_is_heard_while_the_main_thread_is_stuck_in_c(

@@ -15,6 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from jax_extract import interruption
+
 GRACE_SECONDS = 25.0  # platforms give 30 before they pull the plug
 _LAST_WORDS_SECONDS = 1.0
 EXIT_CODE = 128 + signal.SIGTERM
@@ -25,6 +27,7 @@ def on_preemption(wind_up: Callable[[float], str], linger: bool = False) -> Iter
     """While inside, SIGTERM calls `wind_up(seconds left)`, prints what it returns, and ends the process.
 
     With `linger` not before the time is up: the end of the first process of several is the end of all.
+    Ctrl-C is an exception here, so that files that are half written are taken away.
 
     Only the main thread can set this up; elsewhere, as in a notebook's server, nothing is changed.
     """
@@ -37,11 +40,12 @@ def on_preemption(wind_up: Callable[[float], str], linger: bool = False) -> Iter
     before_fd = signal.set_wakeup_fd(notice, warn_on_full_buffer=False)
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     watcher = threading.Thread(
-        target=_watch, args=(noticed, wind_up, linger), name="jax_extract-preemption", daemon=True
+        target=_watch, args=(noticed, before_fd, wind_up, linger), name="jax_extract-preemption", daemon=True
     )
     watcher.start()
     try:
-        yield
+        with interruption.unwinding():
+            yield
     finally:
         signal.signal(signal.SIGTERM, before)
         signal.set_wakeup_fd(before_fd)
@@ -53,9 +57,11 @@ def on_preemption(wind_up: Callable[[float], str], linger: bool = False) -> Iter
 _speaking = threading.Lock()  # taken once and for good
 
 
-def _watch(noticed: int, wind_up: Callable[[float], str], linger: bool) -> None:
+def _watch(noticed: int, others: int, wind_up: Callable[[float], str], linger: bool) -> None:
     while byte := os.read(noticed, 1):
         if byte[0] != signal.SIGTERM:
+            if others >= 0:  # who heard the signals before
+                os.write(others, byte)
             continue
         until = time.monotonic() + GRACE_SECONDS - _LAST_WORDS_SECONDS
         # Should the disk or the network hang, the process ends all the same, by a thread that waits for nothing.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from gcs_server import RunningServer, running
 
-from jax_extract import UserError, load_shard
+from jax_extract import Run, UserError, load_shard, open_activations
 from jax_extract.cli import main
 from jax_extract.store.differences import differences, input_differences
 from jax_extract.store.formats import SUFFIXES
@@ -239,3 +241,91 @@ def test_inspect_says_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ([], ["a", "b"], ["--wrong"]):
         assert main(["inspect", *words]) == 2
         assert "jax-extract inspect --help lists the flags" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------- shards that were uploaded and deleted here
+
+
+def _rows(run: Run) -> dict[str, bytes]:
+    return {sample.sample_id: sample.get(4).tobytes() for sample in run.samples()}
+
+
+def test_a_run_whose_shards_were_uploaded_and_deleted_here_is_read_from_the_bucket(
+    tmp_path: Path, place: str, server: RunningServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = _rows(open_activations(write_run(tmp_path / "a", parts=3)))
+    bucket_copy(tmp_path / "a", place, delete_local=True)
+    assert not list((tmp_path / "a").glob("layer_*"))
+    server.forget_log()
+    run = open_activations(tmp_path / "a")
+    assert len([entry for entry in server.log() if entry["name"].endswith("_run/run.json")]) <= 2  # opened once
+    assert _rows(run) == before
+    assert _rows(pickle.loads(pickle.dumps(run))) == before  # as worker processes get it
+    batch = next(iter(run.shuffled(3, rows=9, epochs=1)))
+    assert batch.activations.shape == (9, 4)
+    assert main(["inspect", str(tmp_path / "a")]) == 0
+    said = capsys.readouterr().out
+    assert f"3 parts uploaded and deleted here; read from {place}" in said
+    assert re.search(r"after_block +4 +18 x 4 ", said)
+
+
+def test_parts_that_are_still_here_are_read_here(tmp_path: Path, place: str, server: RunningServer) -> None:
+    before = _rows(open_activations(write_run(tmp_path / "a")))
+    bucket_copy(tmp_path / "a", place, delete_local=True)
+    write_run(tmp_path / "b", parts=3)
+    for path in (tmp_path / "b/_run/commits").iterdir():  # as if the run had gone on without the bucket
+        run_id = json.loads((tmp_path / "a/_run/run.json").read_text())["run_id"]
+        record = {**json.loads(path.read_text()), "run": run_id}
+        if not (tmp_path / "a/_run/commits" / path.name).exists():
+            (tmp_path / "a/_run/commits" / path.name).write_text(json.dumps(record))
+            for file in (record["sidecar"], *record["files"]):
+                shutil.copy(tmp_path / "b" / file["path"], tmp_path / "a" / file["path"])
+    server.forget_log()
+    rows = _rows(open_activations(tmp_path / "a"))
+    assert {name: row for name, row in rows.items() if name in before} == before
+    assert set(rows) - set(before) == {"b3s0", "b3s1", "b3s2"}
+    assert not [entry for entry in server.log() if "000003" in entry["name"]]
+
+
+def _note(root: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    for path in (root / "_run/uploaded").iterdir():
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+@pytest.mark.parametrize(
+    ("note", "told"),
+    [
+        ("/etc", r"_run/uploaded says that shards were uploaded to '/etc', which is no bucket"),
+        ("https://elsewhere", "which is no bucket"),
+        ("gs://../x", r"were uploaded to gs://\.\./x and deleted here, but: .*names no bucket"),
+        (7, "which is no bucket"),
+        (None, "damaged"),
+    ],
+)
+def test_a_note_that_names_no_bucket_is_refused_before_anything_is_asked(
+    tmp_path: Path, place: str, server: RunningServer, note: Any, told: str
+) -> None:
+    bucket_copy(write_run(tmp_path / "a"), place, delete_local=True)
+    _note(tmp_path / "a", lambda _: {} if note is None else {"to": note})
+    server.forget_log()
+    with pytest.raises(UserError, match=told):
+        open_activations(tmp_path / "a")
+    assert not server.log()
+
+
+def test_a_bucket_with_another_run_or_without_the_part_is_told_before_anything_is_read(
+    tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bucket_copy(write_run(tmp_path / "a"), place, delete_local=True)
+    bucket_copy(write_run(tmp_path / "b"), f"{place}-other")
+    _note(tmp_path / "a", lambda _: {"to": f"{place}-other"})
+    with pytest.raises(UserError, match=f"uploaded to {place}-other and deleted here, but: .*holds another run"):
+        open_activations(tmp_path / "a")
+    _note(tmp_path / "a", lambda _: {"to": f"{place}-nothing"})
+    assert main(["inspect", str(tmp_path / "a")]) == 2
+    error = capsys.readouterr().err
+    assert f"were uploaded to {place}-nothing and deleted here, but: {place}-nothing holds no run" in error
+    _note(tmp_path / "a", lambda _: {"to": place})
+    open_storage(place).delete("_run/commits/000002_001.json")
+    with pytest.raises(UserError, match=f"part 000002_001 of .* was uploaded to {place}, which holds no record of it"):
+        open_activations(tmp_path / "a")

@@ -147,10 +147,9 @@ class FilePart:
         try:
             got = self._storage.read_into(array.path, array.offset + begin, data.data, generation)
         except OSError as error:
-            gone = f"shard {array.path} cannot be read: {error.strerror}"
-            if self._record.get("uploaded_to"):
-                raise UserError(f"{gone}; it was uploaded: open {self._record['uploaded_to']}") from None
-            raise UserError(f"{gone}; restore it from a copy") from None
+            raise UserError(
+                f"shard {array.path} of {self._storage} cannot be read: {error.strerror}; restore it from a copy"
+            ) from None
         if got < len(data):
             raise UserError(f"shard {array.path} is cut short; restore it from a copy, or start the run anew")
         for block in range(first, last):

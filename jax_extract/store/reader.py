@@ -16,11 +16,12 @@ import numpy as np
 
 from jax_extract.errors import UserError, damage_is_told
 from jax_extract.store.file_part import FilePart, Sidecars, StoredPart
-from jax_extract.store.ledger import Ledger
+from jax_extract.store.ledger import UPLOADED, Key, Ledger, Record, part_name
 from jax_extract.store.metadata import metadata_of
 from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.shuffled.rows import ShuffledRows, ShuffleSettings
 from jax_extract.store.storage.opening import open_storage
+from jax_extract.store.storage.verbs import BUCKET_SCHEME, Storage
 from models.hooks import resolve_hook_points
 
 
@@ -230,17 +231,59 @@ def open_activations(path: str | Path) -> Run:
     """Opens a run; it may still be going on, and then holds what is committed so far.
 
     Args:
-      path: a run directory, or `gs://bucket/prefix`, which is read by ranges of its objects.
+      path: a run directory, or `gs://bucket/prefix`, which is read by ranges of its objects. Parts whose shards were
+        uploaded and deleted in the directory are read from their bucket.
 
     Raises:
-      UserError: there is no run, or its records are damaged.
+      UserError: there is no run, or its records are damaged, or that bucket does not hold the same run.
     """
-    storage = open_storage(path)
-    ledger = Ledger.open(storage)
-    committed = ledger.committed()
-    with damage_is_told(f"the run in {storage}", "restore its _run folder from a copy"):
+    ledger = Ledger.open(open_storage(path))
+    with damage_is_told(f"the run in {ledger.storage}", "restore its _run folder from a copy"):
+        committed = ledger.committed()
         identity = ledger.run["identity"]
         sites = [Site(str(s["hook"]), s["layer"], int(s["width"])) for s in identity["sites"]]
-        sidecars = Sidecars(storage)
-        parts = [FilePart(storage, r, identity["capture_dtype"], sidecars) for r in committed.values()]
+        parts = _parts(ledger, committed, identity["capture_dtype"])
     return Run(metadata_of(ledger, committed), sites, parts)
+
+
+@dataclass(frozen=True)
+class _Home:
+    """A place that holds parts, with its own records, which name its files."""
+
+    storage: Storage
+    committed: Mapping[Key, Record]
+    sidecars: Sidecars
+
+
+def _parts(ledger: Ledger, committed: Mapping[Key, Record], dtype: str) -> list[FilePart]:
+    """Each where its shards are: here, or in the bucket to which they were uploaded before they were deleted here."""
+    homes: dict[str | None, _Home] = {None: _Home(ledger.storage, committed, Sidecars(ledger.storage))}
+    parts = []
+    for key, record in committed.items():
+        place = record.get("uploaded_to")
+        if place is not None and place not in homes:
+            homes[place] = _bucket_of(ledger, place)
+        home = homes[place]
+        if key not in home.committed:
+            raise UserError(
+                f"part {part_name(key)} of {ledger.storage} was uploaded to {place}, which holds no record of it; "
+                "restore the bucket from a copy, or give the command that started the run again"
+            )
+        parts.append(FilePart(home.storage, home.committed[key], dtype, home.sidecars))
+    return parts
+
+
+def _bucket_of(ledger: Ledger, place: str) -> _Home:
+    """The bucket that a note beside the records names, if it holds the same run; the note may be anybody's."""
+    if not place.startswith(BUCKET_SCHEME):
+        raise UserError(
+            f"{ledger.storage.where(UPLOADED)} says that shards were uploaded to {place[:80]!r}, which is no bucket; "
+            "restore that folder from a copy"
+        )
+    try:
+        there = Ledger.open(open_storage(place))
+        if there.run["run_id"] != ledger.run["run_id"]:
+            raise UserError(f"{place} holds another run; give the bucket itself if that is the one you want")
+        return _Home(there.storage, there.committed(), Sidecars(there.storage))
+    except UserError as error:
+        raise UserError(f"shards of {ledger.storage} were uploaded to {place} and deleted here, but: {error}") from None

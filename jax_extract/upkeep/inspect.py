@@ -7,6 +7,7 @@ whether it is as the run beside it has committed it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jax_extract.errors import UserError
+from jax_extract.store.file_part import FilePart
 from jax_extract.store.formats import SUFFIXES, open_shard, read_shard
 from jax_extract.store.ledger import COMMITS, RUN_FILE, Ledger
 from jax_extract.store.parts import ShardName, Site
@@ -114,6 +116,9 @@ def _inspect_run(run: Run, path: str) -> None:
         f"  {', '.join(run.hook_points)}" + (f" at layers {ranges_text(run.layers)}" if run.layers else "") + f"; "
         f"computed in {meta['numerics']['dtype']}, stored as {meta['capture_dtype']} in {meta['shard_format']}"
     )
+    for place, parts in Counter(str(part.storage) for part in run.parts if isinstance(part, FilePart)).items():
+        if place.startswith(BUCKET_SCHEME) and not path.startswith(BUCKET_SCHEME):
+            print(f"  {plural(parts, 'part')} uploaded and deleted here; read from {place}")
     if meta["tokens_per_second"]:
         print(f"  {meta['tokens_per_second']:,.0f} tokens/s, padding {share_text(meta['padding_waste'])}")
     print()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from jax_extract.extraction.loop import LoopStatistics
 from jax_extract.inputs.plan import Part, PlanSettings, plan_windows
 from jax_extract.inputs.tokenize import TokenizedSample
 from jax_extract.store.budget import ByteBudget
-from jax_extract.store.parts import Site
+from jax_extract.store.parts import ShardName, Site
 from jax_extract.store.storage.local import Directory
 from jax_extract.store.storage.opening import open_storage
 from jax_extract.terminal import Terminal, bytes_text
@@ -81,7 +82,7 @@ def test_the_figures_of_the_users_document_come_out() -> None:
     parts = [part for window in plan_windows(samples, settings) for part in window.parts]
     sites = [Site("after_block", layer, 896) for layer in range(10, 24)]
     output = output_of(parts, sites, positions, "float32", "pickle")
-    assert output.site_bytes[sites[0]] / output.samples == 3_584 == pytest.approx(3.6e3, rel=0.005)
+    assert output.row_bytes / len(sites) / output.samples == 3_584 == pytest.approx(3.6e3, rel=0.005)
     assert output.row_bytes / output.samples == 50_176 == pytest.approx(50.4e3, rel=0.005)
     assert output.row_bytes / output.samples * 512 == 25_690_112 == pytest.approx(25.8e6, rel=0.005)
     assert output.row_bytes == 2_508_800_000 == pytest.approx(2.52e9, rel=0.005)
@@ -97,10 +98,22 @@ def test_the_figures_of_the_users_document_come_out() -> None:
 
 @pytest.mark.parametrize(
     ("shard_format", "positions", "capture_dtype"),
-    [("pickle", "all", "float32"), ("npz", "every:3", "bfloat16"), ("safetensors", "first:40", "float16")],
+    [
+        ("pickle", "all", "float32"),
+        ("pickle", "last", "float32"),  # heads are a tenth of such shards
+        ("npz", "every:3", "bfloat16"),
+        ("safetensors", "first:40", "float16"),
+    ],
 )
 def test_a_run_writes_the_bytes_and_files_that_were_estimated(
-    model: Path, tasks: Path, tmp_path: Path, untimed: None, shard_format: str, positions: str, capture_dtype: str
+    model: Path,
+    tasks: Path,
+    tmp_path: Path,
+    untimed: None,
+    shard_format: str,
+    positions: str,
+    capture_dtype: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     hooks = ("after_block", "ffn_hidden", "final_norm")  # two widths, and a hook point without a layer
     options = {"shard_format": shard_format, "positions": positions, "capture_dtype": capture_dtype}
@@ -108,11 +121,21 @@ def test_a_run_writes_the_bytes_and_files_that_were_estimated(
     assert not (tmp_path / "a").exists()
     metadata = run_here(model, tasks, tmp_path / "a", hook_points=hooks, **options)
     values = 4 if capture_dtype == "float32" else 2
-    stored = {site: size // (site.width * values) for site, size in found.output.site_bytes.items()}
-    assert set(stored.values()) == {metadata["total_rows"]} == {found.output.rows}
-    assert [(s.hook, s.layer) for s in stored] == [(s["hook"], s["layer"]) for s in metadata["sites"]]
+    sites = list(found.output.site_bytes)
+    assert found.output.rows == metadata["total_rows"]
+    assert found.output.row_bytes == metadata["total_rows"] * values * sum(site.width for site in sites)
+    assert [(s.hook, s.layer) for s in sites] == [(s["hook"], s["layer"]) for s in metadata["sites"]]
+    written: Counter[tuple[str, int | None]] = Counter()
+    for name, data in shards(tmp_path / "a").items():
+        shard = ShardName.parse(name)
+        assert shard
+        written[shard.hook, shard.layer] += len(data)
+    assert {site.key: size for site, size in found.output.site_bytes.items()} == written
+    assert found.output.shard_bytes == metadata["total_bytes"]
+    tell(found, Terminal())
+    assert f" a site: {bytes_text(metadata['total_bytes'])} in " in capsys.readouterr().out
     assert found.output.shards == len(shards(tmp_path / "a"))
-    assert found.output.largest_shard == pytest.approx(max(map(len, shards(tmp_path / "a").values())), abs=16)
+    assert found.output.largest_shard == max(map(len, shards(tmp_path / "a").values()))
     files, size = _written(tmp_path / "a")
     assert found.output.objects == files
     assert found.output.file_bytes == pytest.approx(size, rel=0.03)
@@ -231,7 +254,7 @@ def test_of_a_stream_of_unknown_length_a_million_tokens_are_told(
 
 def _found(writes: dict[str, WriteProbe], workers: int = 1, writers: int = 1, **config: Any) -> Estimate:
     sites = {Site("after_block", layer, 896): 40_000_000_000 for layer in range(10)}
-    output = Output(1_000, 500_000, 500_000, 10, sites, 100, 200_000_000, 30, 400_000_000_000)
+    output = Output(1_000, 500_000, 500_000, 10, 399_000_000_000, sites, 100, 200_000_000, 30, 400_000_000_000)
     work = Work(output, {(128, 8): 1_000, (64, 8): 400, (256, 8): 100}, "run", 0, 8)
     return Estimate(ExtractConfig(**config), work, COMPUTE, writes, workers, writers, None)
 
@@ -395,5 +418,5 @@ def test_a_directory_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch:
 
 def test_an_output_taken_several_times_keeps_its_shard_size() -> None:
     site = Site("after_block", 1, 8)
-    output = Output(10, 100, 100, 2, {site: 3_200}, 2, 1_700, 4, 9_000)
-    assert output.times(2.5) == Output(25, 250, 250, 5, {site: 8_000}, 5, 1_700, 10, 22_500)
+    output = Output(10, 100, 100, 2, 3_200, {site: 3_400}, 2, 1_700, 4, 9_000)
+    assert output.times(2.5) == Output(25, 250, 250, 5, 8_000, {site: 8_500}, 5, 1_700, 10, 22_500)

@@ -33,11 +33,11 @@ from jax_extract.extraction.summary import tell_input, tell_plan, tell_request
 from jax_extract.inputs.plan import Part, PlanSettings, Window
 from jax_extract.inputs.sources import Source
 from jax_extract.inputs.tokenize import InputCounts
-from jax_extract.store.formats import ENCODERS, SUFFIXES, ShardHeader
+from jax_extract.store.formats import SUFFIXES, ShardHeader, shard_bytes
 from jax_extract.store.ledger import PLAN, RUN_FILE, Ledger, to_json
 from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.sidecar import BLOCK_BYTES, Sidecar, StoredArray
-from jax_extract.store.storage.verbs import BUCKET_SCHEME, Chunk
+from jax_extract.store.storage.verbs import BUCKET_SCHEME
 from jax_extract.store.writer import lanes_for
 from jax_extract.terminal import Terminal, bytes_text, plural, ranges_text, share_text
 from models.positions import Positions
@@ -59,16 +59,18 @@ class Output:
     Attributes:
       rows: of one site.
       parts: units of work.
-      site_bytes: of the rows, in file order.
+      row_bytes: of the rows alone, over all sites.
+      site_bytes: of the shards, with their heads, in file order.
       shards, largest_shard: how many, and bytes of the largest.
       other_files: sidecars, commit records, plans and the like.
-      file_bytes: of all files, with their heads.
+      file_bytes: of all files.
     """
 
     samples: int
     tokens: int
     rows: int
     parts: int
+    row_bytes: int
     site_bytes: Mapping[Site, int]
     shards: int
     largest_shard: int
@@ -76,8 +78,8 @@ class Output:
     file_bytes: int
 
     @property
-    def row_bytes(self) -> int:
-        """Of the rows alone, over all sites."""
+    def shard_bytes(self) -> int:
+        """Of all shards."""
         return sum(self.site_bytes.values())
 
     @property
@@ -292,45 +294,33 @@ def _outlook(request: _Request, planned: Output, whole: bool) -> tuple[str, floa
 def output_of(
     parts: Iterable[Part], sites: Sequence[Site], positions: Positions, dtype: str, shard_format: str
 ) -> Output:
-    """Shards, sidecars and records of these parts. Heads are made to be measured; rows are counted."""
+    """Shards, sidecars and records of these parts. Everything but the rows is made to be measured; rows are counted."""
     values = 4 if dtype == "float32" else 2
     counted = {"samples": 0, "tokens": 0, "rows": 0, "parts": 0, "largest_shard": 0, "file_bytes": 0}
+    site_bytes = dict.fromkeys(sites, 0)
     for part in parts:
         content = part_content(part, positions)
-        shards = [
-            content.rows * site.width * values + _head_bytes(content, site, dtype, shard_format) for site in sites
-        ]
+        shards = {site: shard_bytes(shard_format, _header(content, site, dtype)) for site in sites}
         records = _sidecar_bytes(content, sites, values, shard_format) + _RECORD + _RECORD_A_FILE * (len(sites) + 1)
         counted["samples"] += len(content.sample_ids)
         counted["tokens"] += content.tokens
         counted["rows"] += content.rows
         counted["parts"] += 1
-        counted["largest_shard"] = max(counted["largest_shard"], *shards)
-        counted["file_bytes"] += sum(shards) + records
+        counted["largest_shard"] = max(counted["largest_shard"], *shards.values())
+        counted["file_bytes"] += sum(shards.values()) + records
+        for site in sites:
+            site_bytes[site] += shards[site]
     return Output(
         **counted,
-        site_bytes={site: counted["rows"] * site.width * values for site in sites},
+        row_bytes=counted["rows"] * sum(site.width for site in sites) * values,
+        site_bytes=site_bytes,
         shards=counted["parts"] * len(sites),
         other_files=2 * counted["parts"],
     )
 
 
-class _Counter:
-    """A file of which only the size is wanted."""
-
-    size = 0
-
-    def write(self, data: Chunk) -> int:
-        self.size += len(data)
-        return len(data)
-
-
-def _head_bytes(content: PartContent, site: Site, dtype: str, shard_format: str) -> int:
-    """What a shard holds besides its rows, within a few bytes: the digits of its sizes."""
-    counter = _Counter()
-    header = ShardHeader(content.rows, 0, dtype, site.hook, site.layer, content.sample_ids, content.row_offsets)
-    ENCODERS[shard_format](counter, header).finish()
-    return counter.size
+def _header(content: PartContent, site: Site, dtype: str) -> ShardHeader:
+    return ShardHeader(content.rows, site.width, dtype, site.hook, site.layer, content.sample_ids, content.row_offsets)
 
 
 def _sidecar_bytes(content: PartContent, sites: Sequence[Site], values: int, shard_format: str) -> int:
@@ -376,7 +366,7 @@ def tell(found: Estimate, terminal: Terminal) -> None:
         terminal.line("covers", f"{plural(output.samples, 'sample')}, as the first window foretells them")
     terminal.line(
         "output",
-        f"{plural(output.samples, 'sample')}, {plural(output.rows, 'row')} a site: {bytes_text(output.row_bytes)} in "
+        f"{plural(output.samples, 'sample')}, {plural(output.rows, 'row')} a site: {bytes_text(output.shard_bytes)} in "
         f"{plural(output.shards, SUFFIXES[found.config.shard_format] + ' shard')}, the largest "
         f"{bytes_text(output.largest_shard)}",
     )
@@ -384,7 +374,7 @@ def tell(found: Estimate, terminal: Terminal) -> None:
         "files",
         f"{bytes_text(output.file_bytes)} in {plural(output.objects, 'file')}, with token ids, checksums, records",
     )
-    a_sample = output.row_bytes / output.samples
+    a_sample = output.shard_bytes / output.samples
     terminal.line(
         "sample",
         f"{bytes_text(a_sample)} a sample; {bytes_text(a_sample * work.samples_per_batch)} a batch of "
@@ -423,7 +413,8 @@ def _table(output: Output) -> list[str]:
     for hook, sites in hooks.items():
         size = output.site_bytes[sites[0]]
         layers = ranges_text([site.layer for site in sites if site.layer is not None])
-        sizes = (size / output.rows, size / output.samples, size, size * len(sites))
+        row = output.row_bytes / output.rows * sites[0].width / sum(site.width for site in output.site_bytes)
+        sizes = (row, size / output.samples, size, sum(output.site_bytes[site] for site in sites))
         lines.append(f"{hook:<16} {layers:<12} " + " ".join(f"{bytes_text(n):>9}" for n in sizes))
     return lines
 

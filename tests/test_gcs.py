@@ -6,6 +6,7 @@ Everything runs against a server process that is strict where the service is, an
 from __future__ import annotations
 
 import dataclasses
+import re
 import threading
 import time
 import tracemalloc
@@ -27,7 +28,7 @@ from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.reader import open_activations
 from jax_extract.store.storage import gcs
 from jax_extract.store.storage.gcs import Bucket
-from jax_extract.store.storage.gcs_requests import Patience
+from jax_extract.store.storage.gcs_requests import Patience, _before_any_answer
 from jax_extract.store.storage.local import Directory
 from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.storage.verbs import Entry, NameTaken, Storage, crc32c
@@ -178,6 +179,7 @@ def test_every_verb_ends_in_time_with_a_sentence_when_a_fault_stays(
     kind, check = VERBS[verb]
     bucket.write("there", SMALL)
     hasty = Bucket.parse(str(bucket), HASTY if fault != "time-out" else dataclasses.replace(HASTY, answer=0.2), CHUNK)
+    hasty.entries()  # an answer, so that it is no question of a wrong address
     server.fault(**{**PASSING[fault][-1], "times": 1000}, kind=kind)
     started = time.monotonic()
     with pytest.raises(UserError) as caught:
@@ -197,6 +199,34 @@ def test_a_server_that_is_not_there_is_told_in_one_sentence(
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"listing gs://.* did not succeed within .* Connection refused"):
         Bucket.parse(place, HASTY).require_usable()
+
+
+def test_a_server_that_never_answers_is_given_up_soon_and_one_that_did_is_waited_for(
+    server: RunningServer, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patience = Patience(deadline=20, at_start=0.4, first_wait=0.05, longest_wait=0.2, told_after=0.1)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.raises(
+        UserError, match=r"within 0\.4 seconds .*STORAGE_EMULATOR_HOST, which names http://127\.0\.0\.1:9"
+    ):
+        Bucket.parse(str(bucket), patience, CHUNK).exists("a")
+    assert time.monotonic() - started < 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"retrying: looking for gs://.*/a \(Connection refused\), for up to 0\.4 seconds", line)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+    known = Bucket.parse(str(bucket), patience, CHUNK)
+    known.write("a", b"1")
+    server.fault("status", code=503, times=12, kind="look")
+    assert known.exists("a")  # after more than at_start
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_commands_wait_for_the_first_answer_of_a_bucket_no_longer_than_a_person_would() -> None:
+    first = _before_any_answer(Patience())
+    assert first.deadline + first.connect <= 20
+    assert first.answer <= 20
+    assert Patience().deadline == 300
 
 
 # ------------------------------------------------------------------- uploads

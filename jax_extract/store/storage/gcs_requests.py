@@ -10,7 +10,9 @@ import dataclasses
 import http.client
 import os
 import ssl
+import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,6 +24,7 @@ import urllib3
 from google.api_core.exceptions import GoogleAPICallError, RetryError
 from google.api_core.retry import Retry
 from google.cloud import storage
+from tqdm import tqdm
 
 from jax_extract.errors import UserError
 
@@ -31,6 +34,7 @@ Once = dict[str, Any]  # arguments with which the client makes one request, with
 T = TypeVar("T")
 
 _CONNECTIONS = 96  # lanes of a writer, threads of a reader, and an upload beside them
+_TELL_EVERY = 60.0  # seconds
 _REASON = 200  # characters of what a server says
 _EMULATOR = "STORAGE_EMULATOR_HOST"
 
@@ -55,18 +59,23 @@ class Patience:
 
     Attributes:
       deadline: for one operation; no repetition begins later.
-      at_start: the same for the check before a run, when a wrong name or no network is likelier than a fault.
+      at_start: the same before the service has answered this process at all, and for the check before a run: then a
+        wrong address or no network is likelier than a fault that passes.
       connect: to be connected, and for each piece of 256 KiB to be taken.
+      connect_at_start: the same before there was any answer; a name may stand for several addresses, each tried.
       answer: without a byte of an answer.
       first_wait, longest_wait: the most that is waited before the first, and before any, repetition.
+      told_after: from the beginning of an operation to the line that says that it is repeated.
     """
 
     deadline: float = 300.0
-    at_start: float = 60.0
+    at_start: float = 15.0
     connect: float = 10.0
+    connect_at_start: float = 3.0
     answer: float = 60.0
     first_wait: float = 1.0
     longest_wait: float = 32.0
+    told_after: float = 3.0
 
 
 class Answer(Exception):
@@ -82,6 +91,17 @@ class Damaged(Exception):
     """What arrived is not what was sent."""
 
 
+@dataclass
+class _Line:
+    """Attributes:
+    answered: whether anything was, ever.
+    told_at: when a person was told last that something is repeated.
+    """
+
+    answered: bool = False
+    told_at: float = -_TELL_EVERY
+
+
 class Requests:
     """Makes requests about one bucket; for all threads of a process, with one client, made when it is needed."""
 
@@ -90,11 +110,13 @@ class Requests:
         self.patience = patience
         self._lock = threading.Lock()
         self._client: storage.Client | None = None
+        self._line = _Line()
 
     def hurried(self) -> Requests:
         """The same client with the patience of the check before a run."""
         hurried = Requests(self._name, dataclasses.replace(self.patience, deadline=self.patience.at_start))
         hurried._client = self.client
+        hurried._line = self._line
         return hurried
 
     @property
@@ -125,16 +147,30 @@ class Requests:
           Answer: one of the expected ones.
           UserError: everything else that goes wrong.
         """
-        patience = self.patience
+        patience = self.patience if self._line.answered else _before_any_answer(self.patience)
         once = {"timeout": (patience.connect, patience.answer), "retry": None}
+        begun = time.monotonic()
 
         def tried() -> T:
             try:
-                return attempt(once)
+                result = attempt(once)
             except GoogleAPICallError as error:
                 raise Answer(int(error.code or 0), reason_of(error.response)) from None
+            self._line.answered = True
+            return result
 
-        retry = Retry(_may_pass, initial=patience.first_wait, maximum=patience.longest_wait, timeout=patience.deadline)
+        def failed(error: Exception) -> None:
+            self._line.answered |= isinstance(error, Answer)
+            if time.monotonic() - begun >= patience.told_after:
+                self._tell(f"{doing} ({_cause(error)}), for up to {patience.deadline:g} seconds")
+
+        retry = Retry(
+            _may_pass,
+            initial=patience.first_wait,
+            maximum=patience.longest_wait,
+            timeout=patience.deadline,
+            on_error=failed,
+        )
         try:
             return retry(tried)()
         except Answer as answer:
@@ -142,13 +178,23 @@ class Requests:
                 raise
             raise UserError(self._told(doing, answer)) from None
         except RetryError as error:
+            mend = SAFE if self._line.answered else _unreachable()
             raise UserError(
-                f"{doing} did not succeed within {patience.deadline:g} seconds (last: {_cause(error.cause)}); {SAFE}"
+                f"{doing} did not succeed within {patience.deadline:g} seconds (last: {_cause(error.cause)}); {mend}"
             ) from None
         except google.auth.exceptions.GoogleAuthError as error:
             raise UserError(_told_of_credentials(doing, error)) from None
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             raise UserError(f"{doing} failed ({_cause(error)}); {SAFE}") from None
+
+    def _tell(self, what: str) -> None:
+        """One line for a person who wonders why nothing happens; not from every thread, and not at every attempt."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._line.told_at < _TELL_EVERY:
+                return
+            self._line.told_at = now
+        tqdm.write(f"retrying: {what}", file=sys.stderr)  # above a bar, where there is one
 
     def _told(self, doing: str, answer: Answer) -> str:
         if answer.status == http.client.NOT_FOUND:  # a missing object is always expected
@@ -161,6 +207,22 @@ class Requests:
                 f"gs://{self._name} (Storage Object Viewer to read only) and run the same command again"
             )
         return f"{doing} was refused ({answer}); {SAFE}"
+
+
+def _before_any_answer(patience: Patience) -> Patience:
+    return dataclasses.replace(
+        patience,
+        deadline=min(patience.deadline, patience.at_start),
+        connect=min(patience.connect, patience.connect_at_start),
+        answer=min(patience.answer, patience.at_start),
+        longest_wait=min(patience.longest_wait, patience.at_start / 4),
+    )
+
+
+def _unreachable() -> str:
+    emulator = os.environ.get(_EMULATOR)
+    named = f"{_EMULATOR}, which names {emulator}, and " if emulator else ""
+    return f"check {named}the network of this machine, and run the same command again"
 
 
 def reason_of(response: requests.Response | None) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import importlib.metadata
 import io
 import itertools
@@ -131,6 +132,7 @@ def _parse(kind: type[T], argv: list[str], program: str, default: T | None = Non
     """Flags into a dataclass; UserError in one sentence where they do not fit."""
     import tyro
 
+    _refuse_unknown_flags(argv, kind, program)
     said = io.StringIO()
     given: dict[str, Any] = {} if default is None else {"default": default}
     try:
@@ -179,12 +181,41 @@ def _upload(argv: list[str]) -> int:
     return upload(_parse(UploadConfig, argv, "jax-extract upload"))
 
 
+def _refuse_unknown_flags(argv: list[str], kind: type, program: str) -> None:
+    """UserError that names the flag which is meant, or what there is instead of it."""
+    flags = [f"--{field.name}" for field in dataclasses.fields(kind)]
+    for word in argv:
+        flag = word.partition("=")[0].replace("-", "_").replace("__", "--", 1)
+        if not word.startswith("--") or word == "--" or flag in (*flags, "--help"):
+            continue
+        near = difflib.get_close_matches(flag, flags, n=1)
+        mend = f"did you mean {near[0]}? {program} --help" if near else f"{program} --help"
+        raise UserError(f"there is no flag {word.partition('=')[0]}; {mend} lists the flags")
+
+
+# What tyro says, and what it says of a flag or word: our sentence.
+_SENTENCES: tuple[tuple[str, str], ...] = (
+    (r"Unrecognized options: (.*?)(; Perhaps.*)?", "{1!r} is not expected there"),
+    (r"Missing value for argument '(.*?)'.*", "{1} needs a value"),
+    (r"Error parsing (\S+?):? .*invalid literal for int\(\).*: ('.*')", "{1} {2} is no whole number"),
+    (r"Error parsing (\S+?):? .*could not convert string to float: ('.*')", "{1} {2} is no number"),
+    (r"[Ii]nvalid choice ('.*?') for argument '(.*?)'. Expected one of \((.*?),?\)", "{2} {1} is none of {3}"),
+    (r"Error parsing (\S+?): no type matching .* instantiated from \[(.*?)\]\..*", "{1} does not take {2}"),
+    (r"Missing from .*?: ([A-Z]+) .* \(required\) ([A-Z]+) .*", "{1} and {2} are missing"),
+    (r"Missing from .*?: ([A-Z]+) (.*?)\.?( \(required\))?", "{1} is missing ({2})"),
+)
+
+
 def _one_sentence(box: str) -> str:
     """What tyro says in a box of several lines, without frame, rules, title and help."""
     lines = [line.strip("│| ") for line in box.splitlines()[1:]]
     paragraphs = [" ".join(words) for rule, words in itertools.groupby(lines, _is_rule) if not rule]
     kept = [p.strip() for p in paragraphs if p.strip() and not p.startswith(("For full helptext", "Argument helptext"))]
-    return re.sub(r"\s+", " ", "; ".join(kept)).rstrip(".")
+    said = re.sub(r"\s+", " ", "; ".join(kept)).rstrip(".")
+    for pattern, sentence in _SENTENCES:
+        if found := re.fullmatch(pattern, said):
+            return sentence.format(said, *found.groups())
+    return said
 
 
 def _is_rule(line: str) -> bool:

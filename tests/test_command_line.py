@@ -222,6 +222,32 @@ def test_help_lists_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert sys.executable not in out
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("extract --batchsize 3", "there is no flag --batchsize; did you mean --batch_size?"),
+        ("extract --shard-formt=npz", "there is no flag --shard-formt; did you mean --shard_format?"),
+        ("status --xyzzy gs://bucket/run", "there is no flag --xyzzy;"),
+        ("extract --batch_size", "--batch_size needs a value;"),
+        ("extract --batch_size many", "--batch_size 'many' is no whole number;"),
+        ("extract --num_workers many", "--num_workers 'many' is no whole number;"),
+        ("extract --host_memory_gb much", "--host_memory_gb 'much' is no number;"),
+        ("extract --layers_to_extract 3 x", "--layers_to_extract does not take '3', 'x';"),
+        ("extract --capture_dtype int8", "--capture_dtype 'int8' is none of 'float32', 'bfloat16', 'float16';"),
+        ("extract arc_tasks.json", "'arc_tasks.json' is not expected there;"),
+        ("status", "PLACE is missing (run directory or gs://bucket/prefix);"),
+        ("upload", "DIRECTORY and BUCKET are missing;"),
+    ],
+)
+def test_a_flag_that_is_wrong_is_told_in_one_sentence_with_what_is_meant(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words.split()) == 2
+    line = capsys.readouterr().err
+    command = f"jax-extract {words.partition(' ')[0]}"
+    assert line == f"error: {said} {command} --help lists the flags\n"
+
+
 @pytest.mark.parametrize("layers", ["10-12", "10,11", "10:12"])
 def test_layers_written_as_a_range_are_told_how_to_be_written(layers: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["extract", "--model_path", "m", "--layers_to_extract", layers]) == 2

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -29,7 +30,8 @@ from jax_extract.store.budget import ByteBudget
 from jax_extract.store.lanes import Call, Countdown, Lanes
 from jax_extract.store.ledger import Ledger
 from jax_extract.store.parts import PartContent, Site
-from jax_extract.store.storage.local import Directory
+from jax_extract.store.storage.local import Directory, LocalFile
+from jax_extract.store.upload import Uploader
 from jax_extract.store.writer import Blocks, PartWriter
 from models.hooks import CapturePlan
 from models.positions import Positions
@@ -200,6 +202,49 @@ def test_a_slow_input_is_what_the_loop_waited_for() -> None:
     statistics = _run(slowly(), MadeUpProgram(0.001), SlowSink(0.001), ByteBudget(10 * STEP))
     assert stages_text(statistics).startswith("bound by reading the input: ")
     assert statistics.waited["input"] > 0.2
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_loop_waits_for_uploads_that_would_fill_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    class Slow(Directory):
+        def create(self, name: str, own: str) -> LocalFile:
+            time.sleep(0.01)
+            if broken and name.startswith("layer_7_batch_000003"):
+                raise UserError("the bucket is gone")
+            return super().create(name, own)
+
+    spool = _ledger(tmp_path / "spool")
+    (tmp_path / "bucket").mkdir()
+    bucket = Ledger.start(Slow(tmp_path / "bucket"), spool.run)
+    budget = ByteBudget(100 * STEP)
+    uploader = Uploader(spool, bucket, "abc", on_failure=budget.fail)
+    one_part, waiting = SLABS * STEP, []
+
+    def submit(record: Mapping[str, Any]) -> None:
+        uploader.submit(record)
+        waiting.append(len(uploader._on_the_way))
+
+    room = partial(uploader.expect, 3 * one_part)
+    sink = PartWriter(spool, SITES, "safetensors", "float32", "abc", budget.fail, submit, room, uploader.forget)
+
+    def run() -> LoopStatistics:
+        try:
+            statistics = _run(make_parts(8 * SLABS), MadeUpProgram(), sink, budget)
+            uploader.close()
+            return statistics
+        except BaseException:
+            uploader.cancel()
+            raise
+
+    if broken:
+        with pytest.raises(UserError, match="the bucket is gone"):
+            _within_deadline(run)
+    else:
+        assert _within_deadline(run).parts == len(bucket.committed()) == 8
+        assert uploader._on_the_way == {}
+    assert max(waiting) <= 3
 
 
 # ------------------------------------------------------------------------------ whatever fails, where ever

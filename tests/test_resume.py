@@ -6,6 +6,8 @@ import json
 import signal
 import subprocess
 import time
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from small_run import (
 
 from jax_extract import UserError, load_shard, open_activations
 from jax_extract.cli import main
+from jax_extract.store.storage.local import Directory
 
 BIG = [100] * 300
 SMALL = [33, 60, 40, 61, 35, 50, 47, 62, 63, 34]
@@ -134,14 +137,32 @@ def test_resuming_on_another_number_of_devices_keeps_the_batches_and_the_rows(
     assert committed_ids(directory, 10) == sorted(texts(SMALL))
 
 
+def test_a_resume_reads_each_record_at_its_start_and_at_its_end_and_no_more(
+    model: Path, tasks: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (finished / "_run/commits/000003_001.json").unlink()
+    times: Counter[str] = Counter()
+    read_many = Directory.read_many
+
+    def counted(self: Directory, names: Iterable[str]) -> dict[str, bytes]:
+        names = list(names)
+        times.update(name for name in names if name.startswith("_run/commits/"))
+        return read_many(self, names)
+
+    monkeypatch.setattr(Directory, "read_many", counted)
+    run_here(model, tasks, finished, layers_to_extract=(10, 11), batch_size=4)
+    assert times.pop("_run/commits/000003_001.json") == 1  # for metadata.json
+    assert set(times.values()) == {2}
+
+
 OTHER_RUNS: dict[str, tuple[dict[str, Any], str]] = {
-    "layers": ({"layers_to_extract": (9, 10)}, "sites"),
-    "positions": ({"positions": "all"}, "positions"),
-    "format": ({"shard_format": "npz"}, "shard_format"),
-    "capture_dtype": ({"capture_dtype": "float16"}, "capture_dtype"),
-    "hook_points": ({"hook_points": ("ffn_out",)}, "hook_points"),
-    "batch_size": ({"batch_size": 2}, r"plan_settings\.rows"),
-    "max_seq_length": ({"max_seq_length": 50}, r"plan_settings\.max_length"),
+    "layers": ({"layers_to_extract": (9, 10)}, "--layers_to_extract"),
+    "positions": ({"positions": "all"}, "--positions"),
+    "format": ({"shard_format": "npz"}, "--shard_format"),
+    "capture_dtype": ({"capture_dtype": "float16"}, "--capture_dtype"),
+    "hook_points": ({"hook_points": ("ffn_out",)}, "--hook_points"),
+    "batch_size": ({"batch_size": 2}, "--batch_size"),
+    "max_seq_length": ({"max_seq_length": 50}, "--max_seq_length"),
 }
 
 
@@ -165,7 +186,7 @@ def test_other_weights_are_refused_with_exit_code_2_and_nothing_changed(
     assert main(["extract", *_words(other, tasks, finished)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
-    assert "weights was" in error
+    assert "--model_path is another model (other weights)" in error
     assert snapshot(finished) == before
 
 
@@ -188,7 +209,7 @@ def test_another_dtype_is_refused_unless_the_change_is_allowed(model: Path, task
     (finished / "_run/commits/000003_001.json").unlink()
     before = snapshot(finished)
     options: dict[str, Any] = {"layers_to_extract": (10, 11), "batch_size": 4, "dtype": "bfloat16"}
-    with pytest.raises(UserError, match=r"would change the arithmetic: dtype was \"float32\", is now \"bfloat16\""):
+    with pytest.raises(UserError, match="would change the arithmetic: --dtype was float32, is now bfloat16"):
         run_here(model, tasks, finished, **options)
     assert snapshot(finished) == before
     run_here(model, tasks, finished, **options, allow_numeric_change=True)

@@ -36,6 +36,7 @@ from jax_extract.store.upload import upload_buffer_bytes
 from jax_extract.terminal import Terminal, bytes_text, plural
 from jax_extract.weights.load import Weights
 
+_SPOOLED_PARTS = 4  # two that are written, and as many that wait to be uploaded and deleted
 _STARTED_MEANWHILE = "another command has just started a run in %s; give this one again when that has ended"
 
 
@@ -122,7 +123,7 @@ class _Extraction:
         spool = self.place.open_spool(ledger, config)
         session = Session(config, processes, self.job, terminal, ledger, spool, budget)
         if tokens != 0:
-            session.compute(windows, self.weights, tokens)
+            session.compute(windows, self.weights, committed, tokens)
         statistics = session.end()
         if not processes.is_first:
             return {}
@@ -179,7 +180,8 @@ class _Extraction:
         tell_plan(parts, self.job.mesh.size, self.processes.count, self.terminal)
         pending = [part for part in parts if part.key not in committed]
         parties = max(self.processes.count, self.config.num_workers or 1)
-        require_room(self.place, self.job.bytes_stored(sample for part in pending for sample in part.samples), parties)
+        sizes = [self.job.bytes_stored(part.samples) for part in pending]
+        require_room(self.place, sum(sizes), parties, max(sizes, default=0))
         shapes = {(slab.length, slab.rows) for part in pending for slab in part.slabs}
         return read, windows[-1].digest, sum(part.tokens for part in pending), shapes
 
@@ -262,11 +264,11 @@ def require_rows(parts: Iterable[Part], job: Job) -> None:
         raise UserError(f"no sample is long enough for positions {job.plan.positions}; choose earlier ones")
 
 
-def require_room(place: Place, needed: int, parties: int) -> None:
-    """UserError where what is to be written by so many processes does not fit."""
+def require_room(place: Place, needed: int, parties: int, largest: int = 0) -> None:
+    """UserError where what is to be written by so many processes does not fit; `largest` is what one part takes."""
     free = place.written_to.free_bytes()
     if place.spool is not None:  # every process has a spool of its own
-        needed = 0 if place.delete_local else needed // parties
+        needed = min(needed, _SPOOLED_PARTS * largest) if place.delete_local else needed // parties
     if free is not None and needed > free:
         raise UserError(
             f"the run needs {bytes_text(needed)} but {place.written_to} has {bytes_text(free)} free; "

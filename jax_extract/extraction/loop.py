@@ -100,7 +100,8 @@ def run_parts(
         blocks = _host_blocks(captured, program)
         # Without room even now, it was the writer that the next step waited for all the time.
         statistics.waited["device" if budget.fits(room) else "writer"] += time.perf_counter() - waiting
-        feeder.feed(step.work[program.host], blocks, program.bytes_on_host(step.rows, step.length))
+        with statistics.waiting("writer"):  # which may want room on the disk before it begins another part
+            feeder.feed(step.work[program.host], blocks, program.bytes_on_host(step.rows, step.length))
         for work in step.work[program.host]:
             statistics.samples += len(work.samples)
             statistics.tokens += sum(sample.length for sample in work.samples)

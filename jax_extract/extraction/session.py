@@ -12,24 +12,28 @@ import itertools
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.processes import Processes, leave
 from jax_extract.errors import UserError
 from jax_extract.extraction.loop import LoopStatistics, run_parts
-from jax_extract.extraction.pending import Committed, Worker, parse_committed, pending_parts, plan_json, read_committed
+from jax_extract.extraction.pending import Committed, Worker, parse_committed, pending_parts, plan_json
 from jax_extract.extraction.preemption import on_preemption
 from jax_extract.extraction.prepare import Job, numerics_fingerprint
 from jax_extract.extraction.program import CaptureProgram
 from jax_extract.inputs.plan import Part, Window
 from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.store.budget import ByteBudget
-from jax_extract.store.ledger import Ledger
+from jax_extract.store.ledger import COMMITS, Ledger, part_name
 from jax_extract.store.metadata import write_metadata
 from jax_extract.store.upload import Uploader
 from jax_extract.store.writer import PartWriter
 from jax_extract.terminal import Terminal, plural
 from jax_extract.weights.load import Weights
+
+_SPOOL_SHARE = 0.9  # of the free disk, for parts that are written, uploaded and deleted again
 
 Windows = Callable[[], tuple[Iterable[Window], InputCounts]]  # the plan, from its beginning at each call
 
@@ -62,8 +66,8 @@ class Session:
         """How many processes work on this run side by side."""
         return max(self.processes.count, self.worker.count)
 
-    def compute(self, windows: Windows, weights: Weights, tokens: int | None) -> None:
-        """Computes what is pending, `tokens` of it where that is known."""
+    def compute(self, windows: Windows, weights: Weights, committed: Committed, tokens: int | None) -> None:
+        """Computes what is pending, `tokens` of it where that is known; `committed` is what was found at the start."""
         program = self.job.program(weights)
         with self.terminal.progress(None if tokens is None else tokens // self.parties) as bar:
 
@@ -73,7 +77,7 @@ class Session:
             seen, before = 0, LoopStatistics()
             for number in itertools.count():
                 steal = number > 0 and self.worker.count > 1
-                committed = committed_everywhere(self.processes, self.ledger)
+                committed = self._committed_now(committed)
                 if steal and before.parts and len(committed) == seen:
                     raise UserError(
                         f"parts were computed and none of them is in {self.ledger.storage}; see jax-extract status "
@@ -102,6 +106,18 @@ class Session:
             write_metadata(self.spool)
         return everywhere
 
+    def _committed_now(self, known: Committed) -> Committed:
+        """What has a record by now, as the first process sees it. Only records that are not known are read."""
+
+        def read() -> list[list[Any]]:
+            there = set(self.ledger.names(COMMITS))
+            held = {key: part for key, part in known.items() if f"{part_name(key)}.json" in there}
+            said = [[*key, part.samples, part.plan] for key, part in held.items()]
+            records = self.ledger.committed(but=held)
+            return said + [[*key, record["samples"], record["plan"]] for key, record in records.items()]
+
+        return parse_committed(self.processes.of_first(read))
+
     @property
     def _ledgers(self) -> list[Ledger]:
         return [self.ledger] if self.spool is None else [self.ledger, self.spool]
@@ -127,9 +143,14 @@ class Session:
     ) -> tuple[LoopStatistics, bool]:
         """Computes these parts; says what was done, and whether some must be written again."""
         uploader = None
+        for_uploads: dict[str, Any] = {}
         if self.spool is not None:
             delete = self.config.delete_local
             uploader = Uploader(self.spool, self.ledger, self.attempt, delete, self.budget.fail)
+            for_uploads["on_commit"] = uploader.submit
+            if delete and (free := self.spool.storage.free_bytes()) is not None:
+                for_uploads["before_part"] = partial(uploader.expect, int(free * _SPOOL_SHARE))
+                for_uploads["on_refusal"] = uploader.forget
         sink = PartWriter(
             self.spool or self.ledger,
             self.job.sites,
@@ -137,7 +158,7 @@ class Session:
             self.config.capture_dtype,
             self.attempt,
             on_failure=self.budget.fail,
-            on_commit=uploader.submit if uploader else lambda _: None,
+            **for_uploads,
         )
         buffers = sink.buffer_bytes + (uploader.buffer_bytes if uploader else 0)
         self.budget.acquire(buffers)
@@ -163,11 +184,6 @@ class Session:
             self.budget.release(buffers)
         done.writer_busy = max(sink.lanes.busy_seconds)
         return done, self.processes.any(sink.refused > 0)
-
-
-def committed_everywhere(processes: Processes, ledger: Ledger | None) -> Committed:
-    """What is committed, as the first process reads it."""
-    return parse_committed(processes.of_first(lambda: read_committed(ledger) if ledger else []))
 
 
 def keep_in(ledger: Ledger, window: Window, counts: InputCounts) -> None:

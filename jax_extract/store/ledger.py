@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,12 +120,17 @@ class Ledger:
                 "accept rows that agree only within tolerance with --allow_numeric_change"
             )
 
-    def records(self) -> tuple[dict[Key, Record], dict[str, str]]:
-        """Every commit record by (batch, part), in that order; and the damaged ones, name -> what is wrong."""
+    def records(self, but: Iterable[Key] = ()) -> tuple[dict[Key, Record], dict[str, str]]:
+        """Commit records by (batch, part), in that order; and the damaged ones, name -> what is wrong.
+
+        Those of the parts in `but` are not read.
+        """
         records: dict[Key, Record] = {}
         damaged: dict[str, str] = {}
         uploaded = {f"{COMMITS}/{name}" for name in self.names(UPLOADED)}
-        for path, data in self.storage.read_many(f"{COMMITS}/{name}" for name in self.names(COMMITS)).items():
+        known = {f"{part_name(key)}.json" for key in but}
+        wanted = (f"{COMMITS}/{name}" for name in self.names(COMMITS) if name not in known)
+        for path, data in self.storage.read_many(wanted).items():
             try:
                 with damage_is_told(f"commit record {self.storage.where(path)}", _REMOVE):
                     record = self._checked(json.loads(data))
@@ -151,9 +156,9 @@ class Ledger:
             raise ValueError("a count is no whole number")
         return record
 
-    def committed(self) -> dict[Key, Record]:
-        """Every commit record; UserError on a damaged or foreign one."""
-        records, damaged = self.records()
+    def committed(self, but: Iterable[Key] = ()) -> dict[Key, Record]:
+        """As `records`; UserError on a damaged or foreign one."""
+        records, damaged = self.records(but)
         for reason in damaged.values():
             raise UserError(reason)
         return records

@@ -40,11 +40,18 @@ def open_copy(source: Ledger, target: Ledger) -> Ledger:
     return target
 
 
+class _NotAsCommitted(Exception):
+    """A file that a record names is not on the disk as the record says."""
+
+
 class Uploader:
     """Uploads parts side by side, several shards at once.
 
     Attributes:
       uploaded: keys of the parts that this uploader has brought over.
+
+    A part that is not on the disk as it was committed ends the upload; or, where `leave_out` is given, is left out
+    and told to it, with what is wrong, and the others go on.
     """
 
     def __init__(
@@ -55,15 +62,18 @@ class Uploader:
         delete_local: bool = False,
         on_failure: Callable[[BaseException], None] = lambda _: None,
         on_bytes: Callable[[int], None] = lambda _: None,
+        leave_out: Callable[[Key, str], None] | None = None,
     ) -> None:
         self._source = source
         self._target = target
         self._attempt = attempt
         self._delete_local = delete_local
         self._on_bytes = on_bytes
+        self._leave_out = leave_out
+        self._left_out: set[Key] = set()
         self._lanes = Lanes(_LANES + 1, on_failure)  # the last one seals
         self._next_lane = 0
-        self._on_the_way: dict[Key, int] = {}  # the bytes of parts that were submitted
+        self._on_the_way: dict[Key, int] = {}  # bytes of parts that are begun, or submitted and not there yet
         self._shrunk = threading.Condition()
         self._there = target.storage.entries()  # what an upload that was broken off has left
         self.buffer_bytes = upload_buffer_bytes(target.storage)
@@ -82,12 +92,22 @@ class Uploader:
     def wait(self, seconds: float | None = None) -> bool:
         return self._lanes.wait(seconds)
 
-    def wait_for_backlog(self, most: int) -> None:
-        """Waits until at most so many bytes are on their way; raises what failed."""
+    def expect(self, most: int, key: Key, nbytes: int) -> None:
+        """Waits until a part of `nbytes` makes no more than `most` that are on their way, or is alone.
+
+        Called before its first byte is written; it is on its way from then on. Raises what failed.
+        """
         with self._shrunk:
-            while sum(self._on_the_way.values()) > most:
+            while self._on_the_way and sum(self._on_the_way.values()) + nbytes > most:
                 self._shrunk.wait(_LOOK_SECONDS)
                 self._lanes.require_sound()
+            self._on_the_way[key] = nbytes
+
+    def forget(self, key: Key) -> None:
+        """An expected part does not come, or has arrived."""
+        with self._shrunk:
+            self._on_the_way.pop(key, None)
+            self._shrunk.notify_all()
 
     def close(self) -> None:
         """Waits until all is in the bucket; raises what failed. With `delete_local`, no shard it has is left here."""
@@ -99,16 +119,30 @@ class Uploader:
         self._lanes.cancel()
 
     def _upload(self, record: Record, file: dict[str, Any], done: Callable[[], None]) -> None:
+        if _key(record) in self._left_out:
+            return
         try:
             published = self._copy(file)
-        except FileNotFoundError:
-            if self._target.is_committed(_key(record)):
-                return self._arrived(_key(record))  # another process has brought the part over and deleted it here
-            raise UserError(
-                f"{self._source.storage.where(file['path'])} is missing; run jax-extract status {self._source.storage}"
-            ) from None
+        except _NotAsCommitted as wrong:
+            self._refuse(record, str(wrong))
+            return
         file.update(path=published.name, generation=published.generation)
         done()
+
+    def _refuse(self, record: Record, wrong: str) -> None:
+        """Of a part that is not here as it was committed: no record of it is written."""
+        key, place = _key(record), self._source.storage
+        if self._target.is_committed(key):  # another process has brought the part over and deleted it here
+            pass
+        elif self._leave_out is None:
+            raise UserError(
+                f"{wrong} in {place}, and its part was not uploaded; restore it from a copy, or give the part up with "
+                f"jax-extract sweep {place} --damaged and give the same command again"
+            )
+        else:
+            self._left_out.add(key)
+            self._leave_out(key, wrong)
+        self.forget(key)
 
     def _copy(self, file: Mapping[str, Any]) -> Published:
         """One shard, in chunks; what lies on the disk must be what was committed."""
@@ -120,10 +154,10 @@ class Uploader:
         while True:
             pending = self._target.storage.create(name, _own_name(name, self._attempt))
             try:
-                while chunk := self._source.storage.read(name, pending.size, _CHUNK):
+                while chunk := self._read(name, pending.size, _CHUNK):
                     pending.write(chunk)
                     self._on_bytes(len(chunk))
-                self._require_committed(file, pending.size, pending.crc32c)
+                _require_committed(file, pending.size, pending.crc32c)
                 with step("upload.shard"):
                     return pending.publish()
             except NameTaken:
@@ -131,19 +165,24 @@ class Uploader:
             finally:
                 pending.discard()
 
-    def _require_committed(self, file: Mapping[str, Any], size: int, checksum: int) -> None:
-        if (size, checksum) != (file["bytes"], file["crc32c"]):
-            raise UserError(
-                f"{self._source.storage.where(str(file['path']))} is damaged on the disk and was not uploaded; "
-                f"remove its part with jax-extract sweep {self._source.storage} --torn and compute it again"
-            )
+    def _read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
+        try:
+            return self._source.storage.read(name, offset, size)
+        except FileNotFoundError:
+            raise _NotAsCommitted(f"{name} is missing") from None
+        except OSError as error:
+            raise _NotAsCommitted(f"{name} cannot be read ({error.strerror or error})") from None
 
     def _seal(self, record: Record, files: list[dict[str, Any]]) -> None:
         """Sidecar and record of a part whose shards are all there."""
         key = _key(record)
         local = record["sidecar"]
-        data = self._source.storage.read(local["path"])
-        self._require_committed(local, len(data), crc32c(data))
+        try:
+            data = self._read(local["path"])
+            _require_committed(local, len(data), crc32c(data))
+        except _NotAsCommitted as wrong:
+            self._refuse(record, str(wrong))
+            return
         renamed = {str(old["path"]): str(new["path"]) for old, new in zip(record["files"], files, strict=True)}
         if any(old != new for old, new in renamed.items()):
             sidecar = Sidecar.read(self._source.storage, local["path"], local["crc32c"])
@@ -158,12 +197,7 @@ class Uploader:
         if self._delete_local:
             self._release(key, record)
         self.uploaded.append(key)
-        self._arrived(key)
-
-    def _arrived(self, key: Key) -> None:
-        with self._shrunk:
-            self._on_the_way.pop(key, None)
-            self._shrunk.notify_all()
+        self.forget(key)
 
     def _put(self, name: str, data: bytes) -> Published:
         while True:
@@ -193,7 +227,7 @@ class Uploader:
         here = self._source.storage.entries()
         left = {
             key: record
-            for key, record in self._source.committed().items()
+            for key, record in self._source.records()[0].items()
             if any(file["path"] in here for file in record["files"])
         }
         there = survey(self._target).committed if left else {}
@@ -204,6 +238,11 @@ class Uploader:
 
 def _key(record: Mapping[str, Any]) -> Key:
     return record["batch"], record["part"]
+
+
+def _require_committed(file: Mapping[str, Any], size: int, checksum: int) -> None:
+    if (size, checksum) != (file["bytes"], file["crc32c"]):
+        raise _NotAsCommitted(f"{file['path']} is damaged on the disk")
 
 
 def upload_buffer_bytes(storage: Storage) -> int:

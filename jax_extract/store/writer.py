@@ -18,7 +18,7 @@ import numpy as np
 
 from jax_extract.store.formats import ENCODERS, SUFFIXES, ShardEncoder, ShardHeader
 from jax_extract.store.lanes import Call, Countdown, Lanes
-from jax_extract.store.ledger import PARTS, Ledger, part_name
+from jax_extract.store.ledger import PARTS, Key, Ledger, part_name
 from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.sidecar import RunningChecksums, Sidecar, StoredArray
 from jax_extract.store.storage.failpoints import step
@@ -78,6 +78,8 @@ class PartWriter:
         attempt: str,
         on_failure: Callable[[BaseException], None] = lambda _: None,
         on_commit: Callable[[Mapping[str, Any]], None] = lambda _: None,
+        before_part: Callable[[Key, int], None] = lambda key, nbytes: None,
+        on_refusal: Callable[[Key], None] = lambda key: None,
     ) -> None:
         self.ledger = ledger
         self.storage = ledger.storage
@@ -92,6 +94,8 @@ class PartWriter:
         self.committed = 0
         self.refused = 0
         self._on_commit = on_commit
+        self._before_part = before_part  # may wait for the room that the part's rows take
+        self._on_refusal = on_refusal
         self._open: set[_OpenPart] = set()
         self._winding_up = False
         self._lock = threading.Lock()
@@ -101,6 +105,8 @@ class PartWriter:
         return len(self.lanes.busy_seconds) - 1
 
     def begin(self, content: PartContent) -> OpenPart:
+        values = content.rows * sum(site.width for site in self.sites)
+        self._before_part(content.key, values * (4 if self.dtype == "float32" else 2))
         part = _OpenPart(self, content)
         with self._lock:
             part.abandoned = self._winding_up
@@ -160,6 +166,7 @@ class PartWriter:
     def refuse(self, part: _OpenPart) -> None:
         """A part cannot be committed as it is, and is done with here."""
         self.refused += 1
+        self._on_refusal(part.key)
         self.closed(part, None)
 
     def _discard_open(self) -> None:
@@ -182,6 +189,10 @@ class _OpenPart:
         self.abandoned = False
         lanes = writer.sealing_lane
         self._shards = [(i % lanes, _Shard(writer, content, site)) for i, site in enumerate(writer.sites)]
+
+    @property
+    def key(self) -> Key:
+        return self._content.key
 
     def append(self, blocks: Blocks, kept: Sequence[int], done: Call) -> None:
         if self.abandoned:

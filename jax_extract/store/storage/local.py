@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import mmap
 import os
 import resource
@@ -28,6 +29,7 @@ from jax_extract.store.storage.verbs import Chunk, Entry, Published, StorageFull
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_UNNAMED_FILES = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.EACCES, errno.EPERM}
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _BUFFER = 4 << 20  # a multiple of every disk's block; few enough calls to keep a fast disk busy
 _BLOCK = 4_096  # of every disk: addresses and sizes of direct writes are multiples
 _WORTH_A_CALL = 1 << 20  # the end of a file is written directly too if there is so much of it
@@ -86,10 +88,14 @@ class Directory:
 
     def make(self, *folders: str) -> None:
         for folder in ("", *folders):
+            path = self.path(folder)
+            missing = list(itertools.takewhile(lambda each: not each.exists(), (path, *path.parents)))
             try:
-                self.path(folder).mkdir(parents=True, exist_ok=True)
+                path.mkdir(parents=True, exist_ok=True)
+                for new in missing:  # a folder whose own name is lost in a power cut takes its files with it
+                    _sync_folder(new.parent)
             except OSError as error:
-                raise UserError(f"directory {self.path(folder)} cannot be made: {error.strerror}") from None
+                raise UserError(f"directory {path} cannot be made: {error.strerror}") from None
 
     def require_plain(self, folder: str) -> None:
         if self.path(folder).is_symlink():
@@ -150,11 +156,7 @@ class Directory:
 
     def sync(self, folder: str = "") -> None:
         with self.trouble_is_told(), step("local.sync_folder"):
-            fd = os.open(self.path(folder), os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            _sync_folder(self.path(folder))
 
     def lend_buffer(self) -> np.ndarray:
         """uint8 [_BUFFER] to gather in what is written next; to be given back with `take_back`."""
@@ -188,6 +190,14 @@ class Directory:
         root = self.root.absolute()
         stat = os.statvfs(next(path for path in (root, *root.parents) if path.exists()))
         return stat.f_bavail * stat.f_frsize
+
+
+def _sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _new_buffer() -> np.ndarray:
@@ -264,7 +274,15 @@ class LocalFile:
             with step("local.fsync"):
                 os.fsync(self._fd)
             with step("local.link"):
-                self._link(target)
+                try:
+                    self._link(target)
+                except OSError as error:
+                    if error.errno in _NO_LINKS:
+                        raise UserError(
+                            f"{self._directory.root} is on a file system without hard links ({error.strerror}), which "
+                            "keep a name from being taken twice; write to another one, or to a bucket"
+                        ) from None
+                    raise
 
     def discard(self) -> None:
         if self._fd >= 0:

@@ -27,10 +27,7 @@ flags=(
 )
 read_flags "$@"
 check_slice
-check accelerator_type '[a-z0-9]+-[0-9]+' 'an accelerator type, such as v5litepod-64'
-check runtime_version '[a-z0-9][a-z0-9.-]*' 'a runtime version, such as v2-alpha-tpuv5-lite'
-check capacity 'spot|on_demand|reserved' 'a kind of capacity; choose spot, on_demand or reserved'
-check service_account '[a-z0-9][a-z0-9-]*@[a-z0-9.-]+' 'the e-mail address of a service account'
+check_request
 check_seconds wait_seconds poll_seconds
 
 request() {

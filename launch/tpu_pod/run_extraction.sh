@@ -38,24 +38,8 @@ if [[ $stop == True ]]; then
   exit
 fi
 
-need activations_dir
-check_bucket_place activations_dir
-check mode 'spmd|workers' 'a mode; choose spmd or workers'
-check mesh_shape 'auto|[1-9][0-9]*,[1-9][0-9]*' 'DATA,MODEL, such as 8,8'
-check_counts num_workers
-check worker_offset '[0-9]{1,6}' 'a whole number from 0'
-check chip_bounds 'off|[1-9],[1-9],[1-9]' 'X,Y,Z, such as 2,2,1'
+check_extraction
 check run_id '[A-Za-z0-9_-]{1,64}' 'a name of letters, digits, - and _'
-for word in "${rest[@]}"; do
-  case ${word%%=*} in
-    --activations[_-]dir | --mesh[_-]shape | --num[_-]workers)
-      refuse "${word%%=*} is a flag of $program; give it before --"
-      ;;
-    --worker[_-]id | --distributed | --coordinator[_-]address | --num[_-]processes | --process[_-]id)
-      refuse "${word%%=*} is decided by --mode $mode; leave it out"
-      ;;
-  esac
-done
 if [[ -z $run_id ]]; then
   run_id=$(date +%Y%m%d-%H%M%S)-$RANDOM
 fi

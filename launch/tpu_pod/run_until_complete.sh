@@ -46,8 +46,9 @@ flags=(
 )
 read_flags "$@"
 check_slice
-need activations_dir
-check_bucket_place activations_dir
+check_request
+check_setup
+check_extraction
 check_counts max_tries
 check_seconds retry_seconds max_retry_seconds wait_seconds poll_seconds grace_seconds
 find_jax_extract

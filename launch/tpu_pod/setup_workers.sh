@@ -22,12 +22,7 @@ flags=(
 )
 read_flags "$@"
 check_slice
-check repository '((https|ssh)://|[A-Za-z0-9][A-Za-z0-9._-]*@[A-Za-z0-9.-]+:)[^[:space:][:cntrl:]]+' \
-  'the URL of a repository'
-check revision '[A-Za-z0-9_][A-Za-z0-9_./~^-]*' 'a branch, tag or commit'
-for place in "${data[@]}"; do
-  [[ $place == gs://* || -e $place ]] || refuse "--data $(quoted "$place") is neither here nor a gs:// place"
-done
+check_setup
 
 copy_project() {
   local folder=${XDG_CACHE_HOME:-$HOME/.cache}/jax_extract

@@ -3,7 +3,7 @@
 #
 # In: the flags below. Out: functions around `gcloud compute tpus`.
 
-project='' zone='' name='' internal_ip=False
+project='' zone='' name='' internal_ip=False said_last=''
 # shellcheck disable=SC2034  # used by the scripts that source this file
 slice_flags=(
   'project the Google Cloud project'
@@ -21,6 +21,53 @@ check_slice() { # the flags above, and that there is a gcloud
   require_command gcloud 'install the Google Cloud CLI (https://cloud.google.com/sdk/docs/install)'
 }
 
+# The checks are here so that run_until_complete.sh, which calls the other scripts, can refuse their flags before
+# anything is done.
+
+check_request() { # the flags of create_slice.sh
+  check accelerator_type '[a-z0-9]+-[0-9]+' 'an accelerator type, such as v5litepod-64'
+  check runtime_version '[a-z0-9][a-z0-9.-]*' 'a runtime version, such as v2-alpha-tpuv5-lite'
+  check capacity 'spot|on_demand|reserved' 'a kind of capacity; choose spot, on_demand or reserved'
+  check service_account '[a-z0-9][a-z0-9-]*@[a-z0-9.-]+' 'the e-mail address of a service account'
+}
+
+# shellcheck disable=SC2154  # the scripts that source this file set these
+check_setup() { # the flags of setup_workers.sh
+  local place
+  check repository '((https|ssh)://|[A-Za-z0-9][A-Za-z0-9._-]*@[A-Za-z0-9.-]+:)[^[:space:][:cntrl:]]+' \
+    'the URL of a repository'
+  check revision '[A-Za-z0-9_][A-Za-z0-9_./~^-]*' 'a branch, tag or commit'
+  if [[ -z $repository && $revision != HEAD ]]; then
+    git -C "$root" rev-parse --quiet --verify "$revision^{commit}" >/dev/null ||
+      refuse "--revision $revision is not in this checkout; fetch it, or give the --repository that has it"
+  fi
+  for place in "${data[@]}"; do
+    [[ $place == gs://* || -e $place ]] || refuse "--data $(quoted "$place") is neither here nor a gs:// place"
+  done
+}
+
+# shellcheck disable=SC2154
+check_extraction() { # the flags of run_extraction.sh, and those of the extraction
+  local word
+  need activations_dir
+  check_bucket_place activations_dir
+  check mode 'spmd|workers' 'a mode; choose spmd or workers'
+  check mesh_shape 'auto|[1-9][0-9]*,[1-9][0-9]*' 'DATA,MODEL, such as 8,8'
+  check_counts num_workers
+  check worker_offset '[0-9]{1,6}' 'a whole number from 0'
+  check chip_bounds 'off|[1-9],[1-9],[1-9]' 'X,Y,Z, such as 2,2,1'
+  for word in "${rest[@]}"; do
+    case ${word%%=*} in
+      --activations[_-]dir | --mesh[_-]shape | --num[_-]workers)
+        refuse "${word%%=*} is a flag of $program; give it before --"
+        ;;
+      --worker[_-]id | --distributed | --coordinator[_-]address | --num[_-]processes | --process[_-]id)
+        refuse "${word%%=*} is decided by --mode $mode; leave it out"
+        ;;
+    esac
+  done
+}
+
 queued_resource() { # VERB FLAGS…: the words of a command about the queued resource, in `words`
   words=(gcloud compute tpus queued-resources "$1" "$name" "--project=$project" "--zone=$zone" "${@:2}")
 }
@@ -30,17 +77,21 @@ show_state() { # the command that asks for the state, in `words`
 }
 
 slice_state() { # sets state: what the service says, or NONE where there is no such queued resource
-  local errors words
+  local errors words said
   show_state
   errors=$(mktemp)
   if state=$("${words[@]}" 2>"$errors"); then
+    said=''
     [[ -n $state ]] || state=UNKNOWN
   elif grep --quiet --ignore-case --extended-regexp 'NOT_FOUND|not found' "$errors"; then
+    said=''
     state=NONE
   else
-    cat "$errors" >&2
+    said=$(<"$errors")
+    [[ $said == "$said_last" ]] || printf '%s\n' "$said" >&2 # who asks again and again reads it once
     state=UNKNOWN
   fi
+  said_last=$said
   rm -f "$errors"
 }
 

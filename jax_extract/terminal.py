@@ -1,17 +1,21 @@
 """What a person sees: labelled lines, one progress bar, one summary.
 
-In: facts. Out: text, lines on standard output and the bar on standard error.
+In: facts. Out: text, lines on standard output and the bar on standard error; where that is a file or a pipe, a line now
+and then instead of the bar.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from tqdm import tqdm
 
 _LABEL = 9
+_LOG_SECONDS = 30.0  # from one line of progress to the next, in a log
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
@@ -32,7 +36,10 @@ class Terminal:
 
     def progress(self, total: int | None, label: str = "extract", unit: str = "tok") -> tqdm:
         """A bar, over real tokens or bytes, with speed and time left; `total` None where it is not known."""
-        return tqdm(
+        # A notebook's stream is no terminal either, but shows a bar.
+        in_log = isinstance(sys.stderr, io.TextIOWrapper) and not sys.stderr.isatty()
+        kind = _ProgressInLog if in_log else tqdm
+        return kind(
             total=total,
             unit=unit,
             unit_scale=True,
@@ -42,6 +49,39 @@ class Terminal:
             dynamic_ncols=True,
             smoothing=0.1,
         )
+
+
+class _ProgressInLog(tqdm):
+    """Progress as lines, one every `_LOG_SECONDS` at most and one at the end."""
+
+    def __init__(self, **options: Any) -> None:
+        counts = "{n_fmt}" if options["total"] is None else "{percentage:.0f}% {n_fmt}/{total_fmt}"
+        left = "" if options["total"] is None else "<{remaining}"
+        super().__init__(
+            **options,
+            bar_format=f"{{desc}}: {counts} [{{elapsed}}{left}, {{rate_fmt}}]",
+            mininterval=_LOG_SECONDS,
+            miniters=1,  # every update looks at the clock, so that no line is late
+            delay=1e-9,  # nothing at 0 %
+        )
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        if msg is None:
+            if self.total is not None:
+                self.total = max(self.total, self.n)  # beyond it there would be no percentage
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
+        return False
+
+    def clear(self, nolock: bool = False) -> None:
+        """Lines stay."""
+
+    def close(self) -> None:
+        if not self.disable:
+            self._ema_dt = lambda: None  # the last line says the speed of the whole
+            self.display()
+            self.leave = False
+        super().close()
 
 
 def bytes_text(count: float) -> str:

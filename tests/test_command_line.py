@@ -9,7 +9,9 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,6 +19,9 @@ from small_run import ROOT, SCRIPT, environment, make_model, run_cli, run_here, 
 
 from jax_extract import cli, open_activations
 from jax_extract.config import ExtractConfig
+from jax_extract.store.ledger import Ledger, RunStartedMeanwhile
+from jax_extract.store.storage.verbs import Storage
+from jax_extract.terminal import Terminal
 
 IMPORT = """
 import sys
@@ -246,6 +251,47 @@ def test_a_flag_that_is_wrong_is_told_in_one_sentence_with_what_is_meant(
     line = capsys.readouterr().err
     command = f"jax-extract {words.partition(' ')[0]}"
     assert line == f"error: {said} {command} --help lists the flags\n"
+
+
+def test_a_worker_whose_run_another_one_started_meanwhile_tells_its_request_and_plan_once(
+    model: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = Ledger.start
+
+    def by_another(storage: Storage, run: Mapping[str, Any]) -> Ledger:
+        start(storage, run)
+        raise RunStartedMeanwhile
+
+    monkeypatch.setattr(Ledger, "start", by_another)
+    words = ["--model_path", model, "--tasks_file", tasks, "--activations_dir", tmp_path / "a"]
+    assert _extract(*words, "--worker_id", 0, "--num_workers", 2) == 0
+    labels = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert labels == ["model", "capture", "input", "plan", "done", "stages", "output", "read"]
+
+
+@pytest.mark.parametrize(
+    ("total", "lines"),
+    [
+        (100_000, ["extract: 30% 30.0k/100k [00:30<01:10, 1.00ktok/s]", "extract: 60% 60.0k/100k"]),
+        (None, ["extract: 30.0k [00:30, 1.00ktok/s]", "extract: 60.0k ["]),
+    ],
+)
+def test_in_a_log_progress_is_a_line_every_30_seconds_and_one_at_the_end(
+    total: int | None, lines: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 1_000.0
+    monkeypatch.setattr("tqdm.std.time", lambda: now)
+    with Terminal().progress(total) as bar:
+        for _ in range(80):
+            now += 1
+            bar.update(1_000)
+        bar.clear()  # before a line of another kind
+        bar.update(40_000)  # more than was expected
+    said = capsys.readouterr().err
+    assert "\r" not in said
+    assert len(said.splitlines()) == 3
+    assert all(line.startswith(start) for line, start in zip(said.splitlines(), lines, strict=False))
+    assert said.endswith("ktok/s]\n") and "120k" in said.splitlines()[-1]
 
 
 @pytest.mark.parametrize("layers", ["10-12", "10,11", "10:12"])

@@ -53,11 +53,12 @@ def extract_to_directory(config: ExtractConfig, terminal: Terminal | None = None
     place, source, job = open_request(config, processes)
     place.require_shared(processes)
     tell_request(job, config, processes.count, terminal)
+    opening = terminal
     while True:
         try:
-            return _Extraction(config, processes, place, source, job, terminal).run()
+            return _Extraction(config, processes, place, source, job, terminal, opening).run()
         except RunStartedMeanwhile:  # another worker was faster: its run is resumed
-            config = dataclasses.replace(config, overwrite=False)
+            config, opening = dataclasses.replace(config, overwrite=False), Terminal(silent=True)
 
 
 def join_processes(config: ExtractConfig) -> Processes:
@@ -88,7 +89,11 @@ def open_request(config: ExtractConfig, processes: Processes) -> tuple[Place, So
 
 @dataclass(frozen=True)
 class _Extraction:
-    """A command on its way from what is asked for and found to a session."""
+    """A command on its way from what is asked for and found to a session.
+
+    Attributes:
+      opening: hears of the input and the plan; nobody, where they have been told already.
+    """
 
     config: ExtractConfig
     processes: Processes
@@ -96,6 +101,7 @@ class _Extraction:
     source: Source
     job: Job
     terminal: Terminal
+    opening: Terminal
 
     def run(self) -> dict[str, Any]:
         config, processes, terminal = self.config, self.processes, self.terminal
@@ -163,7 +169,7 @@ class _Extraction:
         """
         windows, counts = read()
         if not self.source.finite:
-            tell_input(self.source, counts, self.job, self.terminal)
+            tell_input(self.source, counts, self.job, self.opening)
             stream = iter(windows)
             first = list(itertools.islice(stream, 1))
             require_samples(counts, self.source)
@@ -174,10 +180,10 @@ class _Extraction:
         if found and self.processes.is_first:  # whose inputs must be these, be it finished or not
             for _ in pending_parts(windows, committed, lambda window: keep_in(found, window, counts)):
                 pass
-        tell_input(self.source, counts, self.job, self.terminal)
+        tell_input(self.source, counts, self.job, self.opening)
         parts = [part for window in windows for part in window.parts]
         require_rows(parts, self.job)
-        tell_plan(parts, self.job.mesh.size, self.processes.count, self.terminal)
+        tell_plan(parts, self.job.mesh.size, self.processes.count, self.opening)
         pending = [part for part in parts if part.key not in committed]
         parties = max(self.processes.count, self.config.num_workers or 1)
         sizes = [self.job.bytes_stored(part.samples) for part in pending]

@@ -290,6 +290,12 @@ def test_the_longer_of_computing_and_writing_decides_and_what_helps_is_said(caps
     assert "a larger --batch_size makes fewer" in capsys.readouterr().out
 
 
+def test_room_without_a_limit_is_told_apart_from_room_that_nobody_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    for place, told in (("gs://bucket/a", "has no limit"), ("/proc/a", "does not say how much room it has")):
+        tell(_found({place: WriteProbe(1e9, 0.1)}, activations_dir=place), Terminal())
+        assert f"room     {place} {told}" in capsys.readouterr().out
+
+
 def test_workers_share_the_computing_and_parts_pass_at_the_speed_of_the_slower_place(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -120,7 +120,7 @@ class Estimate:
     writes: place -> what was measured there, in the order in which bytes pass; empty where nothing is left.
     workers: independent workers that share the computing.
     writers: processes that write side by side, each with a disk or a connection of its own.
-    free: room where shards are written first; None where there is no limit.
+    free: room where shards are written first; None where there is no limit, or none is told.
     """
 
     config: ExtractConfig
@@ -422,7 +422,8 @@ def _table(output: Output) -> list[str]:
 def _room_text(found: Estimate) -> str:
     config, output = found.config, found.output
     if found.free is None:
-        return f"{config.activations_dir} has no limit"
+        known = config.activations_dir.startswith(BUCKET_SCHEME)
+        return f"{config.activations_dir} {'has no limit' if known else 'does not say how much room it has'}"
     if found.work.covers == "million":
         tokens = found.free / output.file_bytes
         return f"{config.activations_dir} has {bytes_text(found.free)} free, enough for {tokens:,.1f} million tokens"

@@ -20,7 +20,9 @@ import pytest
 from gcs_server import running
 from small_run import make_model, run_here, snapshot, write_jsonl
 
+from jax_extract.cli import main
 from jax_extract.errors import UserError
+from jax_extract.store import integrity
 from jax_extract.store.formats import SUFFIXES
 from jax_extract.store.metadata import VERIFICATION_FILE
 from jax_extract.store.parts import PartContent
@@ -28,9 +30,9 @@ from jax_extract.store.sidecar import BlockChecksums, Sidecar
 from jax_extract.store.storage.local import Directory
 from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.storage.verbs import crc32c
-from jax_extract.terminal import Terminal
+from jax_extract.terminal import Terminal, bytes_text
 from jax_extract.upkeep.uploading import UploadConfig, upload
-from jax_extract.verification import reading, reference
+from jax_extract.verification import reference
 from jax_extract.verification.command import Verdict, VerifyConfig, verify, verify_command
 from jax_extract.verification.reference import SiteVerdict, Wanted, rounding_interval, row_errors
 from models.hooks import HOOK_POINTS
@@ -259,7 +261,7 @@ DAMAGE: dict[str, tuple[Damage, str]] = {
     ),
     "a sidecar": (
         lambda d: change_byte(d / "_run/parts/000002_001.safetensors", -9),
-        r"part 000002_001: sidecar .*000002_001\.safetensors is damaged",
+        r"part 000002_001: sidecar _run/parts/000002_001\.safetensors is changed: it does not match its checksum",
     ),
     "a record": (
         lambda d: (d / "_run/commits/000003_001.json").write_text("{"),
@@ -315,7 +317,7 @@ def test_files_are_read_in_pieces_and_the_damaged_block_is_named(
 ) -> None:
     tasks = write_jsonl(tmp_path / "in.jsonl", [1_000] * 6)
     run_here(model, tasks, tmp_path / "a", layers_to_extract=(0,), hook_points=("ffn_up",), positions="all")
-    monkeypatch.setattr(reading, "_CHUNK", 100_003)  # no piece begins or ends where a block does
+    monkeypatch.setattr(integrity, "_CHUNK", 100_003)  # no piece begins or ends where a block does
     assert verified(tmp_path / "a", samples=1).read["blocks"] == 2
     change_byte(tmp_path / "a/layer_0_ffn_up_batch_000001.pkl", (1 << 20) + 5_000)
     [told] = verified(tmp_path / "a", samples=1).damaged
@@ -363,6 +365,89 @@ def test_a_sidecar_with_right_checksums_is_held_against_plan_and_record(
     assert len(told) == len(sentences)
     for sentence, said in zip(sentences, told, strict=True):
         assert re.search(sentence, said), said
+
+
+# ---------------------------------------------------------------------------- what is damaged is given up
+
+
+def given_up(before: dict[str, bytes], after: dict[str, bytes]) -> set[str]:
+    """What is gone; of the rest only metadata.json may be another."""
+    assert all(after[name] == before[name] for name in after if name != "metadata.json")
+    return set(before) - set(after)
+
+
+def files_of_part(directory: Path, batch: int) -> set[str]:
+    shards = {path.name for path in directory.glob(f"layer_*_batch_{batch:06d}.*")}
+    name = f"{batch:06d}_001"
+    return {*shards, f"_run/parts/{name}.safetensors", f"_run/commits/{name}.json"}
+
+
+@pytest.mark.parametrize("what", ["a row", "a shard's head", "a sidecar", "a shard gone", "a record"])
+def test_verify_names_the_command_that_gives_a_damaged_part_up_and_it_is_computed_again_byte_for_byte(
+    copy: Callable[..., Path], model: Path, tasks: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    directory = copy()
+    whole, batch = snapshot(directory), int(re.search(r"00000(\d)_001", DAMAGE[what][1])[1])  # type: ignore[index]
+    expected = files_of_part(directory, batch)
+    DAMAGE[what][0](directory)
+    assert verify_command(VerifyConfig(str(directory), samples=1)) == 1
+    said = re.search(r"jax-extract (sweep .* --damaged)", capsys.readouterr().out)
+    assert said and said[1] == f"sweep {directory} --damaged"
+    before = snapshot(directory)
+
+    assert main([*said[1].split(), "--dry_run"]) == 0
+    dry = capsys.readouterr().out
+    assert snapshot(directory) == before
+    assert main(said[1].split()) == 0
+    out = capsys.readouterr().out
+    gone = given_up(before, snapshot(directory))
+    assert gone == {*expected & set(before), VERIFICATION_FILE}
+    for words in (dry, out):
+        assert {line.split()[0] for line in words.splitlines() if line.endswith((" kB", " bytes"))} == gone
+        size = sum(len(before[name]) for name in gone)
+        assert f"{len(gone)} files, {bytes_text(size)}, 1 part of the run among them" in words
+
+    metadata = run_here(model, tasks, directory, layers_to_extract=LAYERS, batch_size=4)
+    assert [session["parts"] for session in metadata["sessions"]] in ([1, 3], [3, 1])
+    told = ("metadata.json", "_run/config.yaml", "_run/sessions", "_run/commits")  # which say when and by whom
+    rows, again = (
+        {name: data for name, data in files.items() if not name.startswith(told)}
+        for files in (whole, snapshot(directory))
+    )
+    assert again == rows
+    assert main(["sweep", str(directory), "--damaged"]) == 0
+    assert "0 files, 0 bytes, removed" in capsys.readouterr().out
+
+
+def test_a_plan_that_is_damaged_costs_no_part_that_is_whole(copy: Callable[..., Path]) -> None:
+    directory = copy()
+    DAMAGE["a part of the plan"][0](directory)
+    before = snapshot(directory)
+    assert main(["sweep", str(directory), "--damaged"]) == 0
+    assert not given_up(before, snapshot(directory))
+
+
+def test_what_cannot_be_read_or_was_damaged_on_its_way_is_not_given_up(
+    copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = copy()
+    before, read_into, seen = snapshot(directory), Directory.read_into, set()
+
+    def fails(self: Directory, name: str, offset: int, buffer: memoryview, generation: int | None = None) -> int:
+        if name == "layer_1_batch_000002.pkl":
+            raise PermissionError(13, "Permission denied")
+        got = read_into(self, name, offset, buffer, generation)
+        if name == "layer_3_batch_000003.pkl" and name not in seen:
+            seen.add(name)
+            buffer[0] ^= 1
+        return got
+
+    monkeypatch.setattr(Directory, "read_into", fails)
+    assert main(["sweep", str(directory), "--damaged"]) == 1
+    out = capsys.readouterr().out
+    assert "not judged: layer_1_batch_000002.pkl cannot be read (Permission denied)" in out
+    assert seen and "layer_3" not in out
+    assert not given_up(before, snapshot(directory))
 
 
 # --------------------------------------------------------------------- what only a recomputation can notice
@@ -438,7 +523,9 @@ def test_a_bfloat16_run_is_not_judged_without_hugging_face_and_that_is_said(
 # ------------------------------------------------------------------------------------ runs and their models
 
 
-def test_a_run_that_lacks_a_record_is_unfinished_and_what_is_there_is_verified(copy: Callable[..., Path]) -> None:
+def test_a_run_that_lacks_a_record_is_unfinished_and_what_is_there_is_verified(
+    copy: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     directory = copy()
     (directory / "_run/commits/000002_001.json").unlink()
     verdict = verified(directory, samples=2)
@@ -447,7 +534,8 @@ def test_a_run_that_lacks_a_record_is_unfinished_and_what_is_there_is_verified(c
     assert {sample["part"] for sample in verdict.samples} == {"000001_001", "000003_001"}
     for name in ("000001_001", "000003_001"):
         (directory / f"_run/commits/{name}.json").unlink()
-    nothing = verified(directory)
+    nothing = verify(str(directory))
+    assert "verdict  unfinished: parts are still to be computed" in capsys.readouterr().out
     assert (nothing.verdict, nothing.samples, nothing.sites) == ("unfinished", [], [])
 
 
@@ -533,7 +621,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_a_run_in_a_bucket_and_its_emptied_directory_are_verified_where_the_shards_are(
-    copy: Callable[..., Path], bucket: str
+    copy: Callable[..., Path], bucket: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = copy()
     assert upload(UploadConfig(str(directory), bucket, delete_local=True), Terminal(silent=True)) == 0
@@ -544,8 +632,16 @@ def test_a_run_in_a_bucket_and_its_emptied_directory_are_verified_where_the_shar
     assert json.loads(open_storage(bucket).read(VERIFICATION_FILE))["place"] == bucket
     storage = open_storage(bucket)
     storage.replace("layer_1_batch_000001.pkl", b"x" * len(storage.read("layer_1_batch_000001.pkl")))
-    for place in (directory, bucket):
-        assert "layer_1_batch_000001.pkl" in verified(place, samples=1).damaged[0]
+    capsys.readouterr()
+    for place in (directory, bucket):  # wherever the part is looked at from, it is given up where it lies
+        assert "layer_1_batch_000001.pkl" in verify(str(place), samples=1).damaged[0]
+        assert f"jax-extract sweep {bucket} --damaged" in capsys.readouterr().out
+    assert main(["sweep", str(bucket), "--damaged"]) == 0
+    assert "it was uploaded to" in verify(str(directory), samples=1).damaged[0]
+    assert f"jax-extract sweep {directory} --damaged" in capsys.readouterr().out
+    assert main(["sweep", str(directory), "--damaged"]) == 0
+    assert verified(directory, samples=1).missing == ["1 of 3 parts with 4 samples: 000001_001"]
+    assert not (directory / "_run/uploaded/000001_001.json").exists()
 
 
 # ------------------------------------------------------------------------------------------- row errors

@@ -6,16 +6,18 @@ In: a run directory or `gs://bucket/prefix`. Out: text, and whether the run is c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Annotated
 
 import tyro
 
-from jax_extract.store.ledger import Ledger, part_name
+from jax_extract.store.integrity import flawed_parts, total_bytes
+from jax_extract.store.ledger import Key, Ledger, part_name
 from jax_extract.store.metadata import write_metadata
 from jax_extract.store.storage.opening import open_storage
-from jax_extract.store.survey import Survey, survey
-from jax_extract.store.sweep import sweep
-from jax_extract.terminal import bytes_text, plural
+from jax_extract.store.survey import Survey, record_name, survey
+from jax_extract.store.sweep import doomed, sweep
+from jax_extract.terminal import Terminal, bytes_text, plural
 
 _SHOWN = 10
 
@@ -39,11 +41,14 @@ class SweepConfig:
 
     Attributes:
       place: run directory or gs://bucket/prefix.
-      torn: give up parts whose files are missing or cut short too, so that the same command computes them again.
+      damaged: read every byte first and give up the parts that are not as they were committed (torn ones among them),
+        so that the command that started the run computes them again.
+      torn: give up only parts whose files are missing or cut short, which shows without reading.
       dry_run: only say what would be removed.
     """
 
     place: Place
+    damaged: bool = False
     torn: bool = False
     dry_run: bool = False
 
@@ -58,7 +63,7 @@ def status(config: StatusConfig) -> int:
     print(f"{config.place}: {ledger.run['description']['model_name']}, run {ledger.run['run_id'][:12]}")
     of = f" of {plural(len(found.planned), 'part')}" if found.plan_is_whole else ", of a plan that is not complete yet"
     print(f"  committed  {len(found.committed):,}{of}; {samples:,} of {plural(planned, 'sample')}, {bytes_text(size)}")
-    missing = [key for key in found.missing if f"_run/commits/{part_name(key)}.json" not in found.torn]
+    missing = [key for key in found.missing if record_name(key) not in found.torn]
     print(f"  missing    {plural(len(missing), 'part')}{_few([part_name(key) for key in missing])}")
     print(f"  torn       {plural(len(found.torn), 'part')}")
     for wrong in list(found.torn.values())[:_SHOWN]:
@@ -83,30 +88,73 @@ def _orphans_text(found: Survey) -> str:
 
 def _verdict(found: Survey, place: str) -> str:
     if found.complete:
-        return "complete"
+        return f"complete, by names and sizes; jax-extract verify {place} reads the bytes too"
     if found.torn:
-        return f"torn parts: restore their files from a copy, or give them up with jax-extract sweep {place} --torn"
+        return (
+            f"torn parts: restore their files from a copy, or give them up with jax-extract sweep {place} --damaged, "
+            "which reads every byte (--torn in its stead: what is told here, without reading)"
+        )
     return "not complete: give the command that started the run again"
 
 
-def sweep_command(config: SweepConfig) -> int:
-    """Removes what `survey` finds to be nobody's; UserError where there is no run."""
+def sweep_command(config: SweepConfig, terminal: Terminal | None = None) -> int:
+    """Removes what is nobody's, and what is given up; 1 where parts stay that are not whole, else 0."""
     ledger = Ledger.open(open_storage(config.place))
-    found = survey(ledger)
-    doomed = [*(found.torn if config.torn else ()), *found.orphans]
-    for name in doomed:
-        print(f"  {name}")
-    size = bytes_text(sum(found.orphans.values()))
+    found, unread = survey(ledger), []
+    if config.damaged:
+        found, unread = _read_whole(ledger, found, terminal or Terminal())
+    given_up = found.torn if config.damaged or config.torn else {}
+    gone = doomed(ledger, found, bool(given_up))
+    for name, wrong in given_up.items():
+        print(f"  part {PurePosixPath(name).stem}: {wrong}")
+    for name, size in gone.items():
+        print(f"  {name}  {bytes_text(size)}")
+    said = f"{plural(len(gone), 'file')}, {bytes_text(sum(gone.values()))}"
+    said += f", {plural(len(given_up), 'part')} of the run among them" if given_up else ""
     if config.dry_run:
-        print(f"{plural(len(doomed), 'file')}, {size}, would be removed from {config.place}")
+        print(f"{said}, would be removed from {config.place}")
         return 0
-    sweep(ledger, found, config.torn)
-    if config.torn and found.torn:  # their shards have no record any more
-        left = survey(ledger)
-        sweep(ledger, left)
-        doomed += left.orphans
-    write_metadata(ledger)
-    print(f"{plural(len(doomed), 'file')}, {size}, removed from {config.place}; metadata.json is written anew")
-    if left := survey(ledger).torn:
-        print(f"{plural(len(left), 'torn part')} stay; restore their files from a copy, or give them up with --torn")
-    return 1 if left else 0
+    sweep(ledger, found, bool(given_up))
+    left = survey(ledger)
+    if not left.unreadable:
+        write_metadata(ledger)
+    print(f"{said}, removed from {config.place}" + ("" if left.unreadable else "; metadata.json is written anew"))
+    if given_up:
+        print("the command that started the run, given again, computes what was given up")
+    for flaw in unread:
+        print(f"not judged: {flaw}; mend that, or remove the file by hand, and give the same command again")
+    if left.torn:
+        mend = f"restore what is missing from a copy, or give up with jax-extract sweep {config.place} --damaged"
+        print(f"left as it is: {plural(len(left.torn), 'torn part')}; {mend}")
+    return 1 if left.torn or unread else 0
+
+
+def _read_whole(ledger: Ledger, found: Survey, terminal: Terminal) -> tuple[Survey, list[str]]:
+    """What the bytes of the committed parts say beside what their names and sizes said; and what cannot be read.
+
+    Only what was read, and is not what was committed, is given up.
+    """
+    with terminal.progress(total_bytes(found.committed.values()), "read", "B") as bar:
+        flawed = flawed_parts(ledger, found.committed, bar.update)
+    wrong = {key: says for key, flaws in flawed.items() if (says := "; ".join(f.says for f in flaws if f.certain))}
+    unread = [flaw.says for key, flaws in flawed.items() if key not in wrong for flaw in flaws]
+    return found.giving_up({**_lost_elsewhere(ledger, found), **wrong}), unread
+
+
+def _lost_elsewhere(ledger: Ledger, found: Survey) -> dict[Key, str]:
+    """Parts that were uploaded and deleted here, and are not where they went any more."""
+    lost: dict[Key, str] = {}
+    gone = {
+        key: str(record["uploaded_to"])
+        for key, record in found.committed.items()
+        if "uploaded_to" in record and not all(file["path"] in found.files for file in record["files"])
+    }
+    for place in dict.fromkeys(gone.values()):
+        there = Ledger.open(open_storage(place))
+        records = there.records()[0] if there.run["run_id"] == ledger.run["run_id"] else {}
+        lost |= {
+            key: f"it was uploaded to {place}, where no record of it is"
+            for key, went in gone.items()
+            if went == place and key not in records
+        }
+    return lost

@@ -19,12 +19,13 @@ import tyro
 
 from jax_extract.errors import UserError, damage_is_told
 from jax_extract.extraction.prepare import OpenModel
+from jax_extract.store.integrity import some_of
 from jax_extract.store.ledger import Ledger, to_json
 from jax_extract.store.metadata import VERIFICATION_FILE
 from jax_extract.store.storage.opening import open_storage
 from jax_extract.terminal import Terminal, bytes_text, plural
 from jax_extract.verification.comparison import Comparison, choose
-from jax_extract.verification.reading import RESTORE, Layout, Reading, some_of
+from jax_extract.verification.reading import RESTORE, Layout, Reading
 from jax_extract.verification.reference import SiteVerdict, plan_of
 from jax_extract.weights.load import Weights
 from models.hooks import HOOK_POINTS
@@ -184,6 +185,14 @@ def _tell_reading(reading: Reading, terminal: Terminal) -> None:
         terminal.line("damaged", thing)
     for thing in reading.missing:
         terminal.line("missing", thing)
+    if reading.missing:
+        terminal.line("", "the run is unfinished: the command that started it, given again, goes on")
+    for place in reading.to_give_up:
+        terminal.line(
+            "mend",
+            f"restore what is damaged from a copy, or give its parts up with jax-extract sweep {place} --damaged: "
+            "then the command that started the run computes them again",
+        )
 
 
 def _tell_comparison(comparison: Comparison, terminal: Terminal) -> None:
@@ -207,13 +216,14 @@ def _tell_comparison(comparison: Comparison, terminal: Terminal) -> None:
 
 
 def _tell_verdict(verdict: Verdict, terminal: Terminal) -> None:
-    judged = all(site.ok is not None for site in verdict.sites)
+    judged = verdict.sites and all(site.ok is not None for site in verdict.sites)
     rows = "the rows are the model's" if judged else "its rows were not judged"
+    committed = f"every byte is as it was written, and {rows}" if verdict.read["parts"] else "there is nothing"
     told = {
         "verified": f"every byte is as it was written, and {rows}",
         "damaged": f"{plural(len(verdict.damaged), 'thing')}, named above",
         "out of bounds": some_of(site.name for site in verdict.sites if site.ok is False),
-        "unfinished": f"of what is committed, every byte is as it was written, and {rows}",
+        "unfinished": f"parts are still to be computed; of what is committed, {committed}",
     }
     terminal.line("verdict", f"{verdict.verdict}: {told[verdict.verdict]}")
 

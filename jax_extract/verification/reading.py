@@ -1,41 +1,45 @@
 """Reads a run whole: every record, every file against its checksums, every sidecar against record and plan.
 
-In: a ledger. Out: the parts without a flaw, and sentences that name what is damaged or missing. One part's
-sidecar and a few pieces of files are in memory at once.
+In: a ledger. Out: the parts without a flaw, sentences that name what is damaged or missing, and which places hold
+parts that can be given up. One part's sidecar and a few pieces of files are in memory at once.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from types import SimpleNamespace
-from typing import Any, cast
+from functools import cached_property
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from jax_extract.errors import UserError, damage_is_told
 from jax_extract.inputs.plan import Part, Slab
 from jax_extract.inputs.tokenize import TokenizedSample
-from jax_extract.store.ledger import PARTS, Key, Ledger, Record, part_name
+from jax_extract.store.integrity import (
+    NAMED,
+    Advance,
+    Flaw,
+    dtype_of,
+    read_sidecar,
+    shard_flaw,
+    some_of,
+    total_bytes,
+)
+from jax_extract.store.ledger import Key, Ledger, Record, part_name
 from jax_extract.store.parts import PartContent, Site
-from jax_extract.store.sidecar import BLOCK_BYTES, BlockChecksums, Sidecar, StoredArray
+from jax_extract.store.sidecar import Sidecar
 from jax_extract.store.storage.opening import open_storage
-from jax_extract.store.storage.verbs import Entry, Storage, crc32c
-from jax_extract.store.survey import wrong_with
+from jax_extract.store.storage.verbs import Entry, Storage
+from jax_extract.store.survey import entries_of, files_of
 from jax_extract.store.writer import lanes_for
 from jax_extract.terminal import Terminal, plural
 from models.positions import Positions
 
-NAMED = 20  # how many of a kind are named; the rest are counted
 RESTORE = "restore its _run folder from a copy"
 
-_CHUNK = 8 << 20  # bytes of a file that are in memory at once, in each of a few threads
-
-Advance = Callable[[int], None]
 Planned = Mapping[Key, Mapping[str, Any]]  # the parts of the stored plan, as they stand there
 
 
@@ -57,11 +61,10 @@ class Layout:
     def of(cls, ledger: Ledger) -> Layout:
         with damage_is_told(f"the run in {ledger.storage}", RESTORE):
             identity = ledger.run["identity"]
-            stored = identity["capture_dtype"]
             return cls(
                 tuple(Site(str(s["hook"]), s["layer"], int(s["width"])) for s in identity["sites"]),
                 Positions.parse(identity["positions"]),
-                np.dtype(ml_dtypes.bfloat16 if stored == "bfloat16" else stored),
+                dtype_of(ledger),
                 str(ledger.run["numerics"]["dtype"]),
             )
 
@@ -75,7 +78,8 @@ class WholePart:
     lengths: np.ndarray
 
     def sidecar(self) -> Sidecar:
-        return _sidecar_of(self.record, self.storage)
+        file = self.record["sidecar"]
+        return Sidecar.read(self.storage, file["path"], file["crc32c"], file.get("generation"))
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,7 @@ class Home:
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
-        storage = self.ledger.storage
-        return {**storage.entries(), **{f"{PARTS}/{name}": entry for name, entry in storage.entries(PARTS).items()}}
+        return entries_of(self.ledger.storage)
 
 
 @dataclass
@@ -103,6 +106,7 @@ class Reading:
     Attributes:
       whole: the parts without a flaw.
       damaged, missing: sentences that name what is wrong, and what is not there yet.
+      to_give_up: places with damaged parts that `jax-extract sweep PLACE --damaged` gives up.
       counts: of what was read.
     """
 
@@ -111,15 +115,16 @@ class Reading:
     whole: dict[Key, WholePart] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    to_give_up: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("parts", "files", "bytes", "blocks"), 0))
     _indices: dict[Key, np.ndarray] = field(default_factory=dict)
     _elsewhere: dict[str, Home] = field(default_factory=dict)
 
     def run(self, terminal: Terminal) -> None:
         home = Home.of(self.ledger)
-        self.damaged += home.damaged.values()
+        self.damaged += self._told(home, *map(Flaw, home.damaged.values()))
         planned = self._read_plan(home)
-        total = sum(file["bytes"] for record in home.records.values() for file in _files(record))
+        total = total_bytes(home.records.values())
         lock = threading.Lock()
         threads = lanes_for(str(self.ledger.storage), len(self.layout.sites))
         with terminal.progress(total, "read", "B") as bar, ThreadPoolExecutor(threads) as pool:
@@ -175,25 +180,36 @@ class Reading:
         """What is wrong with a part; one that was uploaded and deleted here is read where it is now."""
         problems: list[str] = []
         if uploaded_to := record.get("uploaded_to"):
-            _, problems = _read_sidecar(record, home, advance)
-            home = self._home(uploaded_to)
+            problems = self._told(home, read_sidecar(record, home.ledger.storage, home.entries, advance)[1])
+            here, home = home, self._home(uploaded_to)
             if home.ledger.run["run_id"] != self.ledger.run["run_id"] or key not in home.records:
-                return [*problems, f"it was uploaded to {uploaded_to}, where no record of it is"]
+                return problems + self._told(here, Flaw(f"it was uploaded to {uploaded_to}, where no record of it is"))
             record = home.records[key]
-        sidecar, more = _read_sidecar(record, home, advance)
-        problems += more
+        storage, entries = home.ledger.storage, home.entries
+        sidecar, flaw = read_sidecar(record, storage, entries, advance)
+        problems += self._told(home, flaw)
         if sidecar:
             self._indices[key] = sidecar.content.sample_indices
             problems += self._disagreements(record, sidecar, planned)
-        arrays = {array.path: array for array in sidecar.arrays} if sidecar and not problems else {}
-        check = partial(_file_problem, home, record, arrays, self.layout.dtype.itemsize, advance)
-        problems += filter(None, list(pool.map(check, record["files"])))
-        self.counts["files"] += len(_files(record))
-        self.counts["blocks"] += sum(len(array.blocks) for array in arrays.values())
+        arrays = sidecar.arrays if sidecar and not problems else ()
+        width = self.layout.dtype.itemsize
+        flaws = pool.map(
+            lambda file: shard_flaw(file, record, storage, entries, arrays, width, advance), record["files"]
+        )
+        problems += self._told(home, *flaws)
+        self.counts["files"] += len(files_of(record))
+        self.counts["blocks"] += sum(len(array.blocks) for array in arrays)
         if sidecar and not problems:
             lengths = np.array([len(tokens) for tokens in sidecar.content.token_ids], np.int32)
-            self.whole[key] = WholePart(home.ledger.storage, record, lengths)
+            self.whole[key] = WholePart(storage, record, lengths)
         return problems
+
+    def _told(self, home: Home, *flaws: Flaw | None) -> list[str]:
+        """What these say; the place in which a part has one is remembered."""
+        place = str(home.ledger.storage)
+        if any(flaw and flaw.certain for flaw in flaws) and place not in self.to_give_up:
+            self.to_give_up.append(place)
+        return [flaw.says for flaw in flaws if flaw]
 
     def _disagreements(self, record: Record, sidecar: Sidecar, planned: Planned | None) -> list[str]:
         try:
@@ -206,71 +222,6 @@ class Reading:
         if place not in self._elsewhere:
             self._elsewhere[place] = Home.of(Ledger.open(open_storage(place)))
         return self._elsewhere[place]
-
-
-def _files(record: Record) -> list[dict[str, Any]]:
-    return [record["sidecar"], *record["files"]]
-
-
-def _sidecar_of(record: Record, storage: Storage) -> Sidecar:
-    file = record["sidecar"]
-    return Sidecar.read(storage, file["path"], file["crc32c"], file.get("generation"))
-
-
-def _read_sidecar(record: Record, home: Home, advance: Advance) -> tuple[Sidecar | None, list[str]]:
-    """A sidecar, or what is wrong with it."""
-    file, storage = record["sidecar"], home.ledger.storage
-    if wrong := wrong_with(file, record, home.entries):
-        return None, [wrong]
-    try:
-        # By itself: trouble with the place ends the command, and only what has arrived can be damaged.
-        data = storage.read(file["path"], generation=file.get("generation"))
-    except OSError as error:
-        return None, [f"{file['path']} cannot be read ({error.strerror or error})"]
-    advance(len(data))
-    arrived = SimpleNamespace(where=storage.where, read=lambda *_, **__: data)
-    try:
-        return _sidecar_of(record, cast(Storage, arrived)), []
-    except UserError as error:
-        return None, [str(error)]
-
-
-def _file_problem(
-    home: Home,
-    record: Record,
-    arrays: Mapping[str, StoredArray],
-    itemsize: int,
-    advance: Advance,
-    file: Mapping[str, Any],
-) -> str | None:
-    """Reads a whole shard once, against its own checksum and those of the blocks of its array."""
-    name, size = str(file["path"]), int(file["bytes"])
-    if wrong := wrong_with(file, record, home.entries):
-        return wrong
-    array = arrays.get(name)
-    start = array.offset if array else 0
-    stop = start + (record["rows"] * array.site.width * itemsize if array else 0)
-    if array and not (0 <= start <= stop <= size and len(array.blocks) == -(-(stop - start) // BLOCK_BYTES)):
-        return f"{name} cannot hold the array that its sidecar describes"
-    total, blocks, at = 0, BlockChecksums(), 0
-    buffer = memoryview(bytearray(min(_CHUNK, size)))
-    while at < size:
-        piece = buffer[: min(_CHUNK, size - at)]
-        try:
-            got = home.ledger.storage.read_into(name, at, piece, file.get("generation"))
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror or error})"
-        advance(got)
-        if got < len(piece):
-            return f"{name} is cut short at byte {at + got}"
-        total = crc32c(piece, total)
-        blocks.update(piece[max(0, start - at) : max(0, stop - at)])
-        at += got
-    pairs = zip(blocks.values(), array.blocks if array else (), strict=True)
-    changed = [str(i) for i, (is_now, was) in enumerate(pairs) if is_now != was]
-    if changed:
-        return f"{name} is changed: block {some_of(changed)} of its array does not match its checksum"
-    return f"{name} is changed: it does not match its checksum" if total != file["crc32c"] else None
 
 
 def _disagreements(record: Record, sidecar: Sidecar, layout: Layout) -> Iterator[str]:
@@ -328,10 +279,5 @@ def _told_twice(indices: Mapping[Key, np.ndarray]) -> list[str]:
     again = np.flatnonzero(np.diff(every[order]) == 0)
     pairs = [(every[order[i]], keys[parts[order[i]]], keys[parts[order[i + 1]]]) for i in again[:NAMED]]
     told = [f"sample {n} of the input is in part {part_name(a)} and again in part {part_name(b)}" for n, a, b in pairs]
-    return told + ([f"{len(again) - NAMED} more samples are there twice"] if len(again) > NAMED else [])
-
-
-def some_of(names: Iterable[str]) -> str:
-    names = list(names)
-    rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + rest
+    more = len(again) - NAMED
+    return told + ([f"{plural(more, 'more sample')}, there twice or oftener"] if more > 0 else [])

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import store_worker
 from gcs_server import RunningServer, running
 from small_run import environment, make_model, run_cli, run_here, shards, write_jsonl
 
 from jax_extract import UserError, open_activations
 from jax_extract.cli import main
-from jax_extract.store.ledger import Ledger
+from jax_extract.store.ledger import COMMITS, Ledger
 from jax_extract.store.storage.failpoints import VARIABLE
 from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.storage.verbs import NameTaken
+from jax_extract.store.survey import survey
+from jax_extract.store.sweep import erase, sweep
 
 LENGTHS = [33, 60, 40, 61, 35, 50, 47, 62, 63, 34, 41]
 OPTIONS: dict[str, Any] = {"layers_to_extract": (10, 11), "batch_size": 4, "positions": "all"}
@@ -182,6 +187,156 @@ def test_the_upload_job_is_repeated_until_it_says_that_all_is_there(
     assert json.loads(open_storage(place).read("metadata.json"))["total_samples"] == len(LENGTHS)
 
 
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+
+
+LOCAL_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "shard changed": (lambda d: _flip(d / "layer_11_batch_000002.pkl"), r"layer_11_batch_000002\.pkl is damaged"),
+    "shard gone": (lambda d: (d / "layer_11_batch_000002.pkl").unlink(), r"layer_11_batch_000002\.pkl is missing"),
+    "sidecar changed": (
+        lambda d: _flip(d / "_run/parts/000002_001.safetensors"),
+        r"000002_001\.safetensors is damaged",
+    ),
+    "record": (lambda d: (d / "_run/commits/000002_001.json").write_text("{"), r"commit record .* is damaged"),
+}
+
+
+@pytest.mark.parametrize("what", LOCAL_DAMAGE)
+def test_an_upload_goes_on_past_a_damaged_part_names_it_and_leaves_nothing_half(
+    server: RunningServer,
+    model: Path,
+    tasks: Path,
+    whole: Path,
+    place: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    what: str,
+) -> None:
+    directory = tmp_path / "a"
+    shutil.copytree(whole, directory)
+    damage, sentence = LOCAL_DAMAGE[what]
+    damage(directory)
+    assert main(["upload", str(directory), place]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: all else is in {place}, but there is 1 damaged part in {directory}: 000002_001 (")
+    assert re.search(sentence, error), error
+    assert set(Ledger.open(open_storage(place)).committed()) == {(1, 1), (3, 1)}
+    kept = {name: data for name, data in shards(whole).items() if "000002" not in name}
+    assert _in_bucket(place) == kept
+    assert json.loads(open_storage(place).read("metadata.json"))["total_samples"] == len(LENGTHS) - 4
+
+    command = re.search(r"jax-extract (sweep \S+ --damaged)", error)
+    assert command and main(command[1].split()) == 0
+    run_here(model, tasks, directory, **OPTIONS)
+    assert main(["upload", str(directory), place]) == 0
+    assert _in_bucket(place) == shards(whole) == shards(directory)
+
+
+def test_what_the_bucket_has_lost_is_named_with_the_command_that_gives_it_up_there(
+    server: RunningServer, whole: Path, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["upload", str(whole), place]) == 0
+    storage = open_storage(place)
+    storage.delete("layer_10_batch_000001.pkl")
+    storage.replace("_run/commits/000003_001.json", b"{")
+    capsys.readouterr()
+    assert main(["upload", str(whole), place]) == 2
+    error = capsys.readouterr().err
+    assert f"2 damaged parts in {place}: 000001_001, 000003_001 (layer_10_batch_000001.pkl is missing)" in error
+    assert main(["sweep", place, "--damaged"]) == 0
+    assert main(["upload", str(whole), place]) == 0
+    assert _in_bucket(place) == shards(whole)
+
+
+def test_a_verification_goes_along_where_it_speaks_of_every_part_that_is_there(
+    server: RunningServer, whole: Path, place: str, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "a")
+    run_id, storage = json.loads((whole / "_run/run.json").read_text())["run_id"], open_storage(place)
+
+    def there(**changes: Any) -> str | None:
+        """The date of what is in the bucket after an upload."""
+        said = {"run_id": run_id, "date": "2026-01-01", "verdict": "verified", "read": {"parts": 3}, **changes}
+        (tmp_path / "a/verification.json").write_text(json.dumps(said))
+        assert main(["upload", str(tmp_path / "a"), place]) == 0
+        return json.loads(storage.read("verification.json"))["date"] if storage.exists("verification.json") else None
+
+    assert there(run_id="another") is None
+    assert there(read={"parts": 2}) is None
+    assert there(verdict="damaged") is None
+    assert there(read=[]) is None
+    assert there() == "2026-01-01"
+    assert there(date="2026-02-01") == "2026-02-01"
+    assert there(date="2025-12-01") == "2026-02-01"
+
+
+# ------------------------------------------------------------------------------ tidying up in a bucket
+
+
+def _stores(place: str) -> Ledger:
+    """A run of made-up rows, of 8 records and 16 shards, and 12 orphans."""
+    case = store_worker.Case(lengths=(20,) * 8, widths=(4, 4))
+    store_worker.extract(place, case)
+    storage = open_storage(place)
+    for number in range(12):
+        storage.write(f"layer_0_batch_{900 + number:06d}.pkl", b"mine")
+    return Ledger.open(storage)
+
+
+def _deletions_at_once(server: RunningServer, count: int, delete: Callable[[], object]) -> list[str]:
+    """Names of the objects whose deletion was asked for while none was answered yet; then lets it go on to its end."""
+    server.forget_log()
+    server.fault("stall", kind="delete", times=count)
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(delete)
+        until = time.monotonic() + 20
+        while len(server.log("delete")) < count and not done.done() and time.monotonic() < until:
+            time.sleep(0.01)
+        asked = [entry["name"] for entry in server.log("delete")]
+        server.forget_faults()
+        done.result()
+    return asked
+
+
+def test_a_sweep_of_a_bucket_takes_its_objects_side_by_side(server: RunningServer, place: str) -> None:
+    ledger = _stores(place)
+    found = survey(ledger)
+    assert len(found.orphans) == 12
+    asked = _deletions_at_once(server, 12, lambda: sweep(ledger, found))
+    assert {name.removeprefix("runs/one/") for name in asked} == set(found.orphans)
+    assert not survey(ledger).orphans
+    assert survey(ledger).complete
+
+
+def test_an_erasure_of_a_bucket_takes_records_side_by_side_and_no_shard_before_the_last_of_them(
+    server: RunningServer, place: str
+) -> None:
+    ledger = _stores(place)
+    records = {f"runs/one/{COMMITS}/{name}" for name in ledger.names(COMMITS)}
+    assert len(records) == 8
+    asked = _deletions_at_once(server, len(records), lambda: erase(ledger.storage))
+    assert set(asked) == records
+    names = [entry["name"] for entry in server.log("delete")]
+    plan = next(i for i, name in enumerate(names) if "_run/plan/" in name)
+    assert len([name for name in names[:plan] if "layer_" in name]) == 16
+    assert names[-1] == "runs/one/_run/run.json"
+    orphans = {f"layer_0_batch_{900 + number:06d}.pkl" for number in range(12)}
+    assert set(ledger.storage.entries()) == orphans  # of batches that the plan does not name
+
+
+def test_a_deletion_that_is_refused_ends_the_sweep_of_a_bucket_in_one_sentence(
+    server: RunningServer, place: str
+) -> None:
+    ledger = _stores(place)
+    server.fault("status", code=403, kind="delete", times=100)
+    with pytest.raises(UserError, match="is not permitted"):
+        sweep(ledger, survey(ledger))
+    assert len(survey(ledger).orphans) == 12
+
+
 def test_a_prefix_that_holds_another_run_is_refused(
     server: RunningServer, model: Path, tasks: Path, whole: Path, place: str, tmp_path: Path
 ) -> None:
@@ -199,7 +354,7 @@ def test_a_local_run_of_another_model_is_not_uploaded_nor_deleted_by_a_command_t
     shutil.copytree(whole, tmp_path / "a")
     other = make_model(tmp_path / "other", seed=1)
     options = {"gcs_bucket": place, "upload_to_cloud": True, "delete_local": True}
-    with pytest.raises(UserError, match=r"holds another run: weights was"):
+    with pytest.raises(UserError, match=r"holds another run: --model_path is another model"):
         run_here(other, tasks, tmp_path / "a", **OPTIONS, **options)
     other_inputs = write_jsonl(tmp_path / "other.jsonl", LENGTHS, seed=9)
     with pytest.raises(UserError, match="holds a run over other inputs"):

@@ -1,31 +1,36 @@
 """`jax-extract upload`: brings a run that was written locally into a bucket; to be repeated until it says all is there.
 
-In: a run directory, finished or not, and `gs://bucket/prefix`. Out: the same run in the bucket.
+In: a run directory, finished or not, and `gs://bucket/prefix`. Out: the same run in the bucket. Parts that are not on
+the disk as they were committed are left out and named in the end; all others are there then.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 import tyro
 
 from jax_extract.errors import UserError
 from jax_extract.extraction.place import CONFIG_FILE, copy_run
-from jax_extract.store.ledger import PLAN, SESSIONS, Ledger
-from jax_extract.store.metadata import write_metadata
+from jax_extract.store.integrity import some_of
+from jax_extract.store.ledger import PLAN, SESSIONS, Key, Ledger, Record, part_name
+from jax_extract.store.metadata import VERIFICATION_FILE, write_metadata
 from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.storage.verbs import BUCKET_SCHEME, Storage
-from jax_extract.store.survey import survey
+from jax_extract.store.survey import Survey, record_name, survey
 from jax_extract.store.upload import Uploader, open_copy
 from jax_extract.terminal import Terminal, bytes_text, plural
 
 
 @dataclass(frozen=True)
 class UploadConfig:
-    """Upload a run. Exit code 0 when the whole run is in the bucket, 1 when parts of it are still to be computed.
+    """Upload a run. Exit code 0 when all is in the bucket, 1 when parts are still to be computed, 2 after trouble.
 
     Attributes:
       directory: run directory.
@@ -51,14 +56,30 @@ def upload(config: UploadConfig, terminal: Terminal | None = None) -> int:
     target = open_copy(source, copy_run(source, storage))
     _copy_small_files(source, storage)
 
-    there = target.committed()
-    left = [record for key, record in source.committed().items() if key not in there]
+    found, there = survey(source), survey(target)
+    known = {*there.torn, *map(record_name, there.committed)}
+    left = [record for key, record in found.committed.items() if record_name(key) not in known]
+    _refuse_if_moved(left, found, storage)
+    damaged = {name: wrong for name, wrong in found.torn.items() if name not in known}
     size = sum(file["bytes"] for record in left for file in record["files"])
     terminal.line("upload", f"{plural(len(left), 'part')}, {bytes_text(size)}, from {config.directory} to {storage}")
     with terminal.progress(size, "upload", "B") as bar:
-        _upload(source, target, left, config.delete_local, bar.update)
-    write_metadata(target)
-    return _tell(source, target, terminal)
+        damaged |= _upload(source, target, left, config.delete_local, bar.update)
+    there = survey(target)
+    if not there.unreadable:
+        write_metadata(target)
+    _require_whole(source, damaged, target, there)
+    _copy_verification(source, target, there)
+    return _tell(source, found, target, there, terminal)
+
+
+def _refuse_if_moved(records: Iterable[Record], found: Survey, storage: Storage) -> None:
+    """UserError where a part was uploaded to another place and deleted here: there the run is to be completed."""
+    for record in records:
+        to = record.get("uploaded_to", str(storage))
+        if to != str(storage) and not all(file["path"] in found.files for file in record["files"]):
+            name = part_name((record["batch"], record["part"]))
+            raise UserError(f"part {name} was uploaded to {to} and deleted here; upload the others to {to} too")
 
 
 def _copy_small_files(source: Ledger, storage: Storage) -> None:
@@ -77,8 +98,14 @@ def _copy_small_files(source: Ledger, storage: Storage) -> None:
 
 def _upload(
     source: Ledger, target: Ledger, records: Sequence[Mapping[str, Any]], delete_local: bool, on_bytes: Any
-) -> None:
-    uploader = Uploader(source, target, uuid.uuid4().hex[:12], delete_local, on_bytes=on_bytes)
+) -> dict[str, str]:
+    """Brings parts over; name of the record -> what is wrong, of those that are not here as they were committed."""
+    damaged: dict[str, str] = {}
+
+    def leave_out(key: Key, wrong: str) -> None:
+        damaged[record_name(key)] = wrong
+
+    uploader = Uploader(source, target, uuid.uuid4().hex[:12], delete_local, on_bytes=on_bytes, leave_out=leave_out)
     try:
         for record in records:
             uploader.submit(record)
@@ -86,22 +113,55 @@ def _upload(
     except BaseException:
         uploader.cancel()
         raise
+    return damaged
 
 
-def _tell(source: Ledger, target: Ledger, terminal: Terminal) -> int:
-    found, local = survey(target), source.committed()
-    for name, wrong in found.torn.items():
-        raise UserError(
-            f"{target.storage.where(name)} does not hold: {wrong}; give it up with jax-extract sweep --torn"
-        )
-    if absent := [key for key in local if key not in found.committed]:
-        raise UserError(f"{plural(len(absent), 'part')} are not in {target.storage} yet; give the same command again")
-    if not found.complete:
+def _copy_verification(source: Ledger, target: Ledger, there: Survey) -> None:
+    """What `jax-extract verify` said here holds there too, where it read every part that is there.
+
+    The bytes are the same, by their checksums. What is in the bucket already and is newer stays.
+    """
+    here = _verification(source)
+    if not here or not there.complete or here["parts"] != len(there.committed) or here["verdict"] == "damaged":
+        return
+    old = _verification(target)
+    if not old or old["date"] < here["date"]:
+        target.storage.replace(VERIFICATION_FILE, source.storage.read(VERIFICATION_FILE))
+
+
+def _verification(ledger: Ledger) -> dict[str, Any]:
+    """What verification.json says of this very run; empty where there is none, or none that can be read."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        said = json.loads(ledger.storage.read(VERIFICATION_FILE))
+        if said["run_id"] == ledger.run["run_id"]:
+            return {"date": str(said["date"]), "verdict": said["verdict"], "parts": said["read"]["parts"]}
+    return {}
+
+
+def _require_whole(source: Ledger, damaged: Mapping[str, str], target: Ledger, there: Survey) -> None:
+    """UserError that names what is damaged in either place, and the mend; everything else is in the bucket."""
+    again = "compute them again with the command that started the run, and upload again"
+    said = []
+    for ledger, torn, then in ((source, damaged, again), (target, there.torn, "upload again")):
+        if torn:
+            parts = some_of(PurePosixPath(name).stem for name in sorted(torn))
+            said.append(
+                f"{plural(len(torn), 'damaged part')} in {ledger.storage}: {parts} ({torn[min(torn)]}); restore what "
+                f"is damaged from a copy, or give up with jax-extract sweep {ledger.storage} --damaged, {then}"
+            )
+    if said:
+        raise UserError(f"all else is in {target.storage}, but there is {'; and there is '.join(said)}")
+
+
+def _tell(source: Ledger, found: Survey, target: Ledger, there: Survey, terminal: Terminal) -> int:
+    if absent := [key for key in found.committed if key not in there.committed]:
+        raise UserError(f"not in {target.storage} yet: {plural(len(absent), 'part')}; give the same command again")
+    if not there.complete:
         terminal.line(
             "done",
-            f"all {plural(len(local), 'part')} that {source.storage} holds are in {target.storage}; "
-            f"{plural(len(found.missing), 'part')} of the run still to be computed",
+            f"all that {source.storage} holds, {plural(len(found.committed), 'part')}, is in {target.storage}; "
+            f"{plural(len(there.missing), 'part')} of the run still to be computed",
         )
         return 1
-    terminal.line("done", f"all is there: {plural(len(found.committed), 'part')} in {target.storage}")
+    terminal.line("done", f"all is there: {plural(len(there.committed), 'part')} in {target.storage}")
     return 0

@@ -140,8 +140,7 @@ def test_a_new_machine_goes_on_from_the_bucket_when_the_local_directory_is_gone(
     assert metadata["sessions"][0]["parts"] == 3 - len(there)
     assert _rows(place) == _rows(whole)
     assert not shards(tmp_path / "a")
-    with pytest.raises(UserError, match=f"it was uploaded: open {place}"):
-        next(open_activations(tmp_path / "a").samples()).get(11)
+    assert _rows(tmp_path / "a").items() <= _rows(whole).items()  # of its shards, which are in the bucket
 
 
 def test_what_was_committed_locally_before_a_kill_is_uploaded_first(
@@ -221,7 +220,7 @@ def test_an_upload_goes_on_past_a_damaged_part_names_it_and_leaves_nothing_half(
     damage(directory)
     assert main(["upload", str(directory), place]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"error: all else is in {place}, but there is 1 damaged part in {directory}: 000002_001 (")
+    assert error.startswith(f"error: all else is in {place}, but {directory} holds 1 damaged part: 000002_001 (")
     assert re.search(sentence, error), error
     assert set(Ledger.open(open_storage(place)).committed()) == {(1, 1), (3, 1)}
     kept = {name: data for name, data in shards(whole).items() if "000002" not in name}
@@ -245,7 +244,7 @@ def test_what_the_bucket_has_lost_is_named_with_the_command_that_gives_it_up_the
     capsys.readouterr()
     assert main(["upload", str(whole), place]) == 2
     error = capsys.readouterr().err
-    assert f"2 damaged parts in {place}: 000001_001, 000003_001 (layer_10_batch_000001.pkl is missing)" in error
+    assert f"{place} holds 2 damaged parts: 000001_001, 000003_001 (layer_10_batch_000001.pkl is missing)" in error
     assert main(["sweep", place, "--damaged"]) == 0
     assert main(["upload", str(whole), place]) == 0
     assert _in_bucket(place) == shards(whole)

@@ -140,7 +140,9 @@ class Ledger:
                 damaged[path] = str(error)
                 continue
             if path in uploaded:
-                record["uploaded_to"] = str(read_json(self.storage, f"{UPLOADED}/{path.rpartition('/')[2]}")["to"])
+                note = f"{UPLOADED}/{path.rpartition('/')[2]}"
+                with damage_is_told(self.storage.where(note), _RESTORE):
+                    record["uploaded_to"] = str(read_json(self.storage, note)["to"])
             records[record["batch"], record["part"]] = record
         return dict(sorted(records.items())), damaged
 

@@ -186,10 +186,11 @@ class Directory:
                 f"{self.root} cannot be written ({error.strerror}); {safe}: mend that and run the same command again"
             ) from None
 
-    def free_bytes(self) -> int:
+    def free_bytes(self) -> int | None:
         root = self.root.absolute()
         stat = os.statvfs(next(path for path in (root, *root.parents) if path.exists()))
-        return stat.f_bavail * stat.f_frsize
+        # A file system without blocks, as /proc and some network ones, does not tell; its first write does.
+        return stat.f_bavail * stat.f_frsize if stat.f_blocks else None
 
 
 def _sync_folder(path: Path) -> None:

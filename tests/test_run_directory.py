@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_run import make_model, run_here, shards, texts, write_jsonl
+from small_run import make_model, run_here, shards, snapshot, texts, write_jsonl
 
 import jax_extract
 from jax_extract import UserError, load_shard, open_activations
+from jax_extract.cli import main
 from jax_extract.extraction import prepare
 from jax_extract.store.storage.verbs import crc32c
+from jax_extract.terminal import bytes_text
 
 LENGTHS = [33, 60, 40, 61, 35, 50, 47, 62, 63, 34, 48, 64, 49, 36, 51, 37, 38, 52, 39, 53]  # one slab shape
 LAYERS = (10, 11)
@@ -246,7 +248,7 @@ def test_a_cut_shard_is_found_and_named(damaged: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match=r"layer_11_batch_000001\.pkl.*cut short"):
         list(open_activations(directory).batches(11))
     path.unlink()
-    with pytest.raises(UserError, match=r"layer_11_batch_000001\.pkl cannot be read"):
+    with pytest.raises(UserError, match=r"layer_11_batch_000001\.pkl of .* cannot be read"):
         list(open_activations(directory).batches(11))
 
 
@@ -304,6 +306,88 @@ def test_a_directory_without_a_run_and_one_of_another_format_version_are_refused
     (directory / "_run/run.json").write_text(json.dumps({**run, "format_version": 99}))
     with pytest.raises(UserError, match="format version 99"):
         open_activations(directory)
+
+
+def _listed(out: str) -> set[str]:
+    """The files that a sweep says it removes; each has its bytes at the end of its line."""
+    return {line.split()[0] for line in out.splitlines() if line.startswith("  ") and line.endswith((" kB", " bytes"))}
+
+
+def test_a_sweep_of_torn_parts_says_and_takes_everything_of_theirs_in_one_call(
+    damaged: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = damaged()
+    (directory / "layer_11_batch_000001.pkl").unlink()
+    (directory / "layer_10_batch_000009_attempt_0123456789ab.pkl").write_bytes(b"left by a kill")
+    before = snapshot(directory)
+    doomed = {
+        "layer_10_batch_000001.pkl",
+        "layer_10_batch_000009_attempt_0123456789ab.pkl",
+        "_run/parts/000001_001.safetensors",
+        "_run/commits/000001_001.json",
+    }
+    assert main(["status", str(directory)]) == 1
+    assert f"jax-extract sweep {directory} --damaged" in capsys.readouterr().out
+    said = f"4 files, {bytes_text(sum(len(before[name]) for name in doomed))}, 1 part of the run among them"
+    assert main(["sweep", str(directory), "--torn", "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert _listed(out) == doomed
+    assert f"{said}, would be removed" in out
+    assert snapshot(directory) == before
+    assert main(["sweep", str(directory), "--torn"]) == 0
+    out = capsys.readouterr().out
+    assert _listed(out) == doomed
+    assert "part 000001_001: layer_11_batch_000001.pkl is missing" in out
+    assert f"{said}, removed" in out
+    after = snapshot(directory)
+    assert set(before) - set(after) == doomed
+    assert all(after[name] == before[name] for name in after if name != "metadata.json")
+    assert main(["sweep", str(directory)]) == 0
+    assert "0 files" in capsys.readouterr().out
+
+
+def test_a_record_that_was_tampered_with_gives_up_no_file_of_another_part_or_of_somebody_else(
+    damaged: Callable[..., Path],
+) -> None:
+    directory = damaged()
+    outside = directory.parent / "outside.pkl"
+    strangers = [outside, *(directory / name for name in ("notes.txt", "layer_7_batch_000001.pkl", "_run/run.txt"))]
+    for stranger in strangers:
+        stranger.write_text("mine")
+    path, record = _record(directory)
+    named = ["../outside.pkl", str(outside), "notes.txt", "layer_7_batch_000001.pkl", "_run/run.txt", "_run/run.json"]
+    named += ["layer_10_batch_000002.pkl", "_run/commits/000002_001.json", "./layer_11_batch_000002.pkl"]
+    record["files"] = [{**record["files"][0], "path": name} for name in named]
+    path.write_text(json.dumps(record))
+    before = snapshot(directory)
+    assert main(["sweep", str(directory), "--damaged"]) == 0
+    own = {"layer_10_batch_000001.pkl", "layer_11_batch_000001.pkl", "_run/parts/000001_001.safetensors"}
+    assert set(before) - set(snapshot(directory)) == own | {"_run/commits/000001_001.json"}
+    assert all(stranger.read_text() == "mine" for stranger in strangers)
+    assert len(open_activations(directory)) == 12
+
+
+def test_a_sweep_leaves_the_files_of_a_part_whose_record_may_come_back_from_a_copy(
+    damaged: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = damaged()
+    path, _ = _record(directory)
+    record = path.read_text()
+    path.write_text("{")
+    before = snapshot(directory)
+    assert main(["sweep", str(directory)]) == 1
+    out = capsys.readouterr().out
+    assert "0 files" in out
+    assert "left as it is: 1 torn part; restore what is wrong from a copy, or give up with" in out
+    assert snapshot(directory) == before
+    path.write_text(record)
+    assert main(["status", str(directory)]) == 0
+    assert (
+        f"complete, by names and sizes; jax-extract verify {directory} reads the bytes too" in capsys.readouterr().out
+    )
+    path.write_text("{")
+    assert main(["sweep", str(directory), "--torn"]) == 0
+    assert not list(directory.glob("layer_*_batch_000001*"))
 
 
 def test_metadata_can_be_derived_anew_from_the_records(damaged: Callable[..., Path]) -> None:

@@ -21,7 +21,7 @@ from jax_extract.errors import UserError, damage_is_told
 from jax_extract.store.ledger import Key, Ledger, Record
 from jax_extract.store.sidecar import BLOCK_BYTES, BlockChecksums, Sidecar, StoredArray
 from jax_extract.store.storage.verbs import Entry, Storage, crc32c
-from jax_extract.store.survey import entries_of, files_of, wrong_with
+from jax_extract.store.survey import entries_of, wrong_with
 from jax_extract.store.writer import lanes_for
 
 NAMED = 20  # how many of a kind are named; the rest are counted
@@ -161,11 +161,6 @@ def _changed(
 
 def _unread(name: str, error: OSError) -> Flaw:
     return Flaw(f"{name} cannot be read ({error.strerror or error})", certain=False)
-
-
-def total_bytes(records: Iterable[Record]) -> int:
-    """Of all the files that these records name."""
-    return sum(file["bytes"] for record in records for file in files_of(record))
 
 
 def some_of(names: Iterable[str]) -> str:

@@ -11,11 +11,11 @@ from typing import Annotated
 
 import tyro
 
-from jax_extract.store.integrity import flawed_parts, total_bytes
+from jax_extract.store.integrity import flawed_parts
 from jax_extract.store.ledger import Key, Ledger, part_name
 from jax_extract.store.metadata import write_metadata
 from jax_extract.store.storage.opening import open_storage
-from jax_extract.store.survey import Survey, record_name, survey
+from jax_extract.store.survey import Survey, files_of, record_name, survey
 from jax_extract.store.sweep import doomed, sweep
 from jax_extract.terminal import Terminal, bytes_text, plural
 
@@ -92,7 +92,7 @@ def _verdict(found: Survey, place: str) -> str:
     if found.torn:
         return (
             f"torn parts: restore their files from a copy, or give them up with jax-extract sweep {place} --damaged, "
-            "which reads every byte (--torn in its stead: what is told here, without reading)"
+            "which reads every byte (with --torn only what is told here, without reading)"
         )
     return "not complete: give the command that started the run again"
 
@@ -105,7 +105,7 @@ def sweep_command(config: SweepConfig, terminal: Terminal | None = None) -> int:
         found, unread = _read_whole(ledger, found, terminal or Terminal())
     given_up = found.torn if config.damaged or config.torn else {}
     gone = doomed(ledger, found, bool(given_up))
-    for name, wrong in given_up.items():
+    for name, wrong in sorted(given_up.items()):
         print(f"  part {PurePosixPath(name).stem}: {wrong}")
     for name, size in gone.items():
         print(f"  {name}  {bytes_text(size)}")
@@ -124,7 +124,7 @@ def sweep_command(config: SweepConfig, terminal: Terminal | None = None) -> int:
     for flaw in unread:
         print(f"not judged: {flaw}; mend that, or remove the file by hand, and give the same command again")
     if left.torn:
-        mend = f"restore what is missing from a copy, or give up with jax-extract sweep {config.place} --damaged"
+        mend = f"restore what is wrong from a copy, or give up with jax-extract sweep {config.place} --damaged"
         print(f"left as it is: {plural(len(left.torn), 'torn part')}; {mend}")
     return 1 if left.torn or unread else 0
 
@@ -134,7 +134,8 @@ def _read_whole(ledger: Ledger, found: Survey, terminal: Terminal) -> tuple[Surv
 
     Only what was read, and is not what was committed, is given up.
     """
-    with terminal.progress(total_bytes(found.committed.values()), "read", "B") as bar:
+    here = (file["path"] for record in found.committed.values() for file in files_of(record))
+    with terminal.progress(sum(found.files.get(name, 0) for name in here), "read", "B") as bar:
         flawed = flawed_parts(ledger, found.committed, bar.update)
     wrong = {key: says for key, flaws in flawed.items() if (says := "; ".join(f.says for f in flaws if f.certain))}
     unread = [flaw.says for key, flaws in flawed.items() if key not in wrong for flaw in flaws]

@@ -187,6 +187,8 @@ def _tell_reading(reading: Reading, terminal: Terminal) -> None:
         terminal.line("missing", thing)
     if reading.missing:
         terminal.line("", "the run is unfinished: the command that started it, given again, goes on")
+    if reading.damaged and not reading.to_give_up:  # to compute again would not mend it
+        terminal.line("mend", "restore what is damaged from a copy")
     for place in reading.to_give_up:
         terminal.line(
             "mend",

@@ -26,7 +26,6 @@ from jax_extract.store.integrity import (
     read_sidecar,
     shard_flaw,
     some_of,
-    total_bytes,
 )
 from jax_extract.store.ledger import Key, Ledger, Record, part_name
 from jax_extract.store.parts import PartContent, Site
@@ -124,7 +123,7 @@ class Reading:
         home = Home.of(self.ledger)
         self.damaged += self._told(home, *map(Flaw, home.damaged.values()))
         planned = self._read_plan(home)
-        total = total_bytes(home.records.values())
+        total = sum(file["bytes"] for record in home.records.values() for file in files_of(record))
         lock = threading.Lock()
         threads = lanes_for(str(self.ledger.storage), len(self.layout.sites))
         with terminal.progress(total, "read", "B") as bar, ThreadPoolExecutor(threads) as pool:

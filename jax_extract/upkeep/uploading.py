@@ -146,8 +146,8 @@ def _require_whole(source: Ledger, damaged: Mapping[str, str], target: Ledger, t
         if torn:
             parts = some_of(PurePosixPath(name).stem for name in sorted(torn))
             said.append(
-                f"{ledger.storage} holds {plural(len(torn), 'damaged part')}: {parts} ({torn[min(torn)]}); restore from "
-                f"a copy, or give up with jax-extract sweep {ledger.storage} --damaged, {then}"
+                f"{ledger.storage} holds {plural(len(torn), 'damaged part')}: {parts} ({torn[min(torn)]}); restore "
+                f"from a copy, or give up with jax-extract sweep {ledger.storage} --damaged, {then}"
             )
     if said:
         raise UserError(f"all else is in {target.storage}, but {'; and '.join(said)}")

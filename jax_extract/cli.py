@@ -1,8 +1,8 @@
 """`jax-extract <command>`, and the one way in which every command parses flags and reports mistakes.
 
-In: the words of a command line. Out: an exit code: 0 done, 1 done and the answer is no, 2 a mistake that
-the user can mend, 130 interrupted, 143 preempted (SIGTERM). Flags are the fields of a configuration
-dataclass, spelled as the fields are.
+In: the words of a command line. Out: an exit code: 0 done, 1 done and the answer is no (of an extraction:
+another of its processes is gone), 2 a mistake that the user can mend, 130 interrupted, 143 preempted
+(SIGTERM). Flags are the fields of a configuration dataclass, spelled as the fields are.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 

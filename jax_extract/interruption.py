@@ -20,6 +20,7 @@ EXIT_CODE = 128 + signal.SIGINT
 _SENTENCE = "interrupted; what is committed is safe: run the same command again to go on"
 _UNWIND_SECONDS = 10.0
 
+ending = threading.Event()  # set by who is about to end this process with words of its own; others keep silent
 _speaking = threading.Lock()  # taken once and for good
 _unwinds = False  # whether the main thread is in a place that it should leave by itself
 _told = False  # whether it was told to
@@ -66,6 +67,7 @@ def _listen(heard: int) -> None:
     while byte := os.read(heard, 1):
         if byte[0] != signal.SIGINT:
             continue
+        ending.set()
         if _unwinds:
             select.select([heard], [], [], _UNWIND_SECONDS)
         try:

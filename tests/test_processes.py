@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,64 @@ def _refused(words_of: Callable[[int], list[str]], folders: Sequence[Path]) -> l
     said = [process.communicate(timeout=ENDS)[1] for process in started]
     assert [process.returncode for process in started] == [2] * len(folders), said
     return said
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_process_that_dies_ends_the_other_soon_with_one_sentence_that_names_it(
+    model: Path, tasks: Path, tmp_path: Path, dies: int
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = _words(model, tasks, tmp_path / "a", "--coordinator_address", f"127.0.0.1:{port}", "--num_processes", 2)
+    started = [
+        subprocess.Popen(
+            command(*words, "--process_id", index),
+            env=environment({VARIABLE: "part.record:after:1"} if index == dies else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    started[dies].communicate(timeout=ENDS)
+    begun = time.monotonic()
+    out, err = started[1 - dies].communicate(timeout=ENDS)
+    assert time.monotonic() - begun < 25  # not the heartbeat's 30
+    assert started[1 - dies].returncode == 1  # 2 would end the launch scripts' tries
+    said = [line for line in err.splitlines() if not re.match("extract: |E[0-9]+ ", line)]
+    assert said == [
+        f"error: process {dies} of 2 is gone; what is committed is safe: start the same command again on all hosts"
+    ]
+    assert "Gloo" not in out
+
+
+ALONE = """
+import sys
+from jax_extract.devices import processes
+from jax_extract.errors import UserError
+
+processes.START_SECONDS, processes._TOLD_AFTER_SECONDS = 3, 1
+try:
+    processes.start_processes("on", sys.argv[1], 2, int(sys.argv[2]))
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_whose_others_do_not_come_says_that_it_waits_and_ends_with_one_sentence(
+    tmp_path: Path, index: int
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    (tmp_path / "alone.py").write_text(ALONE)
+    ended = run_cli(address, index, cwd=tmp_path, script=tmp_path / "alone.py", env={"TF_CPP_MIN_LOG_LEVEL": "3"})
+    assert ended.returncode == 0
+    assert f"not all of them came to {address} within 3 s" in ended.stdout
+    waiting = ("1 of 2 processes", "process 0 and the others of the program")[index]
+    assert ended.stderr == f"waiting for {waiting} at {address}\n"
 
 
 def test_hosts_without_a_shared_directory_are_refused_with_one_sentence(

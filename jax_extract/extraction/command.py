@@ -49,6 +49,11 @@ def extract_to_directory(config: ExtractConfig, terminal: Terminal | None = None
       UserError: anything the user can mend; nothing that was committed is lost.
     """
     processes = join_processes(config)
+    with processes.to_the_end():
+        return _extract(config, processes, terminal)
+
+
+def _extract(config: ExtractConfig, processes: Processes, terminal: Terminal | None) -> dict[str, Any]:
     terminal = terminal or Terminal(silent=not processes.is_first)
     place, source, job = open_request(config, processes)
     place.require_shared(processes)

@@ -63,6 +63,7 @@ def _watch(noticed: int, others: int, wind_up: Callable[[float], str], linger: b
             if others >= 0:  # who heard the signals before
                 os.write(others, byte)
             continue
+        interruption.ending.set()
         until = time.monotonic() + GRACE_SECONDS - _LAST_WORDS_SECONDS
         # Should the disk or the network hang, the process ends all the same, by a thread that waits for nothing.
         threading.Thread(target=_end_after, args=(GRACE_SECONDS,), daemon=True).start()

@@ -86,7 +86,7 @@ def test_a_killed_run_resumed_gives_the_files_of_an_undisturbed_run_byte_for_byt
     assert 2 <= first < second < 75
     again = run_cli(*words, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert f"{4 * second} samples are committed already" in again.stdout
+    assert f"{4 * second} samples committed already" in again.stdout
     whole, killed = shards(tmp_path / "whole"), shards(tmp_path / "killed")
     assert set(killed) >= set(whole)  # an orphan of the killed attempt may lie beside them
     named = {n for batch in open_activations(tmp_path / "killed").metadata["batches"] for n in batch["files"]}
@@ -107,7 +107,7 @@ def test_a_finished_run_started_again_does_nothing_and_says_so(
     assert main(["extract", *_words(model, tasks, finished)]) == 0
     captured = capsys.readouterr()
     assert "everything was committed already; nothing to do" in captured.out
-    assert "10 samples are committed already" in captured.out
+    assert "10 samples committed already" in captured.out
     after = snapshot(finished)
     changed = {name for name in after if before.get(name) != after[name]}
     assert all(name.startswith("_run/sessions/") or name == "metadata.json" for name in changed)

@@ -356,7 +356,7 @@ def tell(found: Estimate, terminal: Terminal) -> None:
     """What a person wants to know, the conclusion last."""
     output, work = found.output, found.work
     if work.committed_samples:
-        terminal.line("resume", f"{plural(work.committed_samples, 'sample')} are committed already and not counted")
+        terminal.line("resume", f"{plural(work.committed_samples, 'sample')} committed already and not counted")
     if not output.parts:
         terminal.line("estimate", "everything is committed already; nothing to do")
         return

@@ -23,6 +23,7 @@ from jax_extract.store.storage.direct import PAGE
 from jax_extract.store.storage.verbs import Storage, crc32c
 
 _SIDECARS_KEPT = 16
+_MEND = "restore it from a copy, or give its part up to be computed again with jax-extract sweep"
 
 
 class StoredPart(Protocol):
@@ -151,12 +152,12 @@ class FilePart:
                 f"shard {array.path} of {self._storage} cannot be read: {error.strerror}; restore it from a copy"
             ) from None
         if got < len(data):
-            raise UserError(f"shard {array.path} is cut short; restore it from a copy, or start the run anew")
+            raise UserError(f"shard {array.path} is cut short; {_MEND} {self._storage} --damaged")
         for block in range(first, last):
             at = block * BLOCK_BYTES - begin
             if crc32c(data[at : at + BLOCK_BYTES].data) != array.blocks[block]:
                 raise UserError(
                     f"shard {array.path} is damaged (block {block} does not match its checksum); "
-                    "restore it from a copy, or start the run anew"
+                    f"{_MEND} {self._storage} --damaged"
                 )
         return data[start - begin : stop - begin]

@@ -39,7 +39,7 @@ Key = tuple[int, int]  # (batch, part), both counted from 1
 Record = dict[str, Any]
 
 _OWN_NAME = re.compile(r"\d{6,}(_\d{3,})?\.json|[0-9a-f]{12}\.json")
-_REMOVE = "restore it from a copy, or remove it to compute that part again"
+_REMOVE = "restore it from a copy, or give up what is damaged with jax-extract sweep --damaged"
 _RESTORE = "restore it from a copy of the run"
 
 

@@ -23,7 +23,7 @@ from jax_extract.store.storage.verbs import Chunk, Storage, crc32c
 
 BLOCK_BYTES = 1 << 20
 
-_MEND = "restore it from a copy, or start the run anew"
+_MEND = "restore it from a copy, or give its part up to be computed again with jax-extract sweep --damaged"
 
 
 class BlockChecksums:

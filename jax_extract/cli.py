@@ -37,7 +37,7 @@ commands:
   status     which parts of a run are committed, missing and torn
   verify     read a run again and recompute samples of it
   upload     bring a run from a directory into a bucket
-  sweep      remove what killed attempts have left behind
+  sweep      remove what killed attempts have left behind; give up damaged parts
 
 jax-extract COMMAND --help lists the options of each.
 """

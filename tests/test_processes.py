@@ -9,18 +9,23 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from small_run import command, environment, make_model, run_cli, run_here, texts, write_jsonl
 
-from jax_extract import open_activations
+from jax_extract import UserError, open_activations
 from jax_extract.cli import main
+from jax_extract.devices.processes import Processes
 from jax_extract.extraction.schedule import steps, tokens_computed
+from jax_extract.extraction.session import Session
 from jax_extract.inputs.plan import PlanSettings, plan_windows
-from jax_extract.inputs.tokenize import TokenizedSample
+from jax_extract.inputs.tokenize import InputCounts, TokenizedSample
+from jax_extract.store.ledger import Ledger
 from jax_extract.store.storage.failpoints import VARIABLE
+from jax_extract.store.storage.local import Directory
 from models.positions import Positions
 
 LENGTHS = [int(n) for n in np.random.default_rng(0).integers(20, 121, 150)]
@@ -222,6 +227,26 @@ def test_hosts_with_different_models_are_refused_although_their_tokens_are_the_s
     said = _refused(lambda i: _words((model, other)[i], tasks, tmp_path / "a"), [tmp_path, tmp_path])
     assert all("do not have the same model, options or library versions" in text for text in said)
     assert not (tmp_path / "a/_run/run.json").exists()
+
+
+def test_hosts_whose_streams_diverge_are_refused_before_the_window_is_kept(tmp_path: Path) -> None:
+    class Two(Processes):
+        def _gather(self, text: str) -> list[str]:
+            return [text, text.replace(theirs, "another") if text == theirs else text]
+
+    sites = [{"hook": "after_block", "layer": 0, "width": 64}]
+    identity = {"sites": sites, "shard_format": "npz", "capture_dtype": "float32"}
+    ledger = Ledger.start(Directory(tmp_path), {"identity": identity, "numerics": {}, "description": {}})
+    tokenized = [TokenizedSample(i, str(i), np.zeros(20, np.int32), 20, {}) for i in range(40)]
+    settings = PlanSettings(4, 4, 4_096, 16, 512, Positions.parse("last"), 64, 200, hosts=2)
+    windows = list(plan_windows(tokenized, settings, window_samples=20))
+    theirs = windows[1].digest
+    nothing: Any = SimpleNamespace(worker_id=None, num_workers=None)
+    session = Session(nothing, Two(2), nothing, nothing, ledger, None, nothing)
+    pending = session._pending(lambda: (windows, InputCounts()), {}, steal=False)
+    with pytest.raises(UserError, match="do not have the same plan of window 1; give every process the same inputs"):
+        list(pending)
+    assert [plan["digest"] for plan in ledger.plans()] == [windows[0].digest]
 
 
 def _plan(rows: int, samples: int, hosts: int) -> list:

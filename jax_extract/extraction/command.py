@@ -130,7 +130,7 @@ class _Extraction:
         assert ledger is not None
         if committed:
             samples = sum(part.samples for part in committed.values())
-            terminal.line("resume", f"{plural(samples, 'sample')} are committed already")
+            terminal.line("resume", f"{plural(samples, 'sample')} committed already")
         spool = self.place.open_spool(ledger, config)
         session = Session(config, processes, self.job, terminal, ledger, spool, budget)
         if tokens != 0:

@@ -6,7 +6,7 @@
     python benchmarks/shuffled_reading.py --only grain             Grain on the same run (pip install grain first)
 
 Runs are written through the package's own writer: documents of 256 to 768 tokens, shards of about 256 MB, width 896.
-Raw: the same shards from the first byte to the last, one after the other, in pieces of 4 MiB: through the page
+Raw: the same shards from the first byte to the last, one after the other, in pieces of 8 MiB: through the page
 cache, as any program reads; and past it (O_DIRECT), by one reader and by four, each with shards of its own. Shuffled:
 one epoch, every checksum block checked, until the last batch is there; nothing else is done with the batches. Before
 each, the shards' pages are dropped from the page cache; they are on the disk, because the writer calls fsync.
@@ -51,7 +51,7 @@ from jax_extract.store.writer import PartWriter  # noqa: E402
 WIDTH = 896
 SHARD_BYTES = 256_000_000
 BATCH = 4096
-PIECE = 4 << 20
+PIECE = 8 << 20
 SECONDS = 20.0  # for what would not come to its end in an hour
 
 

@@ -187,7 +187,7 @@ class Run:
         drop_remainder: bool = True,
         shard: tuple[int, int] = (0, 1),
         buffer_bytes: int = 1 << 30,
-        read_bytes: int = 4 << 20,
+        read_bytes: int = 8 << 20,
     ) -> ShuffledRows:
         """Batches of rows from all over the run, in random order, for training; docs/training_data.md.
 

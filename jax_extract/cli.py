@@ -15,6 +15,7 @@ import io
 import itertools
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ commands:
 
 jax-extract COMMAND --help lists the options of each.
 """
+_PIPE_CLOSED = 128 + signal.SIGPIPE  # as a shell has it
 _CONFIG_FLAG = "--config"
 _EXTRACT_HELP = (
     "Extract activations of a language model, matched to tokens. "
@@ -87,7 +89,7 @@ def guarded(command: Callable[[], int | None]) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # who reads the output has gone, as in `jax-extract inspect … | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+            return _PIPE_CLOSED
         place = f"{error.filename} cannot be used" if error.filename else "the system refused"
         print(f"error: {place} ({error.strerror or error}); check its permissions and the disk", file=sys.stderr)
         return 2

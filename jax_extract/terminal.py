@@ -69,8 +69,11 @@ class _ProgressInLog(tqdm):
         if msg is None:
             if self.total is not None:
                 self.total = max(self.total, self.n)  # beyond it there would be no percentage
-            self.fp.write(f"{self}\n")
-            self.fp.flush()
+            try:
+                self.fp.write(f"{self}\n")
+                self.fp.flush()
+            except OSError:  # the reader has gone: the work goes on without words
+                self.disable = True
         return False
 
     def clear(self, nolock: bool = False) -> None:

@@ -204,14 +204,14 @@ def test_a_slow_input_is_what_the_loop_waited_for() -> None:
     assert statistics.waited["input"] > 0.2
 
 
-@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("broken", [None, "bucket", "disk"])
 def test_the_loop_waits_for_uploads_that_would_fill_the_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str | None
 ) -> None:
     class Slow(Directory):
         def create(self, name: str, own: str) -> LocalFile:
             time.sleep(0.01)
-            if broken and name.startswith("layer_7_batch_000003"):
+            if broken == "bucket" and name.startswith("layer_7_batch_000003"):
                 raise UserError("the bucket is gone")
             return super().create(name, own)
 
@@ -226,8 +226,22 @@ def test_the_loop_waits_for_uploads_that_would_fill_the_disk(
         uploader.submit(record)
         waiting.append(len(uploader._on_the_way))
 
+    def failed(failure: BaseException) -> None:
+        budget.fail(failure)
+        uploader.give_up(failure)
+
+    finish = writer._Shard.finish
+
+    def broken_finish(shard: Any) -> None:
+        if shard._content.batch == 3:
+            time.sleep(0.2)  # the loop waits for room by now
+            raise UserError("the disk is gone")
+        finish(shard)
+
+    if broken == "disk":
+        monkeypatch.setattr(writer._Shard, "finish", broken_finish)
     room = partial(uploader.expect, 3 * one_part)
-    sink = PartWriter(spool, SITES, "safetensors", "float32", "abc", budget.fail, submit, room, uploader.forget)
+    sink = PartWriter(spool, SITES, "safetensors", "float32", "abc", failed, submit, room, uploader.forget)
 
     def run() -> LoopStatistics:
         try:
@@ -239,7 +253,7 @@ def test_the_loop_waits_for_uploads_that_would_fill_the_disk(
             raise
 
     if broken:
-        with pytest.raises(UserError, match="the bucket is gone"):
+        with pytest.raises(UserError, match=f"the {broken} is gone"):
             _within_deadline(run)
     else:
         assert _within_deadline(run).parts == len(bucket.committed()) == 8

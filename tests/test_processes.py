@@ -19,6 +19,7 @@ from small_run import command, environment, make_model, run_cli, run_here, texts
 from jax_extract import UserError, open_activations
 from jax_extract.cli import main
 from jax_extract.devices.processes import Processes
+from jax_extract.extraction.loop import LoopStatistics
 from jax_extract.extraction.schedule import steps, tokens_computed
 from jax_extract.extraction.session import Session
 from jax_extract.inputs.plan import PlanSettings, plan_windows
@@ -26,6 +27,7 @@ from jax_extract.inputs.tokenize import InputCounts, TokenizedSample
 from jax_extract.store.ledger import Ledger
 from jax_extract.store.storage.failpoints import VARIABLE
 from jax_extract.store.storage.local import Directory
+from jax_extract.terminal import Terminal
 from models.positions import Positions
 
 LENGTHS = [int(n) for n in np.random.default_rng(0).integers(20, 121, 150)]
@@ -247,6 +249,30 @@ def test_hosts_whose_streams_diverge_are_refused_before_the_window_is_kept(tmp_p
     with pytest.raises(UserError, match="do not have the same plan of window 1; give every process the same inputs"):
         list(pending)
     assert [plan["digest"] for plan in ledger.plans()] == [windows[0].digest]
+
+
+def test_a_thief_whose_loot_is_to_be_written_again_goes_on() -> None:
+    rounds = [(1, False), (1, True), (1, False), (0, False)]  # parts done, and whether some are to be written again
+    committed: Any = [{1: 0}, {1: 0, 2: 0}, {1: 0, 2: 0}, {1: 0, 2: 0, 3: 0}]
+    asked = iter(rounds)
+
+    class Rounds(Session):
+        def _committed_now(self, known: Any) -> Any:
+            return committed.pop(0)
+
+        def _pending(self, *_: Any) -> Any:
+            return []
+
+        def _round(self, *_: Any) -> Any:
+            parts, again = next(asked)
+            return LoopStatistics(parts=parts), again
+
+    config: Any = SimpleNamespace(worker_id=1, num_workers=2)
+    job: Any = SimpleNamespace(program=lambda _: None)
+    nothing: Any = None
+    session = Rounds(config, Processes(), job, Terminal(silent=True), nothing, None, nothing)
+    session.compute(nothing, nothing, {}, None)
+    assert next(asked, None) is None
 
 
 def _plan(rows: int, samples: int, hosts: int) -> list:

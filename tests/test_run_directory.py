@@ -18,6 +18,7 @@ from jax_extract.cli import main
 from jax_extract.extraction import prepare
 from jax_extract.store.storage.verbs import crc32c
 from jax_extract.terminal import bytes_text
+from jax_extract.upkeep import status
 
 LENGTHS = [33, 60, 40, 61, 35, 50, 47, 62, 63, 34, 48, 64, 49, 36, 51, 37, 38, 52, 39, 53]  # one slab shape
 LAYERS = (10, 11)
@@ -419,3 +420,84 @@ def test_positions_that_no_sample_reaches_are_refused_before_anything_is_written
     with pytest.raises(UserError, match="no sample is long enough for positions at:1000"):
         run_here(model, tasks, tmp_path / "a", layers_to_extract=(10,), positions="at:1000")
     assert not (tmp_path / "a").exists()
+
+
+def test_a_sweep_refuses_folders_that_are_links_and_a_run_json_of_another_run(
+    damaged: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = damaged()
+    run = json.loads((directory / "_run/run.json").read_text())
+    (directory / "_run/run.json").write_text(json.dumps({**run, "run_id": "0" * 32}))
+    before = snapshot(directory)
+    assert main(["sweep", str(directory), "--damaged"]) == 2
+    assert "is of another run than its _run/run.json" in capsys.readouterr().err
+    assert snapshot(directory) == before
+    (directory / "_run/run.json").write_text(json.dumps(run))
+    (directory / "_run/parts").rename(tmp_path_factory.mktemp("elsewhere") / "parts")
+    (directory / "_run/parts").symlink_to("/not/mounted")
+    before = {path.name for path in directory.glob("**/*")}
+    assert main(["sweep", str(directory), "--damaged"]) == 2
+    assert "is a link" in capsys.readouterr().err
+    assert {path.name for path in directory.glob("**/*")} == before
+
+
+def test_a_record_that_names_fewer_files_than_its_sidecar_is_given_up_whole(damaged: Callable[..., Path]) -> None:
+    directory = damaged()
+    path, record = _record(directory)
+    path.write_text(json.dumps({**record, "files": record["files"][:1]}))
+    assert main(["sweep", str(directory), "--damaged"]) == 0
+    assert not path.exists()
+    assert main(["status", str(directory)]) == 1  # not complete: it is computed again
+
+
+def test_a_part_that_is_committed_while_a_sweep_reads_keeps_its_files(
+    damaged: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = damaged()
+    path, record = _record(directory)
+    path.unlink()
+    reading = status.flawed_parts
+
+    def meanwhile(*words: Any) -> Any:
+        found = reading(*words)
+        path.write_text(json.dumps(record))
+        return found
+
+    monkeypatch.setattr(status, "flawed_parts", meanwhile)
+    assert main(["sweep", str(directory), "--damaged"]) == 0
+    assert main(["status", str(directory)]) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": []},
+        {"files": {}},
+        {"plan": None},
+        {"sidecar": {"path": "x", "bytes": 1, "crc32c": 1, "generation": []}},
+        {"sidecar": {"path": "x", "bytes": 1, "crc32c": 1, "generation": 1.5}},
+    ],
+)
+def test_a_record_of_another_form_is_told_in_one_sentence(damaged: Callable[..., Path], change: dict[str, Any]) -> None:
+    directory = damaged()
+    path, record = _record(directory)
+    path.write_text(json.dumps({**record, **change}))
+    with pytest.raises(UserError, match=r"commit record .* is damaged"):
+        open_activations(directory)
+    assert main(["status", str(directory)]) == 1
+
+
+def test_a_plan_and_a_run_of_another_form_are_told_in_one_sentence(
+    damaged: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = damaged()
+    path = next((directory / "_run/plan").iterdir())
+    plan = path.read_text()
+    path.write_text(plan.replace('"batch": 1', '"batch": "one"', 1))
+    assert main(["status", str(directory)]) == 2
+    assert "the plan in" in capsys.readouterr().err
+    path.write_text(plan)
+    run = (directory / "_run/run.json").read_text()
+    (directory / "_run/run.json").write_text(run.replace('"layer"', '"stratum"'))
+    assert main(["status", str(directory)]) == 2
+    assert "is damaged" in capsys.readouterr().err

@@ -128,6 +128,8 @@ class _Extraction:
             self.place.bring_over()
         ledger = self.place.find(processes) if found else self._start(run)
         assert ledger is not None
+        if found and processes.is_first:
+            ledger.drop_stale_notes()
         if committed:
             samples = sum(part.samples for part in committed.values())
             terminal.line("resume", f"{plural(samples, 'sample')} committed already")

@@ -16,7 +16,7 @@ from jax_extract.config import ExtractConfig, to_yaml
 from jax_extract.devices.processes import Processes
 from jax_extract.errors import UserError
 from jax_extract.extraction.pending import Committed, parse_committed, read_committed
-from jax_extract.store.ledger import COMMITS, RUN_FILE, UPLOADED, Ledger, RunStartedMeanwhile, part_name
+from jax_extract.store.ledger import COMMITS, RUN_FILE, Ledger, RunStartedMeanwhile, part_name
 from jax_extract.store.storage.local import Directory
 from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.storage.verbs import Storage
@@ -121,8 +121,8 @@ class Place:
                 if to != str(self.storage):
                     raise UserError(f"part {part_name(key)} of {self.spool} was uploaded to {to}; go on there")
                 # Its shards were deleted here, and the bucket has lost them since: it is computed again.
-                for folder in (COMMITS, UPLOADED):
-                    self.spool.delete(f"{folder}/{part_name(key)}.json")
+                self.spool.delete(f"{COMMITS}/{part_name(key)}.json")
+        source.drop_stale_notes()
         if left or self.delete_local:
             uploader = Uploader(source, target, uuid.uuid4().hex[:12], self.delete_local)
             for record in left.values():

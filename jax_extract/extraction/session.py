@@ -74,11 +74,11 @@ class Session:
             def advance(so_far: LoopStatistics) -> None:
                 bar.update(self.statistics.tokens + so_far.tokens - bar.n)
 
-            seen, before = 0, LoopStatistics()
+            seen, before, again = 0, LoopStatistics(), False
             for number in itertools.count():
                 steal = number > 0 and self.worker.count > 1
                 committed = self._committed_now(committed)
-                if steal and before.parts and len(committed) == seen:
+                if steal and before.parts and not again and len(committed) == seen:
                     raise UserError(
                         f"parts were computed and none of them is in {self.ledger.storage}; see jax-extract status "
                         "and give the same command again"
@@ -151,13 +151,19 @@ class Session:
             if delete and (free := self.spool.storage.free_bytes()) is not None:
                 for_uploads["before_part"] = partial(uploader.expect, int(free * _SPOOL_SHARE))
                 for_uploads["on_refusal"] = uploader.forget
+
+        def failed(failure: BaseException) -> None:
+            self.budget.fail(failure)
+            if uploader is not None:
+                uploader.give_up(failure)
+
         sink = PartWriter(
             self.spool or self.ledger,
             self.job.sites,
             self.config.shard_format,
             self.config.capture_dtype,
             self.attempt,
-            on_failure=self.budget.fail,
+            on_failure=failed,
             **for_uploads,
         )
         buffers = sink.buffer_bytes + (uploader.buffer_bytes if uploader else 0)

@@ -78,6 +78,8 @@ def _flaws(
     if flaw:
         yield flaw
     arrays = sidecar.arrays if sidecar else ()
+    if sidecar and sorted(array.path for array in arrays) != sorted(file["path"] for file in record["files"]):
+        yield Flaw(f"sidecar {record['sidecar']['path']} and its record name different files")
     for file in record["files"]:
         if flaw := shard_flaw(file, record, storage, entries, arrays, itemsize, advance):
             yield flaw

@@ -39,6 +39,7 @@ Key = tuple[int, int]  # (batch, part), both counted from 1
 Record = dict[str, Any]
 
 _OWN_NAME = re.compile(r"\d{6,}(_\d{3,})?\.json|[0-9a-f]{12}\.json")
+FOREIGN = "it belongs to another run"
 _REMOVE = "restore it from a copy, or give up what is damaged with jax-extract sweep --damaged"
 _RESTORE = "restore it from a copy of the run"
 
@@ -148,10 +149,15 @@ class Ledger:
 
     def _checked(self, record: Record) -> Record:
         if record["run"] != self.run["run_id"]:
-            raise ValueError("it belongs to another run")
+            raise ValueError(FOREIGN)
+        if not isinstance(record["files"], list) or not record["files"]:
+            raise TypeError("it names no files")
+        if not isinstance(record["plan"], str):
+            raise TypeError("its plan is no digest")
         counts = [record[key] for key in ("batch", "part", "parts_in_batch", "samples", "tokens", "rows")]
         for file in (record["sidecar"], *record["files"]):
             counts += [file["bytes"], file["crc32c"]]
+            counts += [] if file.get("generation") is None else [file["generation"]]
             if not isinstance(file["path"], str):
                 raise TypeError("a path is no string")
         if not all(type(count) is int and count >= 0 for count in counts):
@@ -184,6 +190,14 @@ class Ledger:
         except FileExistsError:
             return False
         return True
+
+    def drop_stale_notes(self) -> None:
+        """Removes notes of uploads whose part has no record any more: they would be taken for its next one's."""
+        if stale := set(self.names(UPLOADED)) - set(self.names(COMMITS)):
+            self.storage.sync(COMMITS)  # not even a power cut brings the record back without its note
+            for name in sorted(stale):
+                self.storage.delete(f"{UPLOADED}/{name}")
+            self.storage.sync(UPLOADED)
 
     def keep_plan(self, number: int, plan: Mapping[str, Any]) -> None:
         """Stores a window's plan, or checks that it is the one that is stored."""

@@ -16,12 +16,13 @@ import numpy as np
 
 from jax_extract.errors import UserError, damage_is_told
 from jax_extract.store.file_part import FilePart, Sidecars, StoredPart
-from jax_extract.store.ledger import UPLOADED, Key, Ledger, Record, part_name
+from jax_extract.store.ledger import Key, Ledger, Record, part_name
 from jax_extract.store.metadata import metadata_of
 from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.shuffled.rows import ShuffledRows, ShuffleSettings
 from jax_extract.store.storage.opening import open_storage
-from jax_extract.store.storage.verbs import BUCKET_SCHEME, Storage
+from jax_extract.store.storage.verbs import Storage
+from jax_extract.store.upload import open_noted
 from models.hooks import resolve_hook_points
 
 
@@ -259,8 +260,11 @@ def _parts(ledger: Ledger, committed: Mapping[Key, Record], dtype: str) -> list[
     """Each where its shards are: here, or in the bucket to which they were uploaded before they were deleted here."""
     homes: dict[str | None, _Home] = {None: _Home(ledger.storage, committed, Sidecars(ledger.storage))}
     parts = []
+    here = ledger.storage.entries() if any("uploaded_to" in record for record in committed.values()) else {}
     for key, record in committed.items():
         place = record.get("uploaded_to")
+        if place is not None and all(file["path"] in here for file in record["files"]):
+            place = None  # not deleted here yet
         if place is not None and place not in homes:
             homes[place] = _bucket_of(ledger, place)
         home = homes[place]
@@ -275,15 +279,5 @@ def _parts(ledger: Ledger, committed: Mapping[Key, Record], dtype: str) -> list[
 
 def _bucket_of(ledger: Ledger, place: str) -> _Home:
     """The bucket that a note beside the records names, if it holds the same run; the note may be anybody's."""
-    if not place.startswith(BUCKET_SCHEME):
-        raise UserError(
-            f"{ledger.storage.where(UPLOADED)} says that shards were uploaded to {place[:80]!r}, which is no bucket; "
-            "restore that folder from a copy"
-        )
-    try:
-        there = Ledger.open(open_storage(place))
-        if there.run["run_id"] != ledger.run["run_id"]:
-            raise UserError(f"{place} holds another run; give the bucket itself if that is the one you want")
-        return _Home(there.storage, there.committed(), Sidecars(there.storage))
-    except UserError as error:
-        raise UserError(f"shards of {ledger.storage} were uploaded to {place} and deleted here, but: {error}") from None
+    there = open_noted(ledger, place)
+    return _Home(there.storage, there.committed(), Sidecars(there.storage))

@@ -172,6 +172,8 @@ class Sidecar:
             raise ValueError("its parts do not belong together")
         blocks = _split(tensors["block_crc32c"], tensors["block_offsets"])
         files: list[dict[str, Any]] = json.loads(metadata["files"])
+        if not all(type(f["width"]) is int and type(f["offset"]) is int for f in files):
+            raise ValueError("a width or an offset is no whole number")
         arrays = tuple(
             StoredArray(Site(f["hook"], f["layer"], f["width"]), f["path"], f["offset"], tuple(int(b) for b in block))
             for f, block in zip(files, blocks, strict=True)

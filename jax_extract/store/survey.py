@@ -70,7 +70,7 @@ class Survey:
 
     @cached_property
     def _unclaimed(self) -> dict[str, int]:
-        claimed = _named(self.committed.values())
+        claimed = named_by(self.committed.values())
         return {name: size for name, size in self.files.items() if name not in claimed}
 
     def giving_up(self, wrong: Mapping[Key, str]) -> Survey:
@@ -79,7 +79,7 @@ class Survey:
             self,
             committed={key: record for key, record in self.committed.items() if key not in wrong},
             torn={**self.torn, **{record_name(key): why for key, why in wrong.items()}},
-            held={*self.held, *_named(self.committed[key] for key in wrong)},
+            held={*self.held, *named_by(self.committed[key] for key in wrong)},
         )
 
 
@@ -88,15 +88,16 @@ def survey(ledger: Ledger) -> Survey:
     records, torn = ledger.records()
     unreadable = set(torn)
     entries = entries_of(ledger.storage)
-    files = _own_files(ledger, entries)
+    with damage_is_told(f"the run in {ledger.storage}", "restore its _run folder from a copy"):
+        files = _own_files(ledger, entries)
     held = _maybe_of(unreadable, files)
     for key, record in list(records.items()):
         if wrong := next(filter(None, (wrong_with(file, record, entries) for file in files_of(record))), None):
             torn[record_name(key)] = wrong
-            held |= _named([records.pop(key)])
+            held |= named_by([records.pop(key)])
     with damage_is_told(f"the plan in {ledger.storage}", "restore its _run folder from a copy"):
         plans = ledger.plans()
-        planned = {(part["batch"], part["part"]): part["samples"] for plan in plans for part in plan["parts"]}
+        planned = {(int(p["batch"]), int(p["part"])): int(p["samples"]) for plan in plans for p in plan["parts"]}
         whole = bool(plans) and bool(plans[-1]["last"])
     return Survey(dict(sorted(planned.items())), whole, records, torn, unreadable, files, held)
 
@@ -131,7 +132,7 @@ def wrong_with(file: Mapping[str, object], record: Record, entries: Mapping[str,
     return None
 
 
-def _named(records: Iterable[Record]) -> set[str]:
+def named_by(records: Iterable[Record]) -> set[str]:
     return {file["path"] for record in records for file in files_of(record)}
 
 

@@ -19,7 +19,7 @@ from jax_extract.store.metadata import METADATA_FILE, VERIFICATION_FILE
 from jax_extract.store.parts import ShardName
 from jax_extract.store.storage.failpoints import step
 from jax_extract.store.storage.verbs import BUCKET_SCHEME, Storage
-from jax_extract.store.survey import Survey
+from jax_extract.store.survey import Survey, named_by
 
 _AT_ONCE = 32  # a bucket answers each deletion after a round trip
 _QUEUED = 4_096  # deletions that wait for one of these threads
@@ -46,7 +46,9 @@ def sweep(ledger: Ledger, found: Survey, torn: bool = False) -> None:
         _delete(storage, found.torn, partial(step, "sweep.record"))
         storage.sync(COMMITS)  # not even a power cut leaves a record without its shards
         _delete(storage, found.of_torn, partial(step, "sweep.orphan"))
-    _delete(storage, found.orphans, partial(step, "sweep.orphan"))
+    # Looked at again: reading every byte takes its time, and a process that should not run may have committed since.
+    claimed = named_by(ledger.records()[0].values())
+    _delete(storage, (name for name in found.orphans if name not in claimed), partial(step, "sweep.orphan"))
 
 
 def erase(storage: Storage) -> None:

@@ -22,7 +22,8 @@ from jax_extract.store.ledger import PARTS, UPLOADED, Key, Ledger, Record, part_
 from jax_extract.store.parts import ShardName
 from jax_extract.store.sidecar import Sidecar
 from jax_extract.store.storage.failpoints import step
-from jax_extract.store.storage.verbs import NameTaken, Published, Storage, crc32c
+from jax_extract.store.storage.opening import open_storage
+from jax_extract.store.storage.verbs import BUCKET_SCHEME, NameTaken, Published, Storage, crc32c
 from jax_extract.store.survey import survey
 
 _LANES = 16  # an upload waits for the network, not for a processor
@@ -38,6 +39,22 @@ def open_copy(source: Ledger, target: Ledger) -> Ledger:
             f"{target.storage} holds another run than {source.storage}: {changed}; choose another prefix in the bucket"
         )
     return target
+
+
+def open_noted(source: Ledger, place: str) -> Ledger:
+    """The bucket that a note beside the records names, if it holds the same run; the note may be anybody's."""
+    if not place.startswith(BUCKET_SCHEME):
+        raise UserError(
+            f"{source.storage.where(UPLOADED)} says that shards were uploaded to {place[:80]!r}, which is no bucket; "
+            "restore that folder from a copy"
+        )
+    try:
+        there = Ledger.open(open_storage(place))
+        if there.run["run_id"] != source.run["run_id"]:
+            raise UserError(f"{place} holds another run; give the bucket itself if that is the one you want")
+    except UserError as error:
+        raise UserError(f"shards of {source.storage} were uploaded to {place} and deleted here, but: {error}") from None
+    return there
 
 
 class _NotAsCommitted(Exception):
@@ -75,6 +92,7 @@ class Uploader:
         self._next_lane = 0
         self._on_the_way: dict[Key, int] = {}  # bytes of parts that are begun, or submitted and not there yet
         self._shrunk = threading.Condition()
+        self._given_up: BaseException | None = None
         self._there = target.storage.entries()  # what an upload that was broken off has left
         self.buffer_bytes = upload_buffer_bytes(target.storage)
         self.uploaded: list[Key] = []
@@ -99,9 +117,17 @@ class Uploader:
         """
         with self._shrunk:
             while self._on_the_way and sum(self._on_the_way.values()) + nbytes > most:
+                if self._given_up is not None:
+                    raise self._given_up
                 self._shrunk.wait(_LOOK_SECONDS)
                 self._lanes.require_sound()
             self._on_the_way[key] = nbytes
+
+    def give_up(self, failure: BaseException) -> None:
+        """What was expected does not come any more: ends every wait for it."""
+        with self._shrunk:
+            self._given_up = self._given_up or failure
+            self._shrunk.notify_all()
 
     def forget(self, key: Key) -> None:
         """An expected part does not come, or has arrived."""

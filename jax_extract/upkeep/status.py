@@ -11,12 +11,14 @@ from typing import Annotated
 
 import tyro
 
+from jax_extract.errors import UserError
 from jax_extract.store.integrity import flawed_parts
-from jax_extract.store.ledger import Key, Ledger, part_name
+from jax_extract.store.ledger import COMMITS, FOLDERS, FOREIGN, RUN_FILE, Key, Ledger, part_name
 from jax_extract.store.metadata import write_metadata
 from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.survey import Survey, files_of, record_name, survey
 from jax_extract.store.sweep import doomed, sweep
+from jax_extract.store.upload import open_noted
 from jax_extract.terminal import Terminal, bytes_text, plural
 
 _SHOWN = 10
@@ -100,7 +102,14 @@ def _verdict(found: Survey, place: str) -> str:
 def sweep_command(config: SweepConfig, terminal: Terminal | None = None) -> int:
     """Removes what is nobody's, and what is given up; 1 where parts stay that are not whole, else 0."""
     ledger = Ledger.open(open_storage(config.place))
+    for folder in FOLDERS:
+        ledger.storage.require_plain(folder)
     found, unread = survey(ledger), []
+    if found.unreadable and all(FOREIGN in found.torn[name] for name in found.unreadable) and not found.committed:
+        raise UserError(
+            f"every record in {config.place} is of another run than its {RUN_FILE}, which was restored from a wrong "
+            "copy; restore the right one, nothing was removed"
+        )
     if config.damaged:
         found, unread = _read_whole(ledger, found, terminal or Terminal())
     given_up = found.torn if config.damaged or config.torn else {}
@@ -151,11 +160,11 @@ def _lost_elsewhere(ledger: Ledger, found: Survey) -> dict[Key, str]:
         if "uploaded_to" in record and not all(file["path"] in found.files for file in record["files"])
     }
     for place in dict.fromkeys(gone.values()):
-        there = Ledger.open(open_storage(place))
-        records = there.records()[0] if there.run["run_id"] == ledger.run["run_id"] else {}
+        there = open_noted(ledger, place)
+        records = set(there.names(COMMITS))  # one that is damaged is for a sweep of that place
         lost |= {
             key: f"it was uploaded to {place}, where no record of it is"
             for key, went in gone.items()
-            if went == place and key not in records
+            if went == place and f"{part_name(key)}.json" not in records
         }
     return lost

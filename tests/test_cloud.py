@@ -143,6 +143,23 @@ def test_a_new_machine_goes_on_from_the_bucket_when_the_local_directory_is_gone(
     assert _rows(tmp_path / "a").items() <= _rows(whole).items()  # of its shards, which are in the bucket
 
 
+def test_a_part_that_the_bucket_has_lost_is_computed_again_by_the_same_command(
+    model: Path, tasks: Path, tmp_path: Path, place: str, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upload: dict[str, Any] = {"gcs_bucket": place, "upload_to_cloud": True, "delete_local": True}
+    run_here(model, tasks, tmp_path / "a", **OPTIONS, **upload)
+    assert main(["status", str(tmp_path / "a")]) == 0
+    out = capsys.readouterr().out
+    assert f"elsewhere  3 parts, uploaded and deleted here: jax-extract status {place} looks at them" in out
+    assert "what is elsewhere was not looked at" in out
+    open_storage(place).delete("layer_11_batch_000002.pkl")
+    assert main(["sweep", place, "--damaged"]) == 0
+    run_here(model, tasks, tmp_path / "a", **OPTIONS, **upload)
+    assert main(["status", place]) == 0
+    assert _rows(place) == _rows(whole)
+    assert "nothing to do" not in capsys.readouterr().out
+
+
 def test_what_was_committed_locally_before_a_kill_is_uploaded_first(
     server: RunningServer, model: Path, tasks: Path, whole: Path, place: str, tmp_path: Path
 ) -> None:

@@ -34,9 +34,11 @@ def read_committed(ledger: Ledger) -> list[list[Any]]:
     """What is committed, as plain JSON; UserError where a record is damaged or its files are not there."""
     found = survey(ledger)
     for name, wrong in found.torn.items():
+        if name in found.unreadable:
+            raise UserError(wrong)
         raise UserError(
             f"{ledger.storage.where(name)} does not hold: {wrong}; restore it from a copy, or give up that part with "
-            f"jax-extract sweep {ledger.storage} --torn and compute it again"
+            f"jax-extract sweep {ledger.storage} --damaged and compute it again"
         )
     return [[*key, record["samples"], record["plan"]] for key, record in found.committed.items()]
 

@@ -16,7 +16,7 @@ from jax_extract.config import ExtractConfig, to_yaml
 from jax_extract.devices.processes import Processes
 from jax_extract.errors import UserError
 from jax_extract.extraction.pending import Committed, parse_committed, read_committed
-from jax_extract.store.ledger import COMMITS, RUN_FILE, Ledger, RunStartedMeanwhile, part_name
+from jax_extract.store.ledger import COMMITS, RUN_FILE, UPLOADED, Ledger, RunStartedMeanwhile, part_name
 from jax_extract.store.storage.local import Directory
 from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.storage.verbs import Storage
@@ -102,7 +102,9 @@ class Place:
                 there = {tuple(part[:2]) for part in parts}
                 local = Ledger.open(self.spool)
                 open_copy(local, found)
-                parts += [part for part in read_committed(local) if tuple(part[:2]) not in there]
+                left = [part for part in read_committed(local) if tuple(part[:2]) not in there]
+                noted = set(local.names(UPLOADED))  # uploaded and deleted here, and lost there since
+                parts += [part for part in left if f"{part_name((part[0], part[1]))}.json" not in noted]
             return parts
 
         return parse_committed(processes.of_first(read))

@@ -345,7 +345,9 @@ def read_shard(file: BinaryIO, path: str | Path) -> dict[str, Any]:
         with damage_is_told(f"shard {path}", "extract that batch again"):
             return _checked(readers[suffix](file))
     except (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, EOFError, SafetensorError) as error:
-        raise UserError(f"shard {path} was not read ({error}); a shard holds plain arrays and nothing else") from None
+        raise UserError(
+            f"shard {path} was not read ({error}); a shard holds plain arrays and nothing else: it is damaged, or none"
+        ) from None
 
 
 def _checked(shard: dict[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,6 @@ Record = dict[str, Any]
 
 _OWN_NAME = re.compile(r"\d{6,}(_\d{3,})?\.json|[0-9a-f]{12}\.json")
 FOREIGN = "it belongs to another run"
-_REMOVE = "restore it from a copy, or give up what is damaged with jax-extract sweep --damaged"
 _RESTORE = "restore it from a copy of the run"
 
 
@@ -133,7 +132,7 @@ class Ledger:
         wanted = (f"{COMMITS}/{name}" for name in self.names(COMMITS) if name not in known)
         for path, data in self.storage.read_many(wanted).items():
             try:
-                with damage_is_told(f"commit record {self.storage.where(path)}", _REMOVE):
+                with damage_is_told(f"commit record {self.storage.where(path)}", self._mend):
                     record = self._checked(json.loads(data))
                     if f"{COMMITS}/{part_name((record['batch'], record['part']))}.json" != path:
                         raise ValueError("it is another part's")
@@ -146,6 +145,10 @@ class Ledger:
                     record["uploaded_to"] = str(read_json(self.storage, note)["to"])
             records[record["batch"], record["part"]] = record
         return dict(sorted(records.items())), damaged
+
+    @property
+    def _mend(self) -> str:
+        return f"restore it from a copy, or give its part up with jax-extract sweep {self.storage} --damaged"
 
     def _checked(self, record: Record) -> Record:
         if record["run"] != self.run["run_id"]:
@@ -174,7 +177,7 @@ class Ledger:
     def record(self, key: Key) -> Record:
         """The record of a committed part; UserError where it is damaged or of another run."""
         name = f"{COMMITS}/{part_name(key)}.json"
-        with damage_is_told(f"commit record {self.storage.where(name)}", _REMOVE):
+        with damage_is_told(f"commit record {self.storage.where(name)}", self._mend):
             return self._checked(read_json(self.storage, name))
 
     def is_committed(self, key: Key) -> bool:

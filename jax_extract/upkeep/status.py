@@ -5,6 +5,7 @@ In: a run directory or `gs://bucket/prefix`. Out: text, and whether the run is c
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Annotated
@@ -64,14 +65,19 @@ def status(config: StatusConfig) -> int:
     planned = sum(found.planned.values())
     print(f"{config.place}: {ledger.run['description']['model_name']}, run {ledger.run['run_id'][:12]}")
     of = f" of {plural(len(found.planned), 'part')}" if found.plan_is_whole else ", of a plan that is not complete yet"
-    print(f"  committed  {len(found.committed):,}{of}; {samples:,} of {plural(planned, 'sample')}, {bytes_text(size)}")
+    of_samples = f"{samples:,} of {plural(planned, 'sample')}" if found.planned else plural(samples, "sample")
+    print(f"  committed  {len(found.committed):,}{of}; {of_samples}, {bytes_text(size)}")
     missing = [key for key in found.missing if record_name(key) not in found.torn]
-    print(f"  missing    {plural(len(missing), 'part')}{_few([part_name(key) for key in missing])}")
+    known = f"{plural(len(missing), 'part')}{_few([part_name(key) for key in missing])}"
+    print(f"  missing    {known if found.planned else 'not known: there is no plan yet'}")
+    elsewhere = _elsewhere(found)
+    for to, parts in elsewhere.items():
+        print(f"  elsewhere  {plural(parts, 'part')}, uploaded and deleted here: jax-extract status {to} looks at them")
     print(f"  torn       {plural(len(found.torn), 'part')}")
     for wrong in list(found.torn.values())[:_SHOWN]:
         print(f"             {wrong}")
     print(f"  orphans    {_orphans_text(found)}")
-    print(f"  {_verdict(found, config.place)}")
+    print(f"  {_verdict(found, config.place, bool(elsewhere))}")
     return 0 if found.complete else 1
 
 
@@ -88,7 +94,15 @@ def _orphans_text(found: Survey) -> str:
     return f"{plural(len(found.orphans), 'file')} without a record, {bytes_text(sum(found.orphans.values()))}"
 
 
-def _verdict(found: Survey, place: str) -> str:
+def _elsewhere(found: Survey) -> Counter[str]:
+    """Where parts are whose shards are not here any more, and how many."""
+    gone = (r for r in found.committed.values() if not all(file["path"] in found.files for file in r["files"]))
+    return Counter(str(record["uploaded_to"]) for record in gone if "uploaded_to" in record)
+
+
+def _verdict(found: Survey, place: str, elsewhere: bool) -> str:
+    if found.complete and elsewhere:
+        return "complete, as far as it is here: what is elsewhere was not looked at"
     if found.complete:
         return f"complete, by names and sizes; jax-extract verify {place} reads the bytes too"
     if found.torn:

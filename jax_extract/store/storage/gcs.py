@@ -62,7 +62,7 @@ class Bucket:
         bucket, _, prefix = url.removeprefix(BUCKET_SCHEME).partition("/")
         prefix = prefix.rstrip("/")
         if not _BUCKET_NAME.fullmatch(bucket):
-            raise UserError(f"{url!r} names no bucket; write gs://bucket/prefix, the bucket in small letters")
+            raise UserError(f"{url!r} names no bucket; write gs://bucket/prefix, the bucket in 3 or more small letters")
         parts = prefix.split("/") if prefix else []
         if {"", ".", ".."} & set(parts) or not prefix.isprintable() or len(prefix.encode()) > _LONGEST_PREFIX:
             raise UserError(f"{url[:80]!r} is no usable place; write gs://bucket/prefix, as in gs://my-bucket/runs/1")

@@ -368,7 +368,7 @@ class GrainWays:
             def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
                 part, start, stop = ways.layout.pieces[index].tolist()
                 memory = page_memory(ways.layout.piece_bytes + PAGE)
-                rows = ways.parts[part].rows(ways.site, start, stop, memory)  # type: ignore[call-arg]
+                rows = ways.parts[part].rows(ways.site, start, stop, memory)  # type: ignore[call-arg]  # a `FilePart`, as every part of a run on disk
                 return rows, ways.samples[part][start:stop]
 
         options = grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)

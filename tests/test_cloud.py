@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import store_worker
 from gcs_server import RunningServer, running
-from small_run import environment, make_model, run_cli, run_here, shards, write_jsonl
+from small_run import environment, make_model, run_cli, run_here, shards, snapshot, write_jsonl
 
 from jax_extract import UserError, open_activations
 from jax_extract.cli import main
@@ -158,6 +158,27 @@ def test_a_part_that_the_bucket_has_lost_is_computed_again_by_the_same_command(
     assert main(["status", place]) == 0
     assert _rows(place) == _rows(whole)
     assert "nothing to do" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("there", ["another run", "a damaged record"])
+def test_a_sweep_of_a_directory_does_not_judge_what_is_wrong_in_the_bucket(
+    model: Path, tasks: Path, tmp_path: Path, place: str, there: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upload: dict[str, Any] = {"gcs_bucket": place, "upload_to_cloud": True, "delete_local": True}
+    run_here(model, tasks, tmp_path / "a", **OPTIONS, **upload)
+    bucket = open_storage(place)
+    if there == "another run":
+        run = json.loads(bucket.read("_run/run.json"))
+        bucket.replace("_run/run.json", json.dumps({**run, "run_id": "0" * 32}).encode())
+    else:
+        bucket.replace("_run/commits/000002_001.json", b"{")
+    before = snapshot(tmp_path / "a")
+    code = main(["sweep", str(tmp_path / "a"), "--damaged"])
+    said = capsys.readouterr()
+    assert code == (2 if there == "another run" else 0), said
+    assert ("holds another run" in said.err) == (there == "another run")
+    after = snapshot(tmp_path / "a")
+    assert {name for name in before if after.get(name) != before[name]} <= {"metadata.json"}
 
 
 def test_what_was_committed_locally_before_a_kill_is_uploaded_first(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import os
 import re
 import signal
 import subprocess
@@ -267,6 +269,30 @@ def test_a_worker_whose_run_another_one_started_meanwhile_tells_its_request_and_
     assert _extract(*words, "--worker_id", 0, "--num_workers", 2) == 0
     labels = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert labels == ["model", "capture", "input", "plan", "done", "stages", "output", "read"]
+
+
+def test_the_work_goes_on_when_the_reader_of_its_log_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, log = os.pipe()
+    os.close(reader)  # as `extract 2>&1 | head -1` does
+    with os.fdopen(log, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr("jax_extract.terminal._LOG_SECONDS", 0.0)
+        with Terminal().progress(3) as bar:
+            for _ in range(3):
+                bar.update(1)  # raises nothing
+        with contextlib.suppress(BrokenPipeError):  # what waits in the stream's own buffer
+            stream.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), log)
+
+
+def test_a_reader_that_has_gone_is_told_by_the_exit_code_of_the_shell() -> None:
+    reader, out = os.pipe()
+    os.close(reader)
+    code = "import sys; from jax_extract import cli; sys.exit(cli.guarded(lambda: print('said', flush=True)))"
+    words = [sys.executable, "-c", code]
+    end = subprocess.run(words, check=False, stdout=out, stderr=subprocess.PIPE, env=environment(), cwd=ROOT)
+    os.close(out)
+    assert (end.returncode, end.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 @pytest.mark.parametrize(

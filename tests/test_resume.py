@@ -155,6 +155,24 @@ def test_a_resume_reads_each_record_at_its_start_and_at_its_end_and_no_more(
     assert set(times.values()) == {2}
 
 
+def test_a_note_of_an_upload_does_not_outlive_its_record(model: Path, tasks: Path, finished: Path) -> None:
+    note, record = (finished / f"_run/{folder}/000003_001.json" for folder in ("uploaded", "commits"))
+    note.write_text(json.dumps({"to": "gs://some-bucket/where"}))
+    record.unlink()  # as a kill between the two deletions leaves them
+    run_here(model, tasks, finished, layers_to_extract=(10, 11), batch_size=4)
+    assert record.exists()
+    assert not note.exists()
+
+
+def test_shards_that_were_uploaded_and_are_still_here_are_read_here(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = _rows(finished)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")  # whoever asks the bucket fails
+    (finished / "_run/uploaded/000001_001.json").write_text(json.dumps({"to": "gs://some-bucket/where"}))
+    assert _rows(finished) == before
+
+
 OTHER_RUNS: dict[str, tuple[dict[str, Any], str]] = {
     "layers": ({"layers_to_extract": (9, 10)}, "--layers_to_extract"),
     "positions": ({"positions": "all"}, "--positions"),

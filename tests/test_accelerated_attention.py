@@ -1,0 +1,81 @@
+"""The kernels of accelerators mix what a plain softmax over visible keys mixes, and are chosen only where they can.
+
+Guarded: splash attention, interpreted on CPU, against NumPy in float64: grouped heads, padding to whole tiles, a
+sliding window, several samples a row; bfloat16 operands within their rounding; and what is computed with instead
+where a kernel would be wrong.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.accelerated_attention import attention_backend, splash_attention
+from models.layers import Numerics
+
+FLOAT32, BFLOAT16 = Numerics("float32"), Numerics("bfloat16")
+GROUPS, PER_GROUP, WIDTH = 2, 2, 16
+
+
+def random_heads(batch: int, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    random = np.random.default_rng(tokens)
+    shapes = [(batch, tokens, heads, WIDTH) for heads in (GROUPS * PER_GROUP, GROUPS, GROUPS)]
+    query, key, value = (random.normal(size=shape).astype(np.float32) for shape in shapes)
+    return query, key, value
+
+
+def plain(query: np.ndarray, key: np.ndarray, value: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """`visible` [b, t, s] -> [b, t, heads * h] in float64."""
+    key, value = (np.repeat(x, PER_GROUP, axis=2).astype(np.float64) for x in (key, value))
+    logits = np.einsum("bthw,bshw->bhts", query.astype(np.float64), key) * WIDTH**-0.5
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True)) * visible[:, None]
+    mixed = np.einsum("bhts,bshw->bthw", weights / weights.sum(axis=-1, keepdims=True), value)
+    return mixed.reshape(*query.shape[:2], -1)
+
+
+def worst(got: object, truth: np.ndarray) -> float:
+    distance = np.linalg.norm(np.asarray(got, np.float64) - truth, axis=-1)
+    return float((distance / np.linalg.norm(truth, axis=-1)).max())
+
+
+@pytest.mark.parametrize(("tokens", "window", "numerics", "bound"), [
+    (130, None, FLOAT32, 2e-6),
+    (300, 70, FLOAT32, 2e-6),
+    (130, None, BFLOAT16, 2e-2),
+])  # fmt: skip
+def test_splash_attention_mixes_what_a_plain_softmax_mixes(
+    tokens: int, window: int | None, numerics: Numerics, bound: float
+) -> None:
+    heads = random_heads(1, tokens)
+    back = np.arange(tokens)[:, None] - np.arange(tokens)[None, :]
+    visible = (back >= 0) & (back < (window or tokens))
+    got = splash_attention(*map(jnp.asarray, heads), numerics=numerics, window=window, interpret=True)
+    assert got.shape == (1, tokens, GROUPS * PER_GROUP * WIDTH) and got.dtype == jnp.float32
+    assert worst(got, plain(*heads, visible[None])) < bound
+
+
+def test_samples_in_one_row_do_not_see_each_other_in_splash_attention() -> None:
+    tokens = 200
+    heads = random_heads(2, tokens)
+    segments = np.stack([np.repeat([0, 1, 2], [50, 100, 50]), np.repeat([0, 1, 2], [1, 129, 70])]).astype(np.int32)
+    visible = np.tri(tokens, dtype=bool)[None] & (segments[:, :, None] == segments[:, None, :])
+    got = splash_attention(*map(jnp.asarray, heads), numerics=FLOAT32, segments=jnp.asarray(segments), interpret=True)
+    assert worst(got, plain(*heads, visible)) < 2e-6
+
+
+def test_a_kernel_is_chosen_where_it_computes_the_same_and_what_stands_in_for_it_is_explained() -> None:
+    assert attention_backend("tpu", BFLOAT16, head_width=64).name == "splash"
+    assert attention_backend("tpu", BFLOAT16, head_width=64, samples_a_row=9).name == "splash"
+    assert attention_backend("tpu", BFLOAT16, head_width=128, windows=(4096,) * 32).name == "splash"
+    assert attention_backend("gpu", BFLOAT16, head_width=64).name == "cudnn"
+    for reason, choice in {
+        "no kernel for cpu": attention_backend("cpu", BFLOAT16, head_width=64),
+        "rounds products of float32": attention_backend("tpu", FLOAT32, head_width=64),
+        "cudnn kernel rounds": attention_backend("gpu", FLOAT32, head_width=64),
+        "layers differ in their windows": attention_backend("tpu", BFLOAT16, head_width=64, windows=(0, 8)),
+        "several samples": attention_backend("gpu", BFLOAT16, head_width=64, samples_a_row=2),
+        "10 wide": attention_backend("tpu", BFLOAT16, head_width=10),
+        "256 wide": attention_backend("cuda", BFLOAT16, head_width=256),
+    }.items():
+        assert choice.name == "blockwise" and reason in choice.reason

@@ -22,6 +22,7 @@ import numpy as np
 from jax import Array
 
 from models.errors import UserError
+from models.packing import Packing
 from models.positions import Positions
 
 
@@ -232,15 +233,16 @@ class Intervention:
 class Taps:
     """The capture buffers and interventions that travel through the blocks.
 
-    A hook point's buffer is [slots, batch, rows, width] in the plan's dtype, a slot per wanted layer
-    and, where some layers that run are not wanted, one spare slot at the end that absorbs them: a
-    carried buffer with a spare slot takes less temporary memory than stacking every layer and
-    slicing, and far less than an unrolled stack.
+    A hook point's buffer is [slots, b, rows, width] in the plan's dtype, a slot per wanted layer and,
+    where some layers that run are not wanted, one spare slot at the end that absorbs them: a carried
+    buffer with a spare slot takes less temporary memory than stacking every layer and slicing, and far
+    less than an unrolled stack.
     """
 
     plan: CapturePlan = dataclasses.field(metadata={"static": True})
     num_blocks: int = dataclasses.field(metadata={"static": True})
-    lengths: Array  # int32 [batch], real tokens of each row
+    packing: Packing
+    columns: Array | None  # int32 [b, rows], which tokens are kept; None where it takes no gather
     buffers: dict[str, Array]
     interventions: tuple[Intervention, ...] = ()
 
@@ -249,18 +251,17 @@ class Taps:
         cls,
         plan: CapturePlan,
         num_blocks: int,
-        lengths: Array,
-        padded_length: int,
+        packing: Packing,
         widths: Mapping[str, int],
         interventions: Sequence[Intervention] = (),
     ) -> Taps:
-        """Empty buffers for `lengths` [batch] rows of `padded_length` tokens; `widths` by hook point."""
-        rows = plan.positions.slots(padded_length)
+        """Empty buffers for samples that lie so in their rows; `widths` by hook point."""
+        batch, rows = packing.lengths.shape[0], plan.positions.slots(packing.tokens, packing.samples)
         buffers = {
-            hook: jnp.zeros((_slots(layers, num_blocks), lengths.shape[0], rows, widths[hook]), plan.dtype)
+            hook: jnp.zeros((_slots(layers, num_blocks), batch, rows, widths[hook]), plan.dtype)
             for hook, layers in plan.layers
         }
-        return cls(plan, num_blocks, lengths, buffers, tuple(interventions))
+        return cls(plan, num_blocks, packing, plan.positions.columns(packing), buffers, tuple(interventions))
 
     def visit(self, hook: str, layer: Array | None, x: Array) -> tuple[Array, Taps]:
         """Passes x [batch, tokens, width] through a hook point: changes it, then keeps it."""
@@ -270,7 +271,7 @@ class Taps:
         if hook not in self.buffers:
             return x, self
         buffer = self.buffers[hook]
-        kept = self.plan.positions.select(x, self.lengths).astype(buffer.dtype)
+        kept = self.plan.positions.select(x, self.packing, self.columns).astype(buffer.dtype)
         slot = jnp.int32(0) if layer is None else self._slot_table(hook)[layer]
         buffer = jax.lax.dynamic_update_index_in_dim(buffer, kept, slot, axis=0)
         return x, dataclasses.replace(self, buffers={**self.buffers, hook: buffer})

@@ -1,15 +1,14 @@
-"""What several architectures really share: numerics, RMS norm, rotary embedding, attention.
+"""What several architectures really share: numerics, RMS norm, rotary embedding.
 
 In: arrays and small static configurations. Out: arrays. Dimension letters in every einsum:
-b batch, t query tokens, s key tokens, d width, f output features, g key/value heads,
-r query heads per key/value head, h head width.
+b batch, t tokens, d width, f output features, h head width.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,58 +101,32 @@ class Rotary:
         is_high = wavelength < context / self.high_freq_factor
         return np.where(is_low, scaled, np.where(is_high, inverse, mixed)).astype(np.float32)
 
-    def tables(self, tokens: int, head_width: int) -> tuple[Array, Array]:
-        """(cosines, sines), float32 [tokens, head_width / 2], of positions 0 … tokens - 1."""
-        positions = jnp.arange(tokens, dtype=jnp.float32)
-        angles = positions[:, None] * jnp.asarray(self.inverse_frequencies(head_width))[None, :]
+    def tables(self, positions: Array, head_width: int) -> tuple[Array, Array]:
+        """(cosines, sines), float32 [b, t, head_width / 2], of positions int32 [b, t]."""
+        angles = (
+            positions.astype(jnp.float32)[..., None] * jnp.asarray(self.inverse_frequencies(head_width))[None, None]
+        )
         return jnp.cos(angles), jnp.sin(angles)
+
+
+class Places(NamedTuple):
+    """Where the tokens of a batch stand in their samples, as attention wants to know it.
+
+    Attributes:
+      positions: int32 [b, t], of each token in its sample; 0 for padding.
+      rotary: (cosines, sines), float32 [b, t, head_width / 2], of those positions.
+    """
+
+    positions: Array
+    rotary: tuple[Array, Array]
+
+    @classmethod
+    def of(cls, positions: Array, rotary: Rotary, head_width: int) -> Places:
+        return cls(positions, rotary.tables(positions, head_width))
 
 
 def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
     """x [b, t, heads, h] rotated; the two halves of a head are the two coordinates (Hugging Face's order)."""
-    cos, sin = (table[None, :, None, :] for table in tables)
+    cos, sin = (table[:, :, None, :] for table in tables)
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def causal_attention(
-    query: Array, key: Array, value: Array, *, numerics: Numerics, window: Array | None = None
-) -> Array:
-    """Grouped-query causal attention in blocks of query rows.
-
-    A block of query rows meets only the keys up to its own end, so nothing above the diagonal of blocks
-    is computed and no tokens x tokens matrix exists: the largest logit array is [b, heads, block, tokens].
-    Padding needs no mask: it is on the right, where no real token looks.
-
-    Args:
-      query: float32 [b, t, g * r, h].
-      key, value: float32 [b, t, g, h].
-      numerics: of the two products; the softmax is float32.
-      window: int32 scalar, may be traced: how many positions back a query sees, itself included;
-        None where every layer sees everything.
-
-    Returns:
-      float32 [b, t, g * r * h].
-    """
-    b, tokens, heads, width = query.shape
-    groups = key.shape[2]
-    q = (query * jnp.float32(width**-0.5)).reshape(b, tokens, groups, heads // groups, width)
-    q = q.astype(numerics.dtype).transpose(0, 2, 3, 1, 4)
-    k = key.astype(numerics.dtype).transpose(0, 2, 1, 3)
-    v = value.astype(numerics.dtype).transpose(0, 2, 1, 3)
-    rows = _query_rows(tokens)
-    outputs = []
-    for start in range(0, tokens, rows):
-        end = min(start + rows, tokens)
-        logits = numerics.einsum("bgrth,bgsh->bgrts", q[:, :, :, start:end], k[:, :, :end])
-        back = jnp.arange(start, end, dtype=jnp.int32)[:, None] - jnp.arange(end, dtype=jnp.int32)[None, :]
-        visible = back >= 0 if window is None else (back >= 0) & (back < window)
-        logits = jnp.where(visible[None, None, None], logits, jnp.float32(-jnp.inf))
-        outputs.append(numerics.einsum("bgrts,bgsh->bgrth", jax.nn.softmax(logits, axis=-1), v[:, :, :end]))
-    mixed = jnp.concatenate(outputs, axis=3)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(b, tokens, heads * width)
-
-
-def _query_rows(tokens: int, smallest: int = 128, most_blocks: int = 32) -> int:
-    """Rows of a query block: 128 keeps a block in cache; at most 32 blocks keep the program short."""
-    return max(smallest, -(-tokens // (most_blocks * smallest)) * smallest)

@@ -1,9 +1,8 @@
 """Which token positions of a sample are kept: `all`, `last`, `mean`, `first:n`, `every:k`, `at:i,j,…`.
 
-In: the user's words. Out: `Positions`, which selects on the device (padded rows, before they are
-buffered) and says on the host which positions those rows are. Positions count real tokens; padding
-is always on the right, so position p of a sample is column p of its row. A sample that is too short
-for a position simply gives fewer rows.
+In: the user's words. Out: `Positions`, which selects on the device (before anything is buffered) and says
+on the host which positions those rows are. Positions count the real tokens of a sample. A sample that is
+too short for a position simply gives fewer rows, and the next one's follow without a gap.
 """
 
 from __future__ import annotations
@@ -12,11 +11,13 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from models.errors import UserError
+from models.packing import Packing
 
 MEAN_POSITION = -1  # what stands for "no single token" where a row is the mean over all of them
 
@@ -87,23 +88,40 @@ class Positions:
             return -(-length // self.count)
         return sum(i < length for i in self.indices)
 
-    def slots(self, padded_length: int) -> int:
-        """How many rows are buffered for a sample that is padded to `padded_length` tokens."""
-        return self.rows(padded_length)
+    def slots(self, tokens: int, samples: int = 1) -> int:
+        """How many rows are buffered for a row of `tokens` that holds up to `samples` samples."""
+        if self.one_row_per_sample:
+            return samples
+        if self.kind == "every":
+            return min(tokens, (tokens + samples * (self.count - 1)) // self.count)
+        return min(tokens, samples * self.rows(tokens))
 
-    def select(self, x: Array, lengths: Array) -> Array:
-        """x [batch, tokens, width] -> [batch, slots, width]; `lengths` int32 [batch], all at least 1."""
-        if self.kind == "all":
-            return x
+    def columns(self, packing: Packing) -> Array | None:
+        """int32 [b, slots], ascending: the columns that are kept; None where no gather is needed (`all`, `mean`).
+
+        Those of a row come first and without gaps; what is left repeats the last column of the row.
+        """
+        if self.kind in ("all", "mean"):
+            return None
         if self.kind == "last":
-            return jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
+            return jnp.maximum(packing.ends - 1, 0)
+        positions = packing.positions
+        columns = jnp.arange(packing.tokens, dtype=jnp.int32)[None, :]
+        if self.kind == "first":
+            kept = positions < self.count
+        elif self.kind == "every":
+            kept = positions % self.count == 0
+        else:
+            kept = (positions[:, :, None] == jnp.array(self.indices, jnp.int32)[None, None]).any(axis=-1)
+        kept &= columns < packing.ends[:, -1:]
+        found = jnp.sort(jnp.where(kept, columns, packing.tokens - 1), axis=1)
+        return found[:, : self.slots(packing.tokens, packing.samples)]
+
+    def select(self, x: Array, packing: Packing, columns: Array | None) -> Array:
+        """x [b, tokens, width] -> [b, slots, width]: the rows at `columns`, or each sample's mean, or all."""
         if self.kind == "mean":
             # Always float32: a long sum in bfloat16 would lose the small terms.
-            real = jnp.arange(x.shape[1], dtype=lengths.dtype)[None, :, None] < lengths[:, None, None]
-            total = jnp.sum(jnp.where(real, x.astype(jnp.float32), 0.0), axis=1, keepdims=True)
-            return total / lengths[:, None, None].astype(jnp.float32)
-        if self.kind == "first":
-            return x[:, : self.count]
-        if self.kind == "every":
-            return x[:, :: self.count]
-        return x[:, np.array([i for i in self.indices if i < x.shape[1]], np.int32)]
+            owned = packing.owned.astype(jnp.float32)
+            total = jnp.einsum("bnt,btd->bnd", owned, x.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+            return total / jnp.maximum(packing.lengths, 1)[:, :, None].astype(jnp.float32)
+        return x if columns is None else jnp.take_along_axis(x, columns[:, :, None], axis=1)

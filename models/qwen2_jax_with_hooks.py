@@ -1,6 +1,6 @@
 """Qwen2 and Qwen2.5 with hook points, and by configuration the whole Llama family.
 
-In: a Hugging Face config.json, sharded parameters, right-padded token ids, taps. Out: taps with the
+In: a Hugging Face config.json, sharded parameters, token ids, taps. Out: taps with the
 captured activations. Flax NNX names, shapes and stacks the parameters; the forward is a pure function
 of their state. Blocks are stacked on a leading axis and scanned, q/k/v are one product and gate/up
 another. Family members differ in biases, q/k norm, sliding windows and rope scaling only: Qwen2,
@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from models.attention import causal_attention
 from models.errors import UserError
 from models.hooks import HOOK_POINTS, Taps
-from models.layers import Numerics, Rotary, causal_attention, rms_norm, rotate
+from models.layers import Numerics, Places, Rotary, rms_norm, rotate
 from models.ports import Gather, Parameters, Port, TensorSource
 
 DEFAULT_SAE_LAYERS = list(range(10, 24))  # Layers 10-23
@@ -231,23 +232,23 @@ def unused_tensors(config: Qwen2Config) -> frozenset[str]:
 def forward(
     config: Qwen2Config, params: Parameters, tokens: Array, taps: Taps, numerics: Numerics, gather: Gather
 ) -> Taps:
-    """Runs `taps.num_blocks` blocks over right-padded tokens and returns the filled taps.
+    """Runs `taps.num_blocks` blocks over rows of samples and returns the filled taps.
 
     Args:
       params: `nnx.to_pure_dict` of `Qwen2`'s state, with at least that many blocks.
-      tokens: int32 [b, t]; row i has `taps.lengths[i]` real tokens, the rest is padding.
+      tokens: int32 [b, t]; `taps.packing` says whose they are.
       gather: makes whole arrays of this device's shards, at the moment they are needed.
     """
     with jax.named_scope("embeddings"):
         embedding = gather("embedding", params["embedding"])
         x = jnp.take(embedding, tokens, axis=0, mode="clip").astype(jnp.float32)
     x, taps = taps.visit("embeddings", None, x)
-    rotary = config.rotary.tables(tokens.shape[1], config.head_dim)
+    places = Places.of(taps.packing.positions, config.rotary, config.head_dim)
     windows = jnp.array(config.windows or (0,) * config.num_hidden_layers, jnp.int32)
 
     def body(carry: tuple[Array, Taps], xs: tuple[Parameters, Array, Array]) -> tuple[tuple[Array, Taps], None]:
         shards, layer, window = xs
-        return block(config, gather("blocks", shards), *carry, layer, window, rotary, numerics), None
+        return block(config, gather("blocks", shards), *carry, layer, window, places, numerics), None
 
     n = taps.num_blocks
     if n:
@@ -269,14 +270,14 @@ def block(
     taps: Taps,
     layer: Array,
     window: Array,
-    rotary: tuple[Array, Array],
+    places: Places,
     numerics: Numerics,
 ) -> tuple[Array, Taps]:
     """One decoder block on the residual stream x, float32 [b, t, d]; `p` holds this layer's parameters."""
     x, taps = taps.visit("residual_before", layer, x)
     with jax.named_scope("attention"):
         normed = rms_norm(x, p["attention_norm"], config.rms_norm_eps)
-        update = _attention(config, p, normed, window, rotary, numerics)
+        update = _attention(config, p, normed, window, places, numerics)
     update, taps = taps.visit("attention_out", layer, update)
     x, taps = taps.visit("after_attention", layer, x + update)
     with jax.named_scope("ffn"):
@@ -294,7 +295,7 @@ def _attention(
     p: Parameters,
     x: Array,
     window: Array,
-    rotary: tuple[Array, Array],
+    places: Places,
     numerics: Numerics,
 ) -> Array:
     b, t, _ = x.shape
@@ -307,8 +308,11 @@ def _attention(
     if config.qk_norm:
         query = rms_norm(query, p["query_norm"], config.rms_norm_eps)
         key = rms_norm(key, p["key_norm"], config.rms_norm_eps)
-    seen = jnp.where(window == 0, jnp.int32(t), window) if any(config.windows) else None
-    mixed = causal_attention(rotate(query, rotary), rotate(key, rotary), value, numerics=numerics, window=seen)
+    reach = places.positions
+    if any(config.windows):
+        reach = jnp.where(window == 0, reach, jnp.minimum(reach, window - 1))
+    query, key = rotate(query, places.rotary), rotate(key, places.rotary)
+    mixed = causal_attention(query, key, value, reach=reach, numerics=numerics)
     return numerics.linear(mixed, p["attention_output"], p.get("attention_output_bias"))
 
 

@@ -20,6 +20,7 @@ from jax_extract import extract
 from jax_extract.devices.mesh import make_mesh
 from jax_extract.extraction import prepare
 from jax_extract.extraction.program import CaptureProgram
+from jax_extract.inputs.slabs import SlabShape
 from jax_extract.weights.load import Weights
 
 COLLECTIVE = re.compile(
@@ -39,7 +40,7 @@ def program_on(model: prepare.OpenModel, mesh: Any) -> tuple[CaptureProgram, Any
 
 def flops(program: CaptureProgram, rows: int) -> float:
     """Of one device, for its `rows` rows."""
-    costs = program.compiled(rows, LENGTH).cost_analysis()
+    costs = program.compiled(SlabShape(LENGTH, rows, 1)).cost_analysis()
     return float((costs[0] if isinstance(costs, list) else costs)["flops"])
 
 
@@ -48,7 +49,7 @@ def facts_of(model: prepare.OpenModel, shape: str) -> dict[str, Any]:
     program, params = program_on(model, prepare.open_mesh(shape))
     one, _ = program_on(model, make_mesh((1, 1), jax.devices()[:1]))
     tokens = np.ones((program.devices * ROWS, LENGTH), np.int32)
-    captured = program.run(tokens, np.full(len(tokens), LENGTH, np.int32))
+    captured = program.run(tokens, np.full((len(tokens), 1), LENGTH, np.int32))
     parameters = {
         "/".join(str(key.key) for key in path): {"whole": value.shape, "shard": value.addressable_shards[0].data.shape}
         for path, value in jax.tree_util.tree_leaves_with_path(params)
@@ -66,7 +67,7 @@ def facts_of(model: prepare.OpenModel, shape: str) -> dict[str, Any]:
         "parameters": parameters,
         "flops": flops(program, ROWS) * program.devices,
         "flops_of_one_device": flops(one, ROWS * program.devices),
-        "collectives": sorted(set(COLLECTIVE.findall(program.compiled(ROWS, LENGTH).as_text()))),
+        "collectives": sorted(set(COLLECTIVE.findall(program.compiled(SlabShape(LENGTH, ROWS, 1)).as_text()))),
     }
 
 

@@ -22,6 +22,7 @@ from jax_extract.extraction import prepare
 from jax_extract.weights.load import Weights
 from models.hooks import HOOK_POINTS, Intervention, Taps
 from models.layers import Numerics
+from models.packing import Packing
 from models.ports import hook_width
 
 FAMILY = "qwen2_window"
@@ -57,7 +58,8 @@ class Tapped:
         def run(params: Any, tokens: Array, lengths: Array, layer: Array, value: Any, mask: Any) -> dict[str, Array]:
             self.traces += 1
             made = Intervention(hook, change, layer, value, mask)  # type: ignore[arg-type]
-            taps = Taps.start(self.plan, self.layers, lengths, tokens.shape[1], widths, (made,))
+            packing = Packing(lengths[:, None], tokens.shape[1])
+            taps = Taps.start(self.plan, self.layers, packing, widths, (made,))
             return model.port.forward(
                 model.config, params, tokens, taps, Numerics(), lambda prefix, shards: shards
             ).buffers

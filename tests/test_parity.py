@@ -9,6 +9,7 @@ text alone, without padding, in float32. `pytest -rP` prints the worst errors me
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -41,8 +42,9 @@ from jax_extract.extraction.program import CaptureProgram
 from jax_extract.inputs.arc import arc_samples, read_tasks
 from jax_extract.weights.gguf import GgufCheckpoint
 from jax_extract.weights.load import Weights
+from models.attention import causal_attention
 from models.hooks import HOOK_POINTS
-from models.layers import Numerics, causal_attention
+from models.layers import Numerics
 
 # One token; fewer than a key of the shortest window; more than a query block of 128; several blocks.
 LENGTHS = (1, 3, 40, 150, 300)
@@ -79,8 +81,13 @@ def print_worst(what: str, errors: Sequence[dict[str, float]]) -> None:
     print(what, *(f"{hook} {value:.1e}" for hook, value in worst.items()), sep="  ")
 
 
-def captured_in_one_slab(folder: Path, sequences: Sequence[np.ndarray], dtype: str = "float32") -> list[Rows]:
-    """Everything at every position of all sequences, computed in one slab with random tokens as padding."""
+def captured_in_one_slab(
+    folder: Path, sequences: Sequence[np.ndarray], dtype: str = "float32", packed: bool = False
+) -> list[Rows]:
+    """Everything at every position of all sequences, computed in one slab with random tokens as padding.
+
+    Each sequence has a row of its own; `packed` puts them one behind the other into a single one.
+    """
     model = prepare.OpenModel.open(str(folder))
     layers = range(model.config.num_hidden_layers)
     plan = prepare.capture_plan(model, layers, ("*",), "all", "float32")
@@ -88,15 +95,19 @@ def captured_in_one_slab(folder: Path, sequences: Sequence[np.ndarray], dtype: s
     numerics = prepare.compute_numerics(dtype)
     mesh = prepare.open_mesh("1,1")
     program = CaptureProgram(model.port, model.config, weights.load(mesh, numerics.dtype), plan, mesh, numerics)
-    padded = max(map(len, sequences)) + 4
-    tokens = np.random.default_rng(1).integers(0, CHARACTERS, (len(sequences), padded)).astype(np.int32)
-    for row, sequence in zip(tokens, sequences, strict=True):
-        row[: len(sequence)] = sequence
-    captured = program.run(tokens, np.array([len(s) for s in sequences], np.int32))
+    rows = [list(sequences)] if packed else [[sequence] for sequence in sequences]
+    padded = max(sum(map(len, row)) for row in rows) + 4
+    tokens = np.random.default_rng(1).integers(0, CHARACTERS, (len(rows), padded)).astype(np.int32)
+    places = []
+    for i, row in enumerate(rows):
+        ends = list(itertools.accumulate(map(len, row), initial=0))
+        tokens[i, : ends[-1]] = np.concatenate(row)
+        places += [(i, slice(*place)) for place in itertools.pairwise(ends)]
+    captured = program.run(tokens, np.array([[*map(len, row)] for row in rows], np.int32))
     arrays = {hook: np.asarray(array) for hook, array in captured.items()}
     return [
-        {(hook, layer): arrays[hook][plan.slot(hook, layer), i, : len(s)] for hook, layer in plan.sites()}
-        for i, s in enumerate(sequences)
+        {(hook, layer): arrays[hook][plan.slot(hook, layer), i, place] for hook, layer in plan.sites()}
+        for i, place in places
     ]
 
 
@@ -117,10 +128,11 @@ def assert_identical(got: Sequence[Rows], wanted: Sequence[Rows]) -> None:
             np.testing.assert_array_equal(g[site], rows, err_msg=str(site))
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("family", SHORT_FAMILIES)
-def test_every_hook_point_of_every_layer_is_what_hugging_face_computes(family: str) -> None:
+def test_every_hook_point_of_every_layer_is_what_hugging_face_computes(family: str, packed: bool) -> None:
     sequences = random_ids(LENGTHS)
-    got = captured_in_one_slab(tiny_folder(family), sequences)
+    got = captured_in_one_slab(tiny_folder(family), sequences, packed=packed)
     worst = [
         assert_parity(rows, reference(tiny_model(family), sequence), f"{family}, {len(sequence)} tokens")
         for rows, sequence in zip(got, sequences, strict=True)
@@ -287,8 +299,10 @@ def test_attention_over_8192_tokens_holds_no_array_of_tokens_by_tokens(window: i
     query, key = (2, 8_192, 6, 8), (2, 8_192, 2, 8)
 
     def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        seen = None if window is None else jnp.int32(window)
-        return causal_attention(q, k, v, numerics=Numerics(), window=seen)
+        reach = jnp.broadcast_to(jnp.arange(8_192, dtype=jnp.int32), (2, 8_192))
+        return causal_attention(
+            q, k, v, reach=reach if window is None else jnp.minimum(reach, window - 1), numerics=Numerics()
+        )
 
     def dense(q: jax.Array, k: jax.Array) -> jax.Array:
         return jax.nn.softmax(jnp.einsum("bqgh,bkgh->bgqk", q[:, :, :2], k), axis=-1)

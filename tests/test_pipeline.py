@@ -23,7 +23,8 @@ from jax_extract.errors import UserError
 from jax_extract.extraction.loop import STEPS_IN_MEMORY, LoopStatistics, run_parts
 from jax_extract.extraction.program import CaptureProgram
 from jax_extract.extraction.summary import stages_text
-from jax_extract.inputs.plan import Part, PlanSettings, plan_windows
+from jax_extract.inputs.plan import Part, plan_windows
+from jax_extract.inputs.slabs import PlanSettings, SlabShape
 from jax_extract.inputs.tokenize import TokenizedSample
 from jax_extract.store import writer
 from jax_extract.store.budget import ByteBudget
@@ -82,10 +83,10 @@ class MadeUpProgram:
     plan: CapturePlan = field(default_factory=lambda: CapturePlan((("after_block", (3, 7)),), ALL))
     _device: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
-    def compiled(self, rows: int, length: int) -> None:
-        assert (rows, length) == (ROWS, LENGTH)
+    def compiled(self, shape: SlabShape) -> None:
+        assert shape == (LENGTH, ROWS, 1)
 
-    def bytes_on_host(self, rows: int, length: int) -> int:
+    def bytes_on_host(self, shape: SlabShape) -> int:
         return STEP
 
     def run(self, tokens: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:

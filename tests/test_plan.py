@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jax_extract.inputs import tokenize as tokenize_module
-from jax_extract.inputs.plan import PlanSettings, Window, plan_windows
+from jax_extract.inputs.plan import Window, plan_windows
 from jax_extract.inputs.samples import Sample
+from jax_extract.inputs.slabs import PlanSettings, SlabShape
 from jax_extract.inputs.tokenize import InputCounts, TokenizedSample, tokenize
 from models.positions import Positions
 
@@ -29,6 +30,7 @@ def plan_settings(**changes: Any) -> PlanSettings:
         "max_length": 1024,
         "positions": Positions.parse("all"),
         "bytes_per_row": 128,
+        "packed": False,
     }
     return PlanSettings(**{**values, **changes})
 
@@ -41,13 +43,13 @@ def plan(lengths: list[int], chosen: PlanSettings | None = None, **options: Any)
     return list(plan_windows(tokenized(lengths), chosen or plan_settings(), **options))
 
 
-def shapes_used(windows: list[Window]) -> set[tuple[int, int]]:
-    return {(slab.length, slab.rows) for window in windows for part in window.parts for slab in part.slabs}
+def shapes_used(windows: list[Window]) -> set[SlabShape]:
+    return {slab.shape for window in windows for part in window.parts for slab in part.slabs}
 
 
 def waste(windows: list[Window]) -> float:
     parts = [part for window in windows for part in window.parts]
-    return 1 - sum(p.tokens for p in parts) / sum(s.rows * s.length for p in parts for s in p.slabs)
+    return 1 - sum(p.tokens for p in parts) / sum(s.shape.tokens for p in parts for s in p.slabs)
 
 
 def check(windows: list[Window], chosen: PlanSettings, count: int) -> None:
@@ -66,11 +68,16 @@ def check(windows: list[Window], chosen: PlanSettings, count: int) -> None:
         following = 0
         for slab in part.slabs:
             assert slab.first == following
-            assert 1 <= slab.count <= slab.rows <= chosen.rows
-            assert slab.rows == 1 or slab.rows * slab.length <= chosen.slab_tokens
+            shape = slab.shape
+            assert 1 <= slab.count <= chosen.rows
+            assert len(slab.counts) <= shape.rows
+            assert 1 <= max(slab.counts) <= shape.samples
+            assert shape.rows == 1 if chosen.packed else shape.samples == 1
             inside = part.samples[slab.first : slab.first + slab.count]
             assert len(inside) == slab.count
-            assert max(sample.length for sample in inside) <= slab.length
+            assert shape.tokens <= chosen.padded(chosen.slab_tokens) or slab.count == 1 or chosen.packed
+            rest = iter(inside)
+            assert all(sum(s.length for s in itertools.islice(rest, n)) <= shape.length for n in slab.counts)
             following += slab.count
         assert following == len(part.samples)
         size = sum(chosen.positions.rows(s.length) for s in part.samples) * chosen.bytes_per_row
@@ -79,29 +86,47 @@ def check(windows: list[Window], chosen: PlanSettings, count: int) -> None:
 
 
 @few_examples
-@given(lengths_of_samples, st.sampled_from([1, 3, 8]), st.sampled_from([1, 2]), st.sampled_from([64, 512, 4096]))
+@given(
+    lengths_of_samples,
+    st.sampled_from([1, 3, 8]),
+    st.sampled_from([1, 2]),
+    st.sampled_from([64, 512, 4096]),
+    st.booleans(),
+)
 def test_every_sample_is_in_exactly_one_slab_and_the_limits_hold(
-    lengths: list[int], rows: int, devices: int, slab_tokens: int
+    lengths: list[int], rows: int, devices: int, slab_tokens: int, packed: bool
 ) -> None:
-    chosen = plan_settings(rows=rows, samples_per_batch=rows * devices, slab_tokens=slab_tokens, max_shard_bytes=60_000)
+    chosen = plan_settings(
+        rows=rows,
+        samples_per_batch=rows * devices,
+        slab_tokens=slab_tokens,
+        max_shard_bytes=60_000,
+        packed=packed,
+    )
     check(plan(lengths, chosen), chosen, len(lengths))
 
 
 @few_examples
-@given(lengths_of_samples, st.sampled_from([5, 16, 64]), st.sampled_from(["all", "last", "every:7", "at:0,250"]))
+@given(
+    lengths_of_samples,
+    st.sampled_from([5, 16, 64]),
+    st.sampled_from(["all", "last", "every:7", "at:0,250"]),
+    st.booleans(),
+)
 def test_a_stream_of_several_windows_covers_every_sample_once(
-    lengths: list[int], window_samples: int, positions: str
+    lengths: list[int], window_samples: int, positions: str, packed: bool
 ) -> None:
-    chosen = plan_settings(max_length=300, positions=Positions.parse(positions))
+    chosen = plan_settings(max_length=300, positions=Positions.parse(positions), packed=packed)
     windows = plan(lengths, chosen, window_samples=window_samples)
     assert [w.number for w in windows] == list(range(-(-len(lengths) // window_samples)))
     check(windows, chosen, len(lengths))
 
 
 @few_examples
-@given(lengths_of_samples)
-def test_the_plan_is_a_pure_function_of_samples_and_settings(lengths: list[int]) -> None:
-    first, second = plan(lengths), plan(lengths)
+@given(lengths_of_samples, st.booleans())
+def test_the_plan_is_a_pure_function_of_samples_and_settings(lengths: list[int], packed: bool) -> None:
+    chosen = plan_settings(packed=packed)
+    first, second = plan(lengths, chosen), plan(lengths, chosen)
     assert [w.digest for w in first] == [w.digest for w in second]
     assert [[p.slabs for p in w.parts] for w in first] == [[p.slabs for p in w.parts] for w in second]
 
@@ -170,10 +195,39 @@ def test_batches_go_on_counting_across_windows() -> None:
     assert [part.batch for window in windows for part in window.parts] == [1, 2, 3, 4]
 
 
-def test_padding_of_a_mixed_length_distribution_is_at_most_a_tenth() -> None:
-    random = np.random.default_rng(0)
-    lengths = [int(n) for n in random.integers(55, 1025, 64)]
+MIXED = [int(n) for n in np.random.default_rng(0).integers(55, 1025, 64)]
+
+
+def test_padding_of_a_mixed_length_distribution_is_at_most_a_tenth_where_every_sample_has_a_row() -> None:
     chosen = plan_settings(slab_tokens=4096)
-    windows = plan(lengths, chosen)
+    windows = plan(MIXED, chosen)
     check(windows, chosen, 64)
     assert waste(windows) <= 0.10
+
+
+@pytest.mark.parametrize("slab_tokens", [2048, 4096, 8192])
+def test_padding_of_packed_slabs_is_at_most_three_percent_with_few_shapes(slab_tokens: int) -> None:
+    chosen = plan_settings(slab_tokens=slab_tokens, packed=True, compile_tokens=1_000)
+    windows = plan(MIXED, chosen)
+    check(windows, chosen, 64)
+    assert waste(windows) <= 0.03
+    assert len(shapes_used(windows)) <= 3
+
+
+def test_long_samples_among_short_ones_are_packed_with_them() -> None:
+    random = np.random.default_rng(1)
+    lengths = [int(n) for n in np.exp(random.normal(6.5, 0.9, 64)).clip(55, 8192)]
+    chosen = plan_settings(slab_tokens=4096, max_length=8192, packed=True, compile_tokens=500)
+    windows = plan(lengths, chosen)
+    check(windows, chosen, 64)
+    assert waste(windows) <= 0.06
+
+
+def test_later_windows_of_a_packed_stream_fit_the_shapes_of_the_first() -> None:
+    random = np.random.default_rng(2)
+    lengths = [int(n) for n in random.integers(55, 1025, 4 * 512)]
+    chosen = plan_settings(slab_tokens=4096, packed=True, compile_tokens=1_000)
+    windows = plan(lengths, chosen, window_samples=512)
+    check(windows, chosen, len(lengths))
+    assert {w.shapes for w in windows} == {windows[0].shapes}
+    assert waste(windows) <= 0.06

@@ -15,21 +15,23 @@ class PlatformDefaults:
     """Attributes:
     dtype: compute dtype.
     slab_tokens: most tokens (rows x length) that one device computes at once.
+    packed: samples lie one behind the other in a slab, instead of each in a row of its own.
     length_multiple: padded lengths are multiples of this.
     compile_tokens: slab tokens that one more shape must save to be worth compiling.
     """
 
     dtype: str
     slab_tokens: int
+    packed: bool
     length_multiple: int
     compile_tokens: int
 
 
 # CPU: 4,096 tokens keep a slab's captures small, and matrix products of 2,048 tokens already run at their peak.
-# compile_tokens is below what a compilation really costs here, so that small runs still pad little.
-_CPU = PlatformDefaults("float32", 4_096, 16, 200)
+# A compilation takes seconds, in which that many tokens of a small model could be computed.
+_CPU = PlatformDefaults("float32", 4_096, True, 16, 1_000)
 # Accelerators: enough tokens to hide the parameter traffic; 128 is the tile of the matrix units.
-_ACCELERATOR = PlatformDefaults("bfloat16", 16_384, 128, 500_000)
+_ACCELERATOR = PlatformDefaults("bfloat16", 16_384, False, 128, 500_000)
 
 
 def platform_defaults() -> PlatformDefaults:

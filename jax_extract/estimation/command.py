@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.processes import Processes
-from jax_extract.estimation.probe import ComputeProbe, Shape, WriteProbe, probe_computing, probe_writing, step_counts
+from jax_extract.estimation.probe import ComputeProbe, WriteProbe, probe_computing, probe_writing, step_counts
 from jax_extract.extraction.command import (
     host_budget,
     join_processes,
@@ -30,7 +30,8 @@ from jax_extract.extraction.place import Place
 from jax_extract.extraction.prepare import Job
 from jax_extract.extraction.session import keep_in
 from jax_extract.extraction.summary import tell_input, tell_plan, tell_request
-from jax_extract.inputs.plan import Part, PlanSettings, Window
+from jax_extract.inputs.plan import Part, Window
+from jax_extract.inputs.slabs import PlanSettings, SlabShape
 from jax_extract.inputs.sources import Source
 from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.store.formats import SUFFIXES, ShardHeader, shard_bytes
@@ -107,7 +108,7 @@ class Work:
     """
 
     output: Output
-    steps: Mapping[Shape, float]
+    steps: Mapping[SlabShape, float]
     covers: str
     committed_samples: int
     samples_per_batch: int

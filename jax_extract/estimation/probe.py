@@ -23,7 +23,8 @@ from jax_extract.extraction.loop import run_parts
 from jax_extract.extraction.prepare import Job
 from jax_extract.extraction.program import CaptureProgram
 from jax_extract.extraction.schedule import steps
-from jax_extract.inputs.plan import Part, Slab
+from jax_extract.inputs.plan import Part
+from jax_extract.inputs.slabs import SlabShape
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.lanes import Call
 from jax_extract.store.parts import PartContent
@@ -31,8 +32,6 @@ from jax_extract.store.storage.local import Directory
 from jax_extract.store.storage.verbs import PendingFile, Storage
 from jax_extract.store.writer import Blocks
 from jax_extract.weights.load import Weights
-
-Shape = tuple[int, int]  # (padded length, rows) of a slab
 
 _SHAPES = 2
 _SHAPE_SECONDS = 5.0
@@ -57,15 +56,15 @@ class ComputeProbe:
 
     load_seconds: float
     compile_seconds: float
-    step_seconds: Mapping[Shape, float]
+    step_seconds: Mapping[SlabShape, float]
     tried: int
 
-    def seconds(self, wanted: Mapping[Shape, float]) -> float:
+    def seconds(self, wanted: Mapping[SlabShape, float]) -> float:
         """For so many steps of each shape; shapes that were not tried cost what a token costs in those that were."""
         tried = {shape: count for shape, count in wanted.items() if shape in self.step_seconds}
-        tokens = sum(count * length * rows for (length, rows), count in tried.items())
+        tokens = sum(count * shape.tokens for shape, count in tried.items())
         spent = sum(count * self.step_seconds[shape] for shape, count in tried.items())
-        others = sum(n * length * rows for (length, rows), n in wanted.items() if (length, rows) not in tried)
+        others = sum(n * shape.tokens for shape, n in wanted.items() if shape not in tried)
         return spent + (others * spent / tokens if tokens else 0.0)
 
 
@@ -86,9 +85,9 @@ class WriteProbe:
 # ----------------------------------------------------------------------------------------- computing
 
 
-def step_counts(parts: Iterable[Part], hosts: int, devices_of_host: int) -> Counter[Shape]:
+def step_counts(parts: Iterable[Part], hosts: int, devices_of_host: int) -> Counter[SlabShape]:
     """How many steps of each slab shape these parts take on all devices."""
-    return Counter((step.length, step.rows) for step in steps(parts, hosts, devices_of_host))
+    return Counter(step.shape for step in steps(parts, hosts, devices_of_host))
 
 
 def probe_computing(
@@ -99,18 +98,18 @@ def probe_computing(
     program = job.program(weights)
     load_seconds = time.perf_counter() - started
     counts = step_counts(parts, program.hosts, program.devices_of_host)
-    shapes = sorted(counts, key=lambda shape: (counts[shape] * shape[0] * shape[1], shape), reverse=True)
+    shapes = sorted(counts, key=lambda shape: (counts[shape] * shape.tokens, shape), reverse=True)
     compile_seconds: list[float] = []
-    step_seconds: dict[Shape, float] = {}
+    step_seconds: dict[SlabShape, float] = {}
     tried = 0
     started = time.perf_counter()
-    for length, rows in shapes[:_SHAPES]:
+    for shape in shapes[:_SHAPES]:
         compiling = time.perf_counter()
-        program.compiled(rows, length)
+        program.compiled(shape)
         compile_seconds.append(time.perf_counter() - compiling)
         stepping = time.perf_counter()
-        slabs = _slabs_of(parts, (length, rows))
-        step_seconds[length, rows], count = _time_steps(program, slabs, budget, processes)
+        slabs = _slabs_of(parts, shape)
+        step_seconds[shape], count = _time_steps(program, slabs, budget, processes)
         tried += count
         spent = time.perf_counter() - stepping
         if processes.of_first(lambda spent=spent: spent > 2 * _SHAPE_SECONDS):  # a slow machine; one shape will do
@@ -118,17 +117,17 @@ def probe_computing(
     return ComputeProbe(load_seconds, sum(compile_seconds) / len(compile_seconds), step_seconds, tried)
 
 
-def _slabs_of(parts: Iterable[Part], shape: Shape) -> list[Part]:
+def _slabs_of(parts: Iterable[Part], shape: SlabShape) -> list[Part]:
     """Some of the plan's slabs of a shape, each as a part of its own."""
     found = (
         replace(
             part,
             samples=part.samples[slab.first : slab.first + slab.count],
-            slabs=(Slab(slab.rows, slab.length, 0, slab.count),),
+            slabs=(replace(slab, first=0),),
         )
         for part in parts
         for slab in part.slabs
-        if (slab.length, slab.rows) == shape
+        if slab.shape == shape
     )
     return list(itertools.islice(found, _SLABS))
 

@@ -24,7 +24,8 @@ from jax_extract.extraction.place import Place, keep_config
 from jax_extract.extraction.prepare import Job, numerics_fingerprint
 from jax_extract.extraction.session import Session, Windows, keep_in
 from jax_extract.extraction.summary import tell_input, tell_plan, tell_request, tell_result
-from jax_extract.inputs.plan import Part, PlanSettings, Window
+from jax_extract.inputs.plan import Part, Window
+from jax_extract.inputs.slabs import PlanSettings, SlabShape
 from jax_extract.inputs.sources import Source, open_source
 from jax_extract.inputs.tokenize import InputCounts, tokenizer_digest
 from jax_extract.store.budget import ByteBudget, default_limit
@@ -165,7 +166,7 @@ class _Extraction:
 
     def _check_plan(
         self, read: Windows, found: Ledger | None, committed: Committed
-    ) -> tuple[Windows, str, int | None, set[tuple[int, int]]]:
+    ) -> tuple[Windows, str, int | None, set[SlabShape]]:
         """Refuses inputs that are not the run's, and what cannot fit the disk.
 
         Of a finite input the plan is complete before the first step; of a stream one window, so that an input
@@ -195,7 +196,7 @@ class _Extraction:
         parties = max(self.processes.count, self.config.num_workers or 1)
         sizes = [self.job.bytes_stored(part.samples) for part in pending]
         require_room(self.place, sum(sizes), parties, max(sizes, default=0))
-        shapes = {(slab.length, slab.rows) for part in pending for slab in part.slabs}
+        shapes = {slab.shape for part in pending for slab in part.slabs}
         return read, windows[-1].digest, sum(part.tokens for part in pending), shapes
 
     def _start(self, run: Mapping[str, Any]) -> Ledger:
@@ -289,7 +290,7 @@ def require_room(place: Place, needed: int, parties: int, largest: int = 0) -> N
         )
 
 
-def host_budget(config: ExtractConfig, job: Job, place: Place, shapes: set[tuple[int, int]]) -> ByteBudget:
+def host_budget(config: ExtractConfig, job: Job, place: Place, shapes: set[SlabShape]) -> ByteBudget:
     """Room for captured rows on this host; UserError where not even one step fits."""
     step = job.bytes_on_host(shapes) if shapes else 0
     files = len(job.sites) * place.written_to.buffer_bytes

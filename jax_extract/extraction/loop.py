@@ -101,10 +101,10 @@ def run_parts(
         # Without room even now, it was the writer that the next step waited for all the time.
         statistics.waited["device" if budget.fits(room) else "writer"] += time.perf_counter() - waiting
         with statistics.waiting("writer"):  # which may want room on the disk before it begins another part
-            feeder.feed(step.work[program.host], blocks, program.bytes_on_host(step.rows, step.length))
+            feeder.feed(step.work[program.host], blocks, program.bytes_on_host(step.shape))
         for work in step.work[program.host]:
-            statistics.samples += len(work.samples)
-            statistics.tokens += sum(sample.length for sample in work.samples)
+            statistics.samples += work.slab.count
+            statistics.tokens += sum(sample.length for row in work.rows for sample in row)
             statistics.parts += work.is_last
         statistics.seconds = time.perf_counter() - started - statistics.compile_seconds
         on_progress(statistics)
@@ -117,9 +117,9 @@ def run_parts(
             if step is None:
                 break
             compiling = time.perf_counter()
-            program.compiled(step.rows, step.length)
+            program.compiled(step.shape)
             statistics.compile_seconds += time.perf_counter() - compiling
-            needed = program.bytes_on_host(step.rows, step.length)
+            needed = program.bytes_on_host(step.shape)
             while in_flight and not budget.fits(needed):  # nobody else would make the room that its rows take
                 finish_oldest(needed)
             with statistics.waiting("writer"):
@@ -129,7 +129,7 @@ def run_parts(
             for array in captured.values():
                 array.copy_to_host_async()
             in_flight.append((step, captured))
-            statistics.slab_tokens += program.devices_of_host * step.rows * step.length
+            statistics.slab_tokens += program.devices_of_host * step.shape.tokens
             if len(in_flight) > STEPS_IN_FLIGHT:
                 finish_oldest()
         while in_flight:
@@ -163,19 +163,22 @@ class _Feeder:
             if work.is_first:
                 self._open = self._sink.begin(part_content(work.part, self._positions))
             assert self._open is not None
-            self._open.append(block, [self._positions.rows(sample.length) for sample in work.samples], done)
+            kept = [sum(self._positions.rows(sample.length) for sample in row) for row in work.rows]
+            self._open.append(block, kept, done)
             if work.is_last:
                 self._open.commit()
 
 
 def _pack(step: Step, program: CaptureProgram) -> tuple[np.ndarray, np.ndarray]:
-    """This host's token ids [devices * rows, length] and lengths [devices * rows], int32; the rest is dummy rows."""
-    tokens = np.zeros((program.devices_of_host * step.rows, step.length), np.int32)
-    lengths = np.ones(program.devices_of_host * step.rows, np.int32)
+    """This host's token ids [devices * rows, length] and lengths [devices * rows, samples], int32; the rest is 0."""
+    shape, rows = step.shape, program.devices_of_host * step.shape.rows
+    tokens = np.zeros((rows, shape.length), np.int32)
+    lengths = np.zeros((rows, shape.samples), np.int32)
     for place, work in enumerate(step.work[program.host]):
-        for row, sample in enumerate(work.samples, place * step.rows):
-            tokens[row, : sample.length] = sample.token_ids
-            lengths[row] = sample.length
+        for row, samples in enumerate(work.rows, place * shape.rows):
+            ids = np.concatenate([sample.token_ids for sample in samples])
+            tokens[row, : len(ids)] = ids
+            lengths[row, : len(samples)] = [sample.length for sample in samples]
     return tokens, lengths
 
 

@@ -74,7 +74,7 @@ def extract(
         raise UserError("none of the texts has a token; there is nothing to extract")
     sink = MemorySink(job.sites, config.capture_dtype)
     pending = (part for window in windows for part in window.parts)
-    shapes = {(slab.length, slab.rows) for window in windows for part in window.parts for slab in part.slabs}
+    shapes = {slab.shape for window in windows for part in window.parts for slab in part.slabs}
     budget = ByteBudget(STEPS_IN_MEMORY * job.bytes_on_host(shapes))
     with Terminal(silent=not progress).progress(counts.tokens) as bar:
 

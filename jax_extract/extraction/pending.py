@@ -109,7 +109,7 @@ def plan_json(window: Window, counts: Mapping[str, Any]) -> dict[str, Any]:
                 "parts_in_batch": part.parts_in_batch,
                 "samples": len(part.samples),
                 "tokens": part.tokens,
-                "slabs": [[slab.rows, slab.length, slab.first, slab.count] for slab in part.slabs],
+                "slabs": [slab.as_json() for slab in part.slabs],
                 "digest": part.digest,
             }
             for part in window.parts

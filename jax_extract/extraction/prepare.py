@@ -24,8 +24,9 @@ from jax_extract.devices.mesh import make_mesh, parse_mesh_shape
 from jax_extract.devices.platform import device_kind, platform_defaults
 from jax_extract.errors import UserError, user_path
 from jax_extract.extraction.program import CaptureProgram, captured_bytes
-from jax_extract.inputs.plan import PlanSettings, Window, plan_windows
+from jax_extract.inputs.plan import Window, plan_windows
 from jax_extract.inputs.samples import Sample
+from jax_extract.inputs.slabs import PlanSettings, SlabShape
 from jax_extract.inputs.tokenize import InputCounts, TokenizedSample, tokenize
 from jax_extract.store.parts import Site
 from jax_extract.weights.checkpoint import Checkpoint, open_checkpoint
@@ -176,10 +177,9 @@ class Job:
     def devices_of_host(self) -> int:
         return sum(device.process_index == jax.process_index() for device in self.mesh.devices.flat)
 
-    def bytes_on_host(self, shapes: Iterable[tuple[int, int]]) -> int:
-        """What the captures of one step take in this host's memory, at most, for slabs of (length, rows)."""
-        per_slab = [captured_bytes(self.plan, self.model.config, rows, length) for length, rows in shapes]
-        return self.devices_of_host * max(per_slab)
+    def bytes_on_host(self, shapes: Iterable[SlabShape]) -> int:
+        """What the captures of one step take in this host's memory, at most."""
+        return self.devices_of_host * max(captured_bytes(self.plan, self.model.config, shape) for shape in shapes)
 
     @property
     def value_bytes(self) -> int:
@@ -195,6 +195,7 @@ class Job:
             rows=config.batch_size,
             slab_tokens=config.slab_tokens or frozen.get("slab_tokens") or defaults.slab_tokens,
             length_multiple=frozen.get("length_multiple") or defaults.length_multiple,
+            packed=frozen.get("packed", defaults.packed),
             compile_tokens=frozen.get("compile_tokens", defaults.compile_tokens),
             hosts=frozen.get("hosts") or self.mesh.size // self.devices_of_host,
             max_length=self.max_length,

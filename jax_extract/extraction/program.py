@@ -18,8 +18,10 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jax_extract.devices.sharding import BATCH_SPEC, CAPTURE_SPEC, make_gather, named, parameter_specs
+from jax_extract.inputs.slabs import SlabShape
 from models.hooks import HOOK_POINTS, CapturePlan, Taps
 from models.layers import Numerics
+from models.packing import Packing
 from models.ports import ModelConfig, Parameters, Port, hook_width
 
 
@@ -52,37 +54,35 @@ class CaptureProgram:
         self._config = config
         self._batch_sharding = named(mesh, BATCH_SPEC)
         self._jit = capture_function(port, config, plan, mesh, numerics, parameter_specs(params, mesh))
-        self._compiled: dict[tuple[int, ...], Any] = {}
+        self._compiled: dict[SlabShape, jax.stages.Compiled] = {}
 
     @property
     def devices(self) -> int:
         return self.mesh.size
 
-    def compiled(self, rows: int, length: int) -> jax.stages.Compiled:
-        """The executable for slabs of `rows` x `length` tokens on every device."""
-        shape = (self.devices * rows, length)
+    def compiled(self, shape: SlabShape) -> jax.stages.Compiled:
+        """The executable for slabs of this shape on every device."""
         if shape not in self._compiled:
-            tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=self._batch_sharding)
-            lengths = jax.ShapeDtypeStruct(shape[:1], np.int32, sharding=self._batch_sharding)
-            self._compiled[shape] = self._jit.lower(self._params, tokens, lengths).compile()
+            self._compiled[shape] = self._jit.lower(self._params, *slab_inputs(self.mesh, shape)).compile()
         return self._compiled[shape]
 
-    def bytes_on_host(self, rows: int, length: int) -> int:
+    def bytes_on_host(self, shape: SlabShape) -> int:
         """What the captures of one step take in this host's memory."""
-        return self.devices_of_host * captured_bytes(self.plan, self._config, rows, length)
+        return self.devices_of_host * captured_bytes(self.plan, self._config, shape)
 
     def run(self, tokens: np.ndarray, lengths: np.ndarray) -> dict[str, Array]:
         """Starts a step; returns at once.
 
         Args:
-          tokens: int32 [devices_of_host * rows, length], right-padded; its i-th device gets the i-th block of rows.
-          lengths: int32 [devices_of_host * rows], real tokens of each row, at least 1 (dummy rows have 1).
+          tokens: int32 [devices_of_host * rows, length]; its i-th device gets the i-th block of rows.
+          lengths: int32 [devices_of_host * rows, samples], real tokens of the samples that lie in each row, one
+            behind the other; 0 where there is none.
 
         Returns:
           Hook point -> [slots, devices * rows, positions, width]; slots beyond the wanted layers are spare.
         """
         rows = tokens.shape[0] // self.devices_of_host
-        execute = self.compiled(rows, tokens.shape[1])
+        execute = self.compiled(SlabShape(tokens.shape[1], rows, lengths.shape[1]))
         return execute(self._params, self._put(tokens, rows), self._put(lengths, rows))
 
     def _put(self, local: np.ndarray, rows: int) -> Array:
@@ -96,14 +96,21 @@ class CaptureProgram:
         return jax.make_array_from_callback((self.devices * rows, *local.shape[1:]), self._batch_sharding, block)
 
 
-def captured_bytes(plan: CapturePlan, config: ModelConfig, rows: int, length: int) -> int:
+def slab_inputs(mesh: Mesh, shape: SlabShape) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Token ids and lengths of a slab of this shape on every device, without values."""
+    rows, sharding = mesh.size * shape.rows, named(mesh, BATCH_SPEC)
+    tokens = jax.ShapeDtypeStruct((rows, shape.length), np.int32, sharding=sharding)
+    return tokens, jax.ShapeDtypeStruct((rows, shape.samples), np.int32, sharding=sharding)
+
+
+def captured_bytes(plan: CapturePlan, config: ModelConfig, shape: SlabShape) -> int:
     """Bytes of the captures of one slab of one device, as they reach the host."""
     itemsize = np.dtype(ml_dtypes.bfloat16 if plan.dtype == "bfloat16" else plan.dtype).itemsize
     values = sum(
         (max(1, len(layers)) + _keeps_spare()) * hook_width(config, HOOK_POINTS[hook].width)
         for hook, layers in plan.layers
     )
-    return values * rows * plan.positions.slots(length) * itemsize
+    return values * shape.rows * plan.positions.slots(shape.length, shape.samples) * itemsize
 
 
 def _keeps_spare() -> bool:
@@ -126,7 +133,7 @@ def capture_function(
     keeps_spare = _keeps_spare()
 
     def one_device(params: Parameters, tokens: Array, lengths: Array) -> dict[str, Array]:
-        taps = Taps.start(plan, num_blocks, lengths, tokens.shape[1], widths)
+        taps = Taps.start(plan, num_blocks, Packing(lengths, tokens.shape[1]), widths)
         buffers = port.forward(config, params, tokens, taps, numerics, gather).buffers
         if keeps_spare:
             return buffers

@@ -8,11 +8,13 @@ out. Longest slabs come first, as in the plan.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from jax_extract.inputs.plan import Part, Slab
+from jax_extract.inputs.plan import Part
+from jax_extract.inputs.slabs import Slab, SlabShape
 from jax_extract.inputs.tokenize import TokenizedSample
 
 
@@ -32,19 +34,20 @@ class Work:
         return self.slab.first + self.slab.count == len(self.part.samples)
 
     @property
-    def samples(self) -> tuple[TokenizedSample, ...]:
-        return self.part.samples[self.slab.first : self.slab.first + self.slab.count]
+    def rows(self) -> list[tuple[TokenizedSample, ...]]:
+        """The samples of each row of the slab; rows beyond these are dummies."""
+        ends = list(itertools.accumulate(self.slab.counts, initial=self.slab.first))
+        return [self.part.samples[start:end] for start, end in itertools.pairwise(ends)]
 
 
 @dataclass(frozen=True)
 class Step:
     """Attributes:
-    rows, length: the shape of every slab.
+    shape: of every slab.
     work: of each host, the slabs of its devices; fewer than devices where there are no more of the shape.
     """
 
-    rows: int
-    length: int
+    shape: SlabShape
     work: tuple[tuple[Work, ...], ...]
 
 
@@ -63,18 +66,14 @@ def steps(parts: Iterable[Part], hosts: int, devices: int) -> Iterator[Step]:
             refill(queue)
         if not any(queues):
             return
-        length, rows = max((queue[0].slab.length, queue[0].slab.rows) for queue in queues if queue)
+        shape = max(queue[0].slab.shape for queue in queues if queue)
         work: list[list[Work]] = [[] for _ in queues]
         for mine, queue in zip(work, queues, strict=True):
-            while len(mine) < devices and refill(queue) and _shape(queue[0]) == (length, rows):
+            while len(mine) < devices and refill(queue) and queue[0].slab.shape == shape:
                 mine.append(queue.popleft())
-        yield Step(rows, length, tuple(map(tuple, work)))
-
-
-def _shape(work: Work) -> tuple[int, int]:
-    return work.slab.length, work.slab.rows
+        yield Step(shape, tuple(map(tuple, work)))
 
 
 def tokens_computed(parts: Iterable[Part], hosts: int, devices: int) -> int:
     """Slab tokens of all steps, idle devices included."""
-    return sum(hosts * devices * step.rows * step.length for step in steps(parts, hosts, devices))
+    return sum(hosts * devices * step.shape.tokens for step in steps(parts, hosts, devices))

@@ -58,12 +58,12 @@ def tell_input(source: Source, counts: InputCounts, job: Job, terminal: Terminal
 
 
 def tell_plan(parts: Sequence[Part], devices: int, hosts: int, terminal: Terminal) -> None:
-    shapes = {(slab.length, slab.rows) for part in parts for slab in part.slabs}
+    shapes = {slab.shape for part in parts for slab in part.slabs}
     padding = 1 - sum(part.tokens for part in parts) / tokens_computed(parts, hosts, devices // hosts)
     terminal.line(
         "plan",
         f"{plural(parts[-1].batch, 'batch')} in {plural(len(parts), 'part')}, "
-        f"{plural(len(shapes), 'slab shape')} up to {max(shapes)[0]:,} tokens, padding {share_text(padding)}",
+        f"{plural(len(shapes), 'slab shape')} up to {max(shapes).length:,} tokens, padding {share_text(padding)}",
     )
 
 

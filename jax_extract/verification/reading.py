@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from jax_extract.errors import UserError, damage_is_told
-from jax_extract.inputs.plan import Part, Slab
+from jax_extract.inputs.plan import Part
+from jax_extract.inputs.slabs import Slab
 from jax_extract.inputs.tokenize import TokenizedSample
 from jax_extract.store.integrity import (
     NAMED,
@@ -261,7 +262,7 @@ def _unplanned(content: PartContent, planned: Planned | None) -> Iterator[str]:
         content.part,
         content.parts_in_batch,
         tuple(TokenizedSample(int(index), name, tokens, int(full), {}) for index, name, tokens, full in samples),
-        tuple(Slab(*slab) for slab in planned[content.key]["slabs"]),
+        tuple(map(Slab.from_json, planned[content.key]["slabs"])),
     )
     if not part.digest == planned[content.key]["digest"] == content.plan:
         yield "its samples or their tokens are not those of the plan"

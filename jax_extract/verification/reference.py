@@ -29,6 +29,7 @@ from jax_extract.store.parts import Site
 from jax_extract.weights.load import Weights
 from models.hooks import HOOK_POINTS, CapturePlan, Taps
 from models.layers import Numerics
+from models.packing import Packing
 from models.ports import Parameters, hook_width
 from models.positions import MEAN_POSITION, Positions
 
@@ -335,8 +336,8 @@ class OwnForward:
         blocks = plan.blocks_needed(config.num_hidden_layers)
 
         def forward(params: Parameters, tokens: jax.Array) -> dict[str, jax.Array]:
-            lengths = jnp.full(1, tokens.shape[1], jnp.int32)
-            taps = Taps.start(plan, blocks, lengths, tokens.shape[1], widths)
+            packing = Packing(jnp.full((1, 1), tokens.shape[1], jnp.int32), tokens.shape[1])
+            taps = Taps.start(plan, blocks, packing, widths)
             return port.forward(config, params, tokens, taps, Numerics("float32"), lambda _, whole: whole).buffers
 
         return forward

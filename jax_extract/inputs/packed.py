@@ -1,0 +1,166 @@
+"""Slabs whose samples lie one behind the other in a single row, all slabs of nearly the same length.
+
+In: a window of samples. Out: shapes and batches of filled slabs. Samples are dealt into hands of `batch_size`
+so that all hands have nearly the same number of tokens, and a hand that is too large for a slab is split into
+equal ones: then one or two compiled shapes serve all, and only the differences between slabs are padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from jax_extract.inputs.slabs import (
+    SLAB_OVERHEAD_TOKENS,
+    FilledSlab,
+    PlanSettings,
+    Shapes,
+    SlabShape,
+    cheapest_runs,
+)
+from jax_extract.inputs.tokenize import TokenizedSample
+
+_UNEVEN = 0.005  # hands that differ by less than this are even
+_MOST_SWAPS = 4_096
+# Later windows of a stream have slightly other sums; a shape that is this much too long still fits them.
+_STREAM_ROOM = 0.015
+
+Hand = list[TokenizedSample]
+
+
+def packed_batches(
+    samples: list[TokenizedSample], settings: PlanSettings, shapes: Shapes, more_to_come: bool
+) -> tuple[Shapes, list[list[FilledSlab]]]:
+    """Largest slabs first; `shapes` are those of the windows before, if there were any."""
+    ordered = sorted(samples, key=lambda s: (-s.length, s.sample_index))
+    hands = _deal(ordered, settings.rows)
+    most = max(settings.most_tokens, *(s.length for s in ordered[:1]), *(s.length for s in shapes))
+    if shapes:
+        split = [_split_for(hand, shapes) for hand in hands]
+    else:
+        split = [_split(hand, -(-_tokens(hand) // most)) for hand in hands]
+        shapes = _choose_shapes([_tokens(slab) for hand in split for slab in hand], settings, more_to_come)
+    full = sorted((hand for hand in split[: len(samples) // settings.rows]), key=_largest, reverse=True)
+    split = full + split[len(full) :]
+    filled = [[(_fitting(shapes, _tokens(slab)), [slab]) for slab in hand] for hand in split]
+    size = settings.samples_per_batch // settings.rows
+    return shapes, [[slab for hand in filled[at : at + size] for slab in hand] for at in range(0, len(filled), size)]
+
+
+def _tokens(hand: Iterable[TokenizedSample]) -> int:
+    return sum(sample.length for sample in hand)
+
+
+def _largest(split: list[Hand]) -> int:
+    return max(map(_tokens, split))
+
+
+def _fitting(shapes: Shapes, tokens: int) -> SlabShape:
+    return next(shape for shape in shapes if shape.length >= tokens)
+
+
+def _choose_shapes(tokens: list[int], settings: PlanSettings, more_to_come: bool) -> Shapes:
+    """Lengths that serve slabs of so many tokens with the least padding; a shape must pay for its compilation."""
+    room = 1 + _STREAM_ROOM if more_to_come else 1
+    needs, counts = np.unique([-settings.padded(int(n * room)) for n in tokens], return_counts=True)
+    before = np.concatenate([[0], np.cumsum(counts)])
+    slabs = (before[None, :] - before[:-1, None]).astype(float)
+    cost = np.where(slabs > 0, slabs * (-needs[:, None] + SLAB_OVERHEAD_TOKENS), np.inf)
+    runs = cheapest_runs(cost, settings.max_shapes - more_to_come, settings.compile_tokens)
+    lengths = {int(-needs[start]) for start, _ in runs}
+    if more_to_come:
+        lengths.add(settings.padded(max(settings.most_tokens, settings.max_length)))
+    return tuple(SlabShape(length, 1, settings.rows) for length in sorted(lengths))
+
+
+# ------------------------------------------------------------------------------------------ dealing
+
+
+def _deal(ordered: list[TokenizedSample], size: int) -> list[Hand]:
+    """Hands of `size` samples with nearly equal sums; the last one has what is left over.
+
+    Rounds in which the hand with the least takes the longest sample, then swaps that make the largest smaller.
+    `ordered` is longest first.
+    """
+    left = len(ordered) % size
+    # What is left over are samples of middling length, so that the others can be dealt evenly.
+    at = (len(ordered) - left) // 2
+    rest, ordered = ordered[at : at + left], ordered[:at] + ordered[at + left :]
+    lengths = np.array([s.length for s in ordered], np.int64).reshape(size, -1)
+    count = lengths.shape[1]
+    hands = np.zeros((count, size), np.int64)
+    sums = np.zeros(count, np.int64)
+    for turn, round_lengths in enumerate(lengths):
+        order = np.argsort(sums, kind="stable")
+        hands[order, turn] = turn * count + np.arange(count)
+        sums[order] += round_lengths
+    _swap(hands, lengths.reshape(-1))
+    return [[ordered[i] for i in hand] for hand in hands] + ([rest] if rest else [])
+
+
+def _swap(hands: np.ndarray, lengths: np.ndarray) -> None:
+    """Swaps samples between the largest hand and another, as long as the larger of the two becomes smaller."""
+    held = lengths[hands]
+    sums = held.sum(axis=1)
+    settled = np.zeros(len(hands), bool)
+    for _ in range(_MOST_SWAPS * (len(hands) > 1)):
+        if settled.all():
+            return
+        i = int(np.argmax(np.where(settled, -1, sums)))
+        if sums[i] <= sums.mean() * (1 + _UNEVEN):
+            return
+        less = held[i][:, None, None] - held[None]  # what i would lose: [its sample, other hand, other's sample]
+        larger = np.maximum(sums[i] - less, sums[None, :, None] + less)
+        larger[:, i] = sums[i]
+        mine, other, theirs = np.unravel_index(int(np.argmin(larger)), larger.shape)
+        if larger[mine, other, theirs] >= sums[i]:
+            settled[i] = True
+            continue
+        change = less[mine, other, theirs]
+        hands[i, mine], hands[other, theirs] = hands[other, theirs], hands[i, mine]
+        held[i, mine], held[other, theirs] = held[other, theirs], held[i, mine]
+        sums[i] -= change
+        sums[other] += change
+
+
+# ----------------------------------------------------------------------------------------- splitting
+
+
+def _split(hand: Hand, parts: int) -> list[Hand]:
+    """The hand in so many nearly equal ones: halved again and again, each time as evenly as can be."""
+    if parts <= 1 or len(hand) <= 1:
+        return [hand]
+    first = parts // 2
+    chosen = _nearest_subset([s.length for s in hand], _tokens(hand) * first // parts)
+    halves = (
+        [s for s, c in zip(hand, chosen, strict=True) if not c],
+        [s for s, c in zip(hand, chosen, strict=True) if c],
+    )
+    return [
+        part for half, count in zip(halves, (parts - first, first), strict=True) if half for part in _split(half, count)
+    ]
+
+
+def _nearest_subset(lengths: Sequence[int], target: int) -> list[bool]:
+    """Which of these to take so that their sum is as near to `target` as can be, and neither all nor none."""
+    reached = [1]  # bit n: some of the first i have the sum n
+    for length in lengths:
+        reached.append(reached[-1] | reached[-1] << length)
+    total = sum(lengths)
+    sums = (n for d in range(total) for n in (target - d, target + d) if 0 < n < total and reached[-1] >> n & 1)
+    wanted = next(sums)
+    chosen = []
+    for length, before in zip(reversed(lengths), reversed(reached[:-1]), strict=True):
+        take = not before >> wanted & 1
+        wanted -= length * take
+        chosen.append(take)
+    return chosen[::-1]
+
+
+def _split_for(hand: Hand, shapes: Shapes) -> list[Hand]:
+    """The hand in as many as compute the least in shapes that are given."""
+    fewest = -(-_tokens(hand) // shapes[-1].length)
+    ways = [_split(hand, parts) for parts in range(fewest, fewest + 4)]
+    fitting = [way for way in ways if _largest(way) <= shapes[-1].length] or [[[sample] for sample in hand]]
+    return min(fitting, key=lambda way: sum(_fitting(shapes, _tokens(s)).length + SLAB_OVERHEAD_TOKENS for s in way))

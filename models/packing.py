@@ -1,0 +1,52 @@
+"""How samples lie in rows of tokens: one behind the other from column 0, the rest of a row is padding.
+
+In: the real tokens of each sample of each row. Out: `Packing`, from which a forward takes the position of
+every token in its own sample, and the capture which columns are whose. A batch that pads every sample to a
+row of its own is the case of one sample a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Packing:
+    """Attributes:
+    lengths: int32 [b, n], real tokens of up to n samples of each row, in order; 0 where there is none.
+    tokens: columns of a row (static).
+    """
+
+    lengths: Array
+    tokens: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def samples(self) -> int:
+        """Most samples of a row."""
+        return self.lengths.shape[1]
+
+    @property
+    def ends(self) -> Array:
+        """int32 [b, n]: the column behind each sample; of an absent one, that of the last."""
+        return jnp.cumsum(self.lengths, axis=1)
+
+    @property
+    def positions(self) -> Array:
+        """int32 [b, tokens]: of each token in its own sample; 0 for padding, so that it sees nothing but itself."""
+        columns = jnp.arange(self.tokens, dtype=jnp.int32)[None, :]
+        starts = self.ends - self.lengths
+        begun = jnp.where(starts[:, None, :] <= columns[:, :, None], starts[:, None, :], 0)
+        return jnp.where(columns < self.ends[:, -1:], columns - jnp.max(begun, axis=-1), 0)
+
+    @property
+    def owned(self) -> Array:
+        """bool [b, n, tokens]: which columns are real tokens of which sample."""
+        columns = jnp.arange(self.tokens, dtype=jnp.int32)[None, None, :]
+        ends = self.ends[:, :, None]
+        return (columns >= ends - self.lengths[:, :, None]) & (columns < ends)

@@ -109,9 +109,12 @@ def _quiet_libraries() -> None:
 
 
 def _extract(argv: list[str], program: str = "jax-extract extract", defaults: object = None) -> None:
+    config = _extract_config(argv, program, defaults)  # first: help and mistakes need not wait for the imports
+    from jax_extract.devices import compilation_cache
     from jax_extract.extraction.command import extract_to_directory
 
-    extract_to_directory(_extract_config(argv, program, defaults))
+    compilation_cache.start()
+    extract_to_directory(config)
 
 
 def _extract_config(argv: list[str], program: str, defaults: object = None) -> ExtractConfig:

@@ -66,6 +66,17 @@ def attention_backend(
     return AttentionBackend("cudnn", "bfloat16 on GPU")
 
 
+def kernel_attention(
+    query: Array, key: Array, value: Array, positions: Array, *, window: int | None, numerics: Numerics
+) -> Array:
+    """By the kernel that `numerics.attention` names; `positions` int32 [b, t] are those of tokens in their samples."""
+    if numerics.attention == "cudnn":
+        return cudnn_attention(query, key, value, numerics=numerics, window=window)
+    # Each sample begins at position 0, and so does each token of padding.
+    segments = jnp.cumsum(positions == 0, axis=1, dtype=jnp.int32)
+    return splash_attention(query, key, value, numerics=numerics, window=window, segments=segments)
+
+
 def splash_attention(
     query: Array,
     key: Array,

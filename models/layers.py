@@ -22,9 +22,11 @@ class Numerics:
 
     `float32` asks for the highest precision, because TPUs and GPUs otherwise round the operands.
     The residual stream is float32 in both modes, so that bfloat16 runs lose nothing between blocks.
+    `attention` is what computes attention: `accelerated_attention.attention_backend` says what can.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["blockwise", "splash", "cudnn"] = "blockwise"
 
     @property
     def precision(self) -> jax.lax.Precision | None:

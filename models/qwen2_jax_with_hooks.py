@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from models.accelerated_attention import kernel_attention
 from models.attention import causal_attention
 from models.errors import UserError
 from models.hooks import HOOK_POINTS, Taps
@@ -308,12 +309,22 @@ def _attention(
     if config.qk_norm:
         query = rms_norm(query, p["query_norm"], config.rms_norm_eps)
         key = rms_norm(key, p["key_norm"], config.rms_norm_eps)
+    if numerics.attention != "blockwise":
+        query, key = rotate(query, places.rotary), rotate(key, places.rotary)
+        mixed = kernel_attention(query, key, value, places.positions, window=_one_window(config), numerics=numerics)
+        return numerics.linear(mixed, p["attention_output"], p.get("attention_output_bias"))
     reach = places.positions
     if any(config.windows):
         reach = jnp.where(window == 0, reach, jnp.minimum(reach, window - 1))
     query, key = rotate(query, places.rotary), rotate(key, places.rotary)
     mixed = causal_attention(query, key, value, reach=reach, numerics=numerics)
     return numerics.linear(mixed, p["attention_output"], p.get("attention_output_bias"))
+
+
+def _one_window(config: Qwen2Config) -> int | None:
+    """The sliding window that all layers share, as kernels need it: known when they are compiled."""
+    (window,) = set(config.windows) or {0}
+    return window or None
 
 
 # ------------------------------------------------------------------------------------- configuration

@@ -1,7 +1,7 @@
 # make demo   real activations of a real model on real ARC tasks, from nothing, in a few minutes
 # make test   the whole test suite
 # make lint   ruff, pyright and shellcheck
-# make bench  the benchmark of docs/performance.md
+# make bench  the benchmark of docs/performance.md; BENCH="--help" for its options
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -24,11 +24,11 @@ lint: .venv/dev
 	$(BIN)/pyright
 	$(BIN)/shellcheck -x -P . $$(find launch -name '*.sh')
 
-bench: .venv/dev
-	$(BIN)/python benchmarks/throughput.py
+bench: .venv/core .venv-peers/ready
+	$(BIN)/python benchmarks/extraction.py $(BENCH)
 
 clean:
-	rm -rf .venv demo_output build *.egg-info
+	rm -rf .venv .venv-peers demo_output build *.egg-info
 
 # The environment; a stamp says what is in it, and a changed pyproject.toml renews it.
 .venv/core: pyproject.toml
@@ -41,4 +41,12 @@ clean:
 .venv/dev: .venv/core
 	@echo "installing what the tests need (torch for the comparison with Hugging Face)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[torch,dev]'
+	@touch $@
+
+# The peers of the benchmark, apart from us: what they want of torch and transformers decides nothing here.
+.venv-peers/ready: benchmarks/requirements-peers.txt
+	@echo "installing the benchmark's peers into .venv-peers (some minutes)"
+	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' $<)
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@

@@ -20,7 +20,6 @@ import argparse
 import json
 import mmap
 import os
-import platform
 import shutil
 import statistics
 import sys
@@ -39,6 +38,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from machine import PIECE, Watch, describe, title  # noqa: E402
+
 from jax_extract.store.ledger import Ledger  # noqa: E402
 from jax_extract.store.parts import PartContent, Site  # noqa: E402
 from jax_extract.store.reader import Run, open_activations  # noqa: E402
@@ -51,7 +52,6 @@ from jax_extract.store.writer import PartWriter  # noqa: E402
 WIDTH = 896
 SHARD_BYTES = 256_000_000
 BATCH = 4096
-PIECE = 8 << 20
 SECONDS = 20.0  # for what would not come to its end in an hour
 
 
@@ -79,18 +79,15 @@ def main() -> int:
     parser.add_argument("--directory", help="where the runs are written; by default the system's temporary one")
     parser.add_argument("--json", help="also write the figures here")
     args = parser.parse_args()
-    print(f"{machine()}; width {WIDTH}, batches of {BATCH} rows, buffer 1 GiB where nothing else is said")
+    print(
+        f"{title(describe())}, NumPy {np.__version__}; width {WIDTH}, batches of {BATCH} rows, buffer 1 GiB where "
+        "nothing else is said"
+    )
     with tempfile.TemporaryDirectory(dir=args.directory) as scratch:
         figures = {"speed": speed, "uniformity": uniformity, "grain": grain}[args.only](args, Path(scratch))
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0
-
-
-def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
-    return f"{platform.machine()}, {cpu}, {os.cpu_count()} cores, NumPy {np.__version__}"
 
 
 # ------------------------------------------------------------------------------------------- speed
@@ -126,11 +123,11 @@ def one_round(root: Path, run: Run, case: Case, number: int) -> dict[str, float]
         partial(raw, files, os.O_DIRECT, 4),
         shuffled,
     ]
-    busy, figures = Busy(), {}
+    watch, figures = Watch(), {}
     for turn in range(len(ways)):
         at = (number + turn) % len(ways)
         figures[(*RAW, "shuffled")[at]] = cold(root, ways[at])
-    return {**figures, "others": busy.cores_of_others()}
+    return {**figures, "others": watch.read()[2]}
 
 
 def print_run(case: Case, run: Run) -> None:
@@ -155,23 +152,6 @@ def raw(files: Sequence[Path], flags: int, readers: int) -> int:
 
     with ThreadPoolExecutor(readers) as pool:
         return sum(pool.map(read, [files[i::readers] for i in range(readers)]))
-
-
-class Busy:
-    """How much of the processors goes to whatever else runs on the machine, from now on."""
-
-    def __init__(self) -> None:
-        self._start = self._seconds()
-
-    def _seconds(self) -> tuple[float, float, float]:
-        """The time, processor seconds of all, and of this process."""
-        fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]
-        user, nice, system, _idle, _waiting, *rest = map(int, fields)
-        return time.perf_counter(), (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK"), time.process_time()
-
-    def cores_of_others(self) -> float:
-        elapsed, everybody, own = (b - a for a, b in zip(self._start, self._seconds(), strict=True))
-        return max(0.0, (everybody - own) / elapsed)
 
 
 def cold(root: Path, read: Callable[[], int]) -> float:

@@ -25,9 +25,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-import mmap
 import os
-import platform
 import shutil
 import statistics
 import sys
@@ -46,6 +44,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from machine import Watch, describe, raw_buffered, raw_direct, raw_direct_huge, title  # noqa: E402
+
 from jax_extract.extraction.loop import STEPS_IN_MEMORY  # noqa: E402 (the checkout's own package first)
 from jax_extract.store import writer as writer_module  # noqa: E402
 from jax_extract.store.budget import ByteBudget  # noqa: E402
@@ -61,7 +61,6 @@ FORMATS = ("pickle", "npz", "safetensors")
 LARGE, SLAB, SMALL = 256_000_000, 14_000_000, 28_672  # bytes of one shard: of a part, of one slab, of 8 last positions
 TOTAL = LARGE * len(SITES)
 SMALL_PARTS = 50
-PIECE = 8 << 20  # of raw writing
 DELAY = 0.5  # seconds before the server answers a chunk: a connection of some 17 MB/s
 
 
@@ -72,8 +71,8 @@ def main() -> int:
     parser.add_argument("--directory", help="on the disk to be measured; by default the system's temporary directory")
     parser.add_argument("--json", help="also write the figures here")
     args = parser.parse_args()
-    figures: dict[str, Any] = {"machine": f"{cpu_name()}, {os.cpu_count()} cores", "load_before": os.getloadavg()[0]}
-    print(f"{figures['machine']}; load of the machine before: {figures['load_before']:.1f}\n")
+    figures: dict[str, Any] = {"machine": describe()}
+    print(f"{title(figures['machine'])}; load of the machine before: {figures['machine']['load_before']:.1f}\n")
     with tempfile.TemporaryDirectory(dir=args.directory) as scratch:
         for name, benchmark in {"disk": disk, "null": null, "uploads": uploads}.items():
             if args.only in (None, name):
@@ -166,23 +165,14 @@ class Rate:
     @classmethod
     def of(cls, write: Callable[[], int]) -> Rate:
         """`write` returns how many bytes it wrote."""
-        started, mine, everyone = time.perf_counter(), time.process_time(), busy_seconds()
+        watch = Watch()
         written = write()
-        seconds, mine = time.perf_counter() - started, time.process_time() - mine
-        others = max(0.0, busy_seconds() - everyone - mine) / (seconds * (os.cpu_count() or 1))
-        return cls(written / seconds, mine / written * 1e9, others)
+        seconds, own, others = watch.read()
+        return cls(written / seconds, own / written * 1e9, others / (os.cpu_count() or 1))
 
 
 def median(rates: list[Rate]) -> Rate:
     return Rate(*(statistics.median(getattr(r, field.name) for r in rates) for field in dataclasses.fields(Rate)))
-
-
-def busy_seconds() -> float:
-    """Of all processors since the machine started: everything but idling and waiting for disks."""
-    user, nice, system, _idle, _wait, interrupt, soft, *_ = map(
-        int, Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:]
-    )
-    return (user + nice + system + interrupt + soft) / os.sysconf("SC_CLK_TCK")
 
 
 # ---------------------------------------------------------------------------------------------- disk
@@ -198,7 +188,7 @@ def disk(scratch: Path, rounds: int) -> dict[str, Any]:
     writings: dict[str, Callable[[Path], int]] = {
         "raw, direct": partial(raw_direct, total=TOTAL),
         "float32, 256 MB shards": ours("float32", LARGE, total=2 * TOTAL),
-        "raw, direct, huge pages": partial(raw_direct, total=TOTAL, huge=True),
+        "raw, direct, huge pages": partial(raw_direct_huge, total=TOTAL),
         "bfloat16, 256 MB shards": ours("bfloat16", LARGE),
         "float32, 256 MB, pickle": ours("float32", LARGE, "pickle"),
         "raw, page cache": partial(raw_buffered, total=TOTAL),
@@ -237,30 +227,6 @@ def measured(scratch: Path, write: Callable[[Path], int]) -> Rate:
     os.sync()  # the removal, too, is work for the disk; not for whoever comes next
     time.sleep(1)
     return rate
-
-
-def raw_direct(folder: Path, total: int, huge: bool = False, piece: int = PIECE) -> int:
-    with mmap.mmap(-1, piece, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as buffer:
-        if huge:
-            buffer.madvise(mmap.MADV_HUGEPAGE)
-        buffer.write(os.urandom(1 << 20) * (piece >> 20))
-        fd = os.open(folder / "raw", os.O_CREAT | os.O_WRONLY | os.O_DIRECT, 0o644)
-        return _write_all(fd, memoryview(buffer), total)
-
-
-def raw_buffered(folder: Path, total: int, piece: int = PIECE) -> int:
-    fd = os.open(folder / "raw", os.O_CREAT | os.O_WRONLY, 0o644)
-    return _write_all(fd, memoryview(os.urandom(1 << 20) * (piece >> 20)), total)
-
-
-def _write_all(fd: int, buffer: memoryview, total: int) -> int:
-    written = 0
-    with buffer:
-        while written < total:
-            written += os.write(fd, buffer)
-        os.fsync(fd)
-        os.close(fd)
-    return written
 
 
 # ---------------------------------------------------------------------------------------- null sinks
@@ -375,14 +341,6 @@ def _load(path: Path) -> Any:
 def _emulator(url: str) -> Iterator[None]:
     with mock.patch.dict(os.environ, {"STORAGE_EMULATOR_HOST": url}):
         yield
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

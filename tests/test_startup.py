@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src import compilation_cache as of_jax
-from small_run import environment, make_model, run_cli, shards, write_jsonl
+from small_run import environment, make_model, run_cli, run_here, shards, write_jsonl
 
 from jax_extract import cli
 from jax_extract.devices import compilation_cache
 from jax_extract.devices.compilation_cache import ENVIRONMENT, CompiledPrograms
+from jax_extract.extraction.program import CaptureProgram
+from jax_extract.inputs.slabs import SlabShape
+from jax_extract.weights.load import Weights
 
 SLOW = {"jax", "jaxlib", "flax", "transformers", "datasets", "google", "orbax", "tyro", "gguf", "torch"}
 HELP = """
@@ -248,6 +252,26 @@ def test_a_second_process_compiles_nothing_and_writes_the_same_bytes(folder: Pat
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_ino for path in _files(folder)} == kept
     assert shards(tmp_path / "first") == shards(tmp_path / "second")
+
+
+def test_the_first_program_is_compiled_while_the_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiling, compile_, load = threading.Event(), CaptureProgram._compile, Weights.load
+
+    def told(program: CaptureProgram, shape: SlabShape) -> jax.stages.Compiled:
+        compiling.set()
+        return compile_(program, shape)
+
+    def when_told(weights: Weights, *given: Any) -> Any:
+        assert compiling.wait(20), "no compilation began before the weights were read"
+        return load(weights, *given)
+
+    monkeypatch.setattr(CaptureProgram, "_compile", told)
+    monkeypatch.setattr(Weights, "load", when_told)
+    model = make_model(tmp_path / "tiny", layers=2)
+    run_here(model, write_jsonl(tmp_path / "texts.jsonl", [5, 9]), tmp_path / "run")
+    assert set(shards(tmp_path / "run")) == {"layer_0_batch_000001.pkl", "layer_1_batch_000001.pkl"}
 
 
 def test_help_and_the_package_itself_import_nothing_slow() -> None:

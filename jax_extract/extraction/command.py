@@ -137,7 +137,7 @@ class _Extraction:
         spool = self.place.open_spool(ledger, config)
         session = Session(config, processes, self.job, terminal, ledger, spool, budget)
         if tokens != 0:
-            session.compute(windows, self.weights, committed, tokens)
+            session.compute(windows, self.weights, committed, tokens, max(shapes, default=None))  # largest first
         statistics = session.end()
         if not processes.is_first:
             return {}

@@ -215,10 +215,13 @@ class Job:
         blocks = self.plan.blocks_needed(self.model.config.num_hidden_layers)
         return Weights(self.model.checkpoint, self.model.port, self.model.config, blocks)
 
-    def program(self, weights: Weights) -> CaptureProgram:
-        """Loads the weights onto the mesh; this is where the real work begins."""
-        params = weights.load(self.mesh, self.numerics.dtype)
-        return CaptureProgram(self.model.port, self.model.config, params, self.plan, self.mesh, self.numerics)
+    def program(self, weights: Weights, first: SlabShape | None = None) -> CaptureProgram:
+        """Loads the weights onto the mesh and meanwhile compiles for `first`; this is where the real work begins."""
+        shapes = weights.shapes(self.mesh, self.numerics.dtype)
+        program = CaptureProgram(self.model.port, self.model.config, shapes, self.plan, self.mesh, self.numerics)
+        with program.compiling(first):
+            program.use(weights.load(self.mesh, self.numerics.dtype))
+        return program
 
     def bytes_stored(self, samples: Iterable[TokenizedSample]) -> int:
         """Bytes of all the rows that these samples give, over all sites."""

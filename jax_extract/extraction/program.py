@@ -8,7 +8,9 @@ several hosts each hands in the slabs of its own devices and reads their capture
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -55,6 +57,7 @@ class CaptureProgram:
         self._batch_sharding = named(mesh, BATCH_SPEC)
         self._jit = capture_function(port, config, plan, mesh, numerics, parameter_specs(params, mesh))
         self._compiled: dict[SlabShape, jax.stages.Compiled] = {}
+        self._ahead: dict[SlabShape, Future[jax.stages.Compiled]] = {}
 
     @property
     def devices(self) -> int:
@@ -63,8 +66,26 @@ class CaptureProgram:
     def compiled(self, shape: SlabShape) -> jax.stages.Compiled:
         """The executable for slabs of this shape on every device."""
         if shape not in self._compiled:
-            self._compiled[shape] = self._jit.lower(self._params, *slab_inputs(self.mesh, shape)).compile()
+            ahead = self._ahead.pop(shape, None)
+            self._compiled[shape] = ahead.result() if ahead else self._compile(shape)
         return self._compiled[shape]
+
+    @contextmanager
+    def compiling(self, shape: SlabShape | None) -> Iterator[None]:
+        """Inside, the executable for this shape is made beside what else is done, such as reading the parameters."""
+        if shape is None:
+            yield
+            return
+        with ThreadPoolExecutor(1) as beside:
+            self._ahead[shape] = beside.submit(self._compile, shape)
+            yield
+
+    def use(self, params: Parameters) -> None:
+        """Takes the parameters of a program that was made of their shapes alone."""
+        self._params = params
+
+    def _compile(self, shape: SlabShape) -> jax.stages.Compiled:
+        return self._jit.lower(self._params, *slab_inputs(self.mesh, shape)).compile()
 
     def bytes_on_host(self, shape: SlabShape) -> int:
         """What the captures of one step take in this host's memory."""

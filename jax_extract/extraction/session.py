@@ -24,6 +24,7 @@ from jax_extract.extraction.preemption import on_preemption
 from jax_extract.extraction.prepare import Job, numerics_fingerprint
 from jax_extract.extraction.program import CaptureProgram
 from jax_extract.inputs.plan import Part, Window
+from jax_extract.inputs.slabs import SlabShape
 from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.ledger import COMMITS, Ledger, part_name
@@ -66,9 +67,19 @@ class Session:
         """How many processes work on this run side by side."""
         return max(self.processes.count, self.worker.count)
 
-    def compute(self, windows: Windows, weights: Weights, committed: Committed, tokens: int | None) -> None:
-        """Computes what is pending, `tokens` of it where that is known; `committed` is what was found at the start."""
-        program = self.job.program(weights)
+    def compute(
+        self,
+        windows: Windows,
+        weights: Weights,
+        committed: Committed,
+        tokens: int | None,
+        first: SlabShape | None = None,
+    ) -> None:
+        """Computes what is pending, `tokens` of it where that is known; `committed` is what was found at the start.
+
+        `first` is the slab shape that will most likely be the first one.
+        """
+        program = self.job.program(weights, first)
         with self.terminal.progress(None if tokens is None else tokens // self.parties) as bar:
 
             def advance(so_far: LoopStatistics) -> None:

@@ -78,8 +78,8 @@ LAYER_TENSORS = {
 }
 OPTIONAL_TENSORS = frozenset({"output.weight"})
 
-# gguf dequantises through several temporaries of the size of its input, so large tensors go in pieces.
-DEQUANTIZE_CHUNK_ELEMENTS = 1 << 22
+# gguf dequantises through several temporaries of the size of its input, so tensors go in pieces that fit a cache.
+DEQUANTIZE_CHUNK_ELEMENTS = 1 << 16
 
 
 class GgufCheckpoint:

@@ -8,7 +8,9 @@ a block that will not run is read. Anything missing, misshapen or not understood
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -17,12 +19,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jax_extract.devices.sharding import dotted, named, parameter_spec
+from jax_extract.devices.sharding import dotted, named, parameter_specs
 from jax_extract.errors import UserError
 from jax_extract.weights.checkpoint import Checkpoint
 from models.ports import Parameters, Port, TensorSource
 
 _ALIGNMENT = 64
+_MOST_READERS = 8  # each holds one layer of one parameter beside what the devices hold
 _PREFIX = "model."  # of all tensors but the head, absent where only the base model was saved
 
 
@@ -52,20 +55,26 @@ class Weights:
             return f"hub:{self.checkpoint.revision}"
         return self.checkpoint.digest(self.tensor_names())
 
-    def load(self, mesh: Mesh, dtype: str) -> Parameters:
-        """Parameters on the mesh in `dtype`; see `devices.sharding` for how they lie there."""
+    def shapes(self, mesh: Mesh, dtype: str) -> Parameters:
+        """What `load` gives, without values: enough to compile with while the values are read."""
         structure = nnx.to_pure_dict(
             nnx.state(nnx.eval_shape(lambda: self._port.structure(self._config, self.num_blocks, dtype)))
         )
+        return jax.tree.map(
+            lambda value, spec: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=named(mesh, spec)),
+            structure,
+            parameter_specs(structure, mesh),
+        )
+
+    def load(self, mesh: Mesh, dtype: str) -> Parameters:
+        """Parameters on the mesh in `dtype`; see `devices.sharding` for how they lie there."""
 
         def place(path: tuple[Any, ...], value: jax.ShapeDtypeStruct) -> jax.Array:
-            name = dotted(path)
-            sharding = named(mesh, parameter_spec(name, value.shape, mesh.shape["model"]))
             return jax.make_array_from_callback(
-                value.shape, sharding, lambda index: self._read(name, value.shape, index or (), dtype)
+                value.shape, value.sharding, lambda index: self._read(dotted(path), value.shape, index or (), dtype)
             )
 
-        return jax.tree_util.tree_map_with_path(place, structure)
+        return jax.tree_util.tree_map_with_path(place, self.shapes(mesh, dtype))
 
     def _read(self, path: str, shape: tuple[int, ...], index: tuple[slice, ...], dtype: str) -> np.ndarray:
         """The part of a parameter that lies at `index`; only the output axis is ever cut."""
@@ -74,8 +83,13 @@ class Weights:
         axis = 1 if source.per_layer else 0
         start, stop, _ = index[axis].indices(shape[axis])
         piece = _aligned_empty((*shape[:axis], stop - start, *shape[axis + 1 :]), np.dtype(target))
-        for layer in range(self.num_blocks) if source.per_layer else (0,):
-            self._fill(piece[layer] if source.per_layer else piece, source, layer, start, stop)
+        if not source.per_layer:
+            self._fill(piece, source, 0, start, stop)
+            return piece
+        # Reading, dequantising and casting leave the interpreter to other threads.
+        with ThreadPoolExecutor(min(_MOST_READERS, os.cpu_count() or 1)) as readers:
+            for _ in readers.map(lambda i: self._fill(piece[i], source, i, start, stop), range(self.num_blocks)):
+                pass
         return piece
 
     def _fill(self, out: np.ndarray, source: TensorSource, layer: int, start: int, stop: int) -> None:

@@ -18,12 +18,15 @@ import numpy as np
 import pytest
 from jax._src import compilation_cache as of_jax
 from small_run import environment, make_model, run_cli, run_here, shards, write_jsonl
+from test_weights_gguf import tokenizer_fields
 
 from jax_extract import cli
 from jax_extract.devices import compilation_cache
 from jax_extract.devices.compilation_cache import ENVIRONMENT, CompiledPrograms
 from jax_extract.extraction.program import CaptureProgram
 from jax_extract.inputs.slabs import SlabShape
+from jax_extract.inputs.tokenize import tokenizer_digest
+from jax_extract.weights.gguf_tokenizer import GgufTokenizer, build_tokenizer
 from jax_extract.weights.load import Weights
 
 SLOW = {"jax", "jaxlib", "flax", "transformers", "datasets", "google", "orbax", "tyro", "gguf", "torch"}
@@ -33,6 +36,16 @@ import jax_extract
 from jax_extract import cli
 cli.main(["--help"])
 print(sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+TOKENS = """
+import sys
+from pathlib import Path
+import jax_extract.extraction.command
+from jax_extract.inputs.tokenize import tokenizer_digest
+from jax_extract.weights.gguf import GgufCheckpoint
+tokenizer = GgufCheckpoint(Path(sys.argv[1])).tokenizer()
+tokenizer_digest(tokenizer)
+print(tokenizer(["Hello world"], add_special_tokens=True, verbose=False)["input_ids"], "transformers" in sys.modules)
 """
 SETTINGS = (
     "jax_compilation_cache_dir",
@@ -272,6 +285,30 @@ def test_the_first_program_is_compiled_while_the_weights_are_read(
     model = make_model(tmp_path / "tiny", layers=2)
     run_here(model, write_jsonl(tmp_path / "texts.jsonl", [5, 9]), tmp_path / "run")
     assert set(shards(tmp_path / "run")) == {"layer_0_batch_000001.pkl", "layer_1_batch_000001.pkl"}
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "qwen2", "smollm"])
+@pytest.mark.parametrize("around", ["nothing", "bos", "eos", "both", "an ordinary token"])
+def test_a_gguf_tokenizer_is_that_of_transformers_to_the_letter(pre: str, around: str) -> None:
+    fields = tokenizer_fields(pre)
+    end = fields["tokenizer.ggml.eos_token_id"]
+    fields["tokenizer.ggml.bos_token_id"] = 3 if around == "an ordinary token" else end
+    fields["tokenizer.ggml.add_bos_token"] = around in ("bos", "both", "an ordinary token")
+    fields["tokenizer.ggml.add_eos_token"] = around in ("eos", "both")
+    ours, of_transformers = GgufTokenizer(fields, 77), build_tokenizer(fields)
+    assert tokenizer_digest(ours) == tokenizer_digest(of_transformers)
+    texts = ["the <tool> 12é", "", "<|end|>'s the\n\n"]
+    for special in (True, False):
+        expected = of_transformers(texts, add_special_tokens=special)["input_ids"]
+        assert ours(texts, add_special_tokens=special, verbose=False)["input_ids"] == expected
+    assert ours("the").input_ids == of_transformers("the").input_ids
+    assert (ours.eos_token_id, ours.model_max_length, ours.decode([end])) == (end, 77, "<|end|>")
+
+
+def test_a_gguf_model_starts_without_transformers(smollm2_gguf: Path) -> None:
+    command = [sys.executable, "-c", TOKENS, str(smollm2_gguf)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "[[19556, 905]] False\n"
 
 
 def test_help_and_the_package_itself_import_nothing_slow() -> None:

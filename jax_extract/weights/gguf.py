@@ -33,7 +33,7 @@ from jax_extract.weights.gguf_container import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from jax_extract.weights.gguf_tokenizer import GgufTokenizer
 
 ARCHITECTURE = "llama"
 FOLDER_MEND = "use the model's Hugging Face folder (safetensors) instead"
@@ -139,17 +139,14 @@ class GgufCheckpoint:
             sha256.update(self._bytes[tensor.offset : tensor.offset + tensor.nbytes])
         return f"sha256:{sha256.hexdigest()}"
 
-    def tokenizer(self) -> "PreTrainedTokenizerFast":
+    def tokenizer(self) -> "GgufTokenizer":
         """The tokenizer stored in the file; its `model_max_length` is the model's context length."""
-        # Importing transformers takes about a second, which a reader of weights need not spend.
-        from jax_extract.weights.gguf_tokenizer import build_tokenizer
+        from jax_extract.weights.gguf_tokenizer import GgufTokenizer
 
         fields = {
             key: decode(self._bytes, value) for key, value in self._metadata.items() if key.startswith("tokenizer.")
         }
-        tokenizer = build_tokenizer(fields)
-        tokenizer.model_max_length = self.config["max_position_embeddings"]
-        return tokenizer
+        return GgufTokenizer(fields, self.config["max_position_embeddings"])
 
     def _tensor(self, name: str) -> StoredTensor:
         if name not in self._tensors:

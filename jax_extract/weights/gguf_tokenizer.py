@@ -1,7 +1,8 @@
 """The byte-level BPE tokenizer that a GGUF file carries, rebuilt as a Hugging Face fast tokenizer.
 
 In: the file's `tokenizer.*` metadata as plain Python values (tokens, merges, token types, special ids).
-Out: a `transformers.PreTrainedTokenizerFast` that gives the token ids of the model's own tokenizer.
+Out: a tokenizer that gives the token ids of the model's own: `Tokenizer` of the tokenizers library for a run, which
+needs token ids alone, and the `transformers.PreTrainedTokenizerFast` around it for everything else.
 
 A GGUF file names its normaliser and pre-tokeniser (`tokenizer.ggml.pre`) without describing them, so the
 ones that are known stand here in one table and any other name is refused: a near miss, such as SmolLM2
@@ -11,13 +12,16 @@ without its digit splitting, still encodes and decodes every text, only to other
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
 
 from jax_extract.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 MEND = "use the model's Hugging Face folder instead"
 
@@ -69,7 +73,51 @@ SPECIAL_TOKEN_KEYS = {
 }
 
 
-def build_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+class GgufTokenizer:
+    """The tokenizer of a GGUF file; a list of texts becomes token ids without transformers, which takes long to import.
+
+    Everything else that a transformers tokenizer does is asked of one, made when it is asked for.
+
+    Attributes:
+      backend_tokenizer: what computes the token ids, as the transformers tokenizer has it.
+      chat_template: the model's own, or None.
+    """
+
+    def __init__(self, fields: Mapping[str, Any], model_max_length: int) -> None:
+        self.model_max_length = model_max_length
+        self.chat_template: str | None = fields.get("tokenizer.chat_template")
+        self._options = _options(fields)
+        backend = _backend(fields)
+        added = {token.content for token in backend.get_added_tokens_decoder().values()}
+        named = {self._options[role] for role in SPECIAL_TOKEN_KEYS} - {None}
+        self._bare = backend
+        if named <= added:
+            backend.post_processor = _post_processor(self._options, backend)
+            self.backend_tokenizer = backend
+        else:  # transformers adds the others, by rules of its own
+            self.backend_tokenizer = self._whole.backend_tokenizer
+
+    def __call__(self, texts: Any, **options: Any) -> Any:
+        if not isinstance(texts, list) or options.keys() - {"add_special_tokens", "verbose"}:
+            return self._whole(texts, **options)
+        encodings = self.backend_tokenizer.encode_batch_fast(
+            texts, add_special_tokens=options.get("add_special_tokens", True)
+        )
+        return {"input_ids": [encoding.ids for encoding in encodings]}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_bare" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self._whole, name)
+
+    @cached_property
+    def _whole(self) -> "PreTrainedTokenizerFast":
+        whole = _in_transformers(self._bare, self._options)
+        whole.model_max_length = self.model_max_length
+        return whole
+
+
+def build_tokenizer(fields: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
     """Rebuild a tokenizer of `tokenizer.ggml.model` "gpt2" (byte-level BPE).
 
     `fields` maps GGUF metadata keys to str, int, bool or lists of these. Control tokens become special
@@ -79,6 +127,10 @@ def build_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     Raises:
         UserError: another tokenizer model or pre-tokeniser, or metadata that is missing or inconsistent.
     """
+    return _in_transformers(_backend(fields), _options(fields))
+
+
+def _backend(fields: Mapping[str, Any]) -> Tokenizer:
     splitting = _text_splitting(fields)
     tokens: list[str] = _required(fields, "tokenizer.ggml.tokens")
     types: list[int] = _required(fields, "tokenizer.ggml.token_type")
@@ -93,16 +145,39 @@ def build_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     # Their text is final: a normaliser must not keep them from being recognised.
     backend.add_special_tokens(_added_tokens(tokens, types, TokenType.CONTROL))
     backend.add_tokens(_added_tokens(tokens, types, TokenType.USER_DEFINED))
+    return backend
 
+
+def _options(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers is told beside the backend."""
+    tokens: list[str] = _required(fields, "tokenizer.ggml.tokens")
     special = {role: _token_of_id(fields, key, tokens) for role, key in SPECIAL_TOKEN_KEYS.items()}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template=fields.get("tokenizer.chat_template"),
-        add_bos_token=_adds(fields, "tokenizer.ggml.add_bos_token", special["bos_token"]),
-        add_eos_token=_adds(fields, "tokenizer.ggml.add_eos_token", special["eos_token"]),
+    return {
+        "chat_template": fields.get("tokenizer.chat_template"),
+        "add_bos_token": _adds(fields, "tokenizer.ggml.add_bos_token", special["bos_token"]),
+        "add_eos_token": _adds(fields, "tokenizer.ggml.add_eos_token", special["eos_token"]),
         # Cleaning up would eat spaces before punctuation, so that decoding no longer inverts encoding.
-        clean_up_tokenization_spaces=False,
+        "clean_up_tokenization_spaces": False,
         **special,
+    }
+
+
+def _in_transformers(backend: Tokenizer, options: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+
+
+def _post_processor(options: Mapping[str, Any], backend: Tokenizer) -> processors.TemplateProcessing:
+    """The special tokens around a text or a pair of texts, as transformers writes them."""
+    bos, eos = (options[f"{role}_token"] if options[f"add_{role}_token"] else None for role in ("bos", "eos"))
+
+    def around(text: str, kind: int) -> list[str]:
+        return [f"{token}:{kind}" for token in (bos, text, eos) if token]
+
+    special = [(token, backend.token_to_id(token)) for token in (bos, eos) if token]
+    return processors.TemplateProcessing(
+        single=around("$A", 0), pair=[*around("$A", 0), *around("$B", 1)], special_tokens=special
     )
 
 

@@ -17,13 +17,13 @@ from jax import Array
 
 from models.layers import Numerics
 
-QUERY_ROWS = 128  # of a block: its logits stay in a processor's cache
+QUERY_ROWS = 64  # of a block: its logits stay in a processor's cache, and few keys are multiplied that nobody sees
 
 
 def causal_attention(query: Array, key: Array, value: Array, *, reach: Array, numerics: Numerics) -> Array:
     """Grouped-query causal attention in which no block of queries meets keys that none of it can see.
 
-    A block of 128 query rows is multiplied with the keys from the first that one of its rows sees up to its own
+    A block of query rows is multiplied with the keys from the first that one of its rows sees up to its own
     end: neither what lies above the diagonal nor other samples' blocks are computed, and no tokens x tokens
     matrix exists. How many keys that are is known only at run time, so a block takes one of a few branches, each
     compiled for a number of keys; the exact softmax needs no second pass.

@@ -326,7 +326,7 @@ def test_files_are_read_in_pieces_and_the_damaged_block_is_named(
 
 def _twice(content: PartContent) -> PartContent:
     indices = content.sample_indices.copy()
-    indices[0] = 0 if 0 not in indices else 1
+    indices[0] = next(index for index in range(len(indices) + 1) if index not in indices)
     return dataclasses.replace(content, sample_indices=indices)
 
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jax_extract import interruption
+from jax_extract.devices import libtpu
 from jax_extract.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ _USAGE = """usage: jax-extract COMMAND …
 commands:
   extract    extract activations of a language model
   estimate   how much a run will write and how long it will take, before it is started
+  compile    what a run will need on a TPU slice: memory, traffic, time, cost; by its compiler, without a TPU
   inspect    summarise a run, or one shard
   status     which parts of a run are committed, missing and torn
   verify     read a run again and recompute samples of it
@@ -104,6 +106,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    libtpu.silence()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 
@@ -172,6 +175,17 @@ def _estimate(argv: list[str]) -> None:
     from jax_extract.estimation.command import estimate_command
 
     estimate_command(_extract_config(argv, "jax-extract estimate"))
+
+
+def _compile(argv: list[str]) -> None:
+    from jax_extract.compilation.config import CompileConfig
+
+    _refuse_layer_ranges(argv)
+    config = _parse(CompileConfig, argv, "jax-extract compile")
+    config.check()
+    from jax_extract.compilation.command import compile_command
+
+    compile_command(config)
 
 
 def _verify(argv: list[str]) -> int:
@@ -277,6 +291,7 @@ def _inspect(argv: list[str]) -> int:
 _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "extract": _extract,
     "estimate": _estimate,
+    "compile": _compile,
     "inspect": _inspect,
     "status": _status,
     "verify": _verify,

@@ -1,20 +1,21 @@
 """How parameters and batches lie on the mesh; the one place that decides it.
 
-In: parameter shapes and a mesh. Out: partition specs, and the `gather` that a forward calls.
-The batch is sharded over both axes, so every device computes other rows whatever the head count, no
-reduction crosses devices, and a row's arithmetic does not depend on the mesh. Matrices are stored
-sharded over `model` on their output axis and gathered when their layer runs; vectors are replicated.
+In: parameter shapes, a mesh and a layout (`planner` chooses it). Out: partition specs, and the `gather` that a
+forward calls. The batch is sharded over both axes, so every device computes other rows whatever the head count, no
+reduction crosses devices, and a row's arithmetic depends neither on the mesh nor on the layout. Matrices are stored
+whole, or cut on their output axis and gathered when their layer runs; vectors are replicated.
 """
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_extract.devices.mesh import BATCH_AXES, MODEL
+from jax_extract.devices.mesh import BATCH_AXES, DATA, MODEL
 from models.ports import Gather
 
 STACKED = "blocks"  # parameters below this name have a leading layer axis
@@ -23,19 +24,43 @@ BATCH_SPEC = P(BATCH_AXES)
 CAPTURE_SPEC = P(None, BATCH_AXES)  # [slots, batch, rows, width]
 
 
-def parameter_spec(path: str, shape: tuple[int, ...], model_size: int) -> P:
-    """Storage of one parameter, by its dotted path and whole shape."""
+class Layout(Enum):
+    """Over which mesh axes a matrix is cut for storage; every layout gives the same rows."""
+
+    REPLICATED = "replicated"
+    GATHERED = "gathered"  # over `model`
+    GATHERED_BOTH = "gathered_both"  # over `data` and `model`
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return {Layout.REPLICATED: (), Layout.GATHERED: (MODEL,), Layout.GATHERED_BOTH: (DATA, MODEL)}[self]
+
+
+def parameter_spec(path: str, shape: tuple[int, ...], pieces: int, axes: tuple[str, ...] = (MODEL,)) -> P:
+    """Storage of one parameter, by its dotted path and whole shape, cut over mesh axes with so many places."""
     output_axis = 1 if path.startswith(STACKED + ".") else 0
     is_matrix = len(shape) == output_axis + 2
-    if model_size == 1 or not is_matrix or shape[output_axis] % model_size:
+    if pieces == 1 or not is_matrix or shape[output_axis] % pieces:
         return P()
-    return P(*(None,) * output_axis, MODEL)
+    return P(*(None,) * output_axis, axes[0] if len(axes) == 1 else axes)
 
 
-def parameter_specs(structure: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """The specs of a nested dictionary of shaped values, nested alike."""
-    size = mesh.shape[MODEL]
-    return jax.tree_util.tree_map_with_path(lambda path, p: parameter_spec(dotted(path), p.shape, size), structure)
+def parameter_specs(structure: dict[str, Any], mesh: Mesh, layout: Layout = Layout.GATHERED) -> dict[str, Any]:
+    """The specs of a nested dictionary of shaped values, nested alike.
+
+    A matrix that both axes together do not divide is cut over `model` alone, and one that neither divides is whole.
+    """
+
+    def spec(path: tuple[Any, ...], value: Any) -> P:
+        for axes in (layout.axes, layout.axes[-1:]):
+            pieces = 1
+            for axis in axes:
+                pieces *= mesh.shape[axis]
+            if (found := parameter_spec(dotted(path), value.shape, pieces, axes)) != P():
+                return found
+        return P()
+
+    return jax.tree_util.tree_map_with_path(spec, structure)
 
 
 def named(mesh: Mesh, spec: P) -> NamedSharding:
@@ -54,10 +79,10 @@ def make_gather(specs: dict[str, Any]) -> Gather:
     def gather(prefix: str, shards: Any) -> Any:
         def whole(path: tuple[Any, ...], shard: jax.Array) -> jax.Array:
             spec = flat[".".join(filter(None, (prefix, dotted(path))))]
-            if MODEL not in spec:
-                return shard
-            axis = tuple(spec).index(MODEL) - (prefix == STACKED)
-            return jax.lax.all_gather(shard, MODEL, axis=axis, tiled=True)
+            for axis, mesh_axes in enumerate(spec):
+                if mesh_axes is not None:
+                    return jax.lax.all_gather(shard, mesh_axes, axis=axis - (prefix == STACKED), tiled=True)
+            return shard
 
         return jax.tree_util.tree_map_with_path(whole, shards)
 

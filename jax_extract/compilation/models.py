@@ -1,0 +1,80 @@
+"""The model of a compilation: its configuration alone, no weights.
+
+In: what `--model_path` names: a folder or .gguf file, a hub id, or one of the known models by name. Out: a port and its
+configuration.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jax_extract.errors import UserError, user_path
+from models.ports import Port
+from models.qwen2_jax_with_hooks import PORT, Qwen2Config
+from models.registry import port_for
+
+KNOWN: Mapping[str, Callable[[], Qwen2Config]] = {
+    "qwen2.5-0.5b": Qwen2Config.qwen2_5_0_5b,
+    "qwen2.5-1.5b": Qwen2Config.qwen2_5_1_5b,
+    "qwen2.5-3b": Qwen2Config.qwen2_5_3b,
+    "qwen2.5-7b": Qwen2Config.qwen2_5_7b,
+    "qwen2.5-14b": Qwen2Config.qwen2_5_14b,
+    "qwen3-0.6b": Qwen2Config.qwen3_0_6b,
+    "llama-2-7b": Qwen2Config.llama2_7b,
+    "llama-3-8b": Qwen2Config.llama3_8b,
+    "llama-3.2-1b": Qwen2Config.llama3_2_1b,
+    "tinyllama-1.1b": Qwen2Config.tinyllama_1_1b,
+    "smollm2-135m": Qwen2Config.smollm2_135m,
+    "mistral-7b": Qwen2Config.mistral_7b,
+}
+
+
+def open_config(model_path: str, revision: str | None = None) -> tuple[Port, Any]:
+    """UserError where it names no model, or one that no port computes."""
+    if model_path.lower() in KNOWN:
+        return PORT, KNOWN[model_path.lower()]()
+    config = _hugging_face_config(model_path, revision)
+    port = port_for(config)
+    return port, port.config(config)
+
+
+def _hugging_face_config(model_path: str, revision: str | None) -> dict[str, Any]:
+    path = user_path(model_path, "--model_path") if model_path else Path()
+    if model_path and path.is_dir() and (path / "config.json").is_file():
+        return _read(path / "config.json")
+    if model_path and path.exists():
+        from jax_extract.weights.checkpoint import open_checkpoint
+
+        return open_checkpoint(model_path, revision).config
+    if model_path.count("/") == 1:
+        return _read(_from_hub(model_path, revision))
+    raise UserError(
+        f"model {model_path!r} was not found; give a folder with config.json, a .gguf file, a hub id OWNER/NAME, or "
+        f"one of: {', '.join(KNOWN)}"
+    )
+
+
+def _from_hub(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo_id, "config.json", revision=revision, etag_timeout=5))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+        raise UserError(
+            f"model {repo_id!r} is no local folder, and config.json could not be had from the hub; give a folder that "
+            f"holds its config.json, or one of: {', '.join(KNOWN)}"
+        ) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not valid JSON of a Hugging Face model; download it again")
+    return value

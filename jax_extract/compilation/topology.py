@@ -1,0 +1,69 @@
+"""A TPU slice without a TPU: the devices that its compiler compiles for.
+
+In: a topology's name such as `v5e:8x8`. Out: a `Slice` of devices that can be put into a mesh and compiled for, but
+not run on. The compiler is libtpu's, which comes with `jax[tpu]` and works on any Linux machine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jax_extract.devices import libtpu
+from jax_extract.devices.chips import CHIPS, Chip
+from jax_extract.errors import UserError
+
+_NAME = re.compile(r"(v\d+[a-z]*):(\d+(?:x\d+){1,2})")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Attributes:
+    name: as asked for.
+    shape: chips along each axis of the slice.
+    hosts: machines that the chips are spread over.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    devices: Sequence[Any]
+    chip: Chip
+
+    @property
+    def hosts(self) -> int:
+        return len({device.process_index for device in self.devices})
+
+    @property
+    def mesh_shape(self) -> tuple[int, int]:
+        """The slice's own two axes; of three, the first two together."""
+        return len(self.devices) // self.shape[-1], self.shape[-1]
+
+
+def open_slice(name: str) -> Slice:
+    """The devices of a topology; takes no device of this machine.
+
+    Raises:
+      UserError: there is no such topology, or no compiler for it here.
+    """
+    chips = {chip.name: chip for chip in CHIPS.values()}
+    if not (match := _NAME.fullmatch(name)) or match[1] not in chips:
+        raise UserError(
+            f"topology {name!r} is not known; write a chip ({', '.join(chips)}) and the slice's axes, such as v5e:8x8"
+        )
+    if not libtpu.is_installed():
+        raise UserError(
+            "the TPU compiler is not installed here; it comes with pip install -e '.[tpu]', which needs no TPU"
+        )
+    libtpu.silence()
+    from jax.experimental import topologies
+
+    try:
+        devices = topologies.get_topology_desc(topology_name=name, platform="tpu").devices
+    except Exception as error:  # noqa: BLE001 (libtpu raises its own kinds, and says everything in one line)
+        said = str(error).partition("\n")[0].partition(": ")[2] or str(error)
+        raise UserError(
+            f"topology {name!r} cannot be compiled for ({said[:200]}); write one that is sold, such as v5e:8x8"
+        ) from None
+    return Slice(name, tuple(map(int, match[2].split("x"))), devices, chips[match[1]])

@@ -105,6 +105,9 @@ class GgufTokenizer:
         )
         return {"input_ids": [encoding.ids for encoding in encodings]}
 
+    def __len__(self) -> int:
+        return len(self._whole)
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_bare" not in self.__dict__:
             raise AttributeError(name)

@@ -115,7 +115,7 @@ def compile_program(subject: Subject, layout: Layout, shape: SlabShape) -> Compi
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
         moved=moved,
-        foreign=_foreign(moved, subject.structure),
+        foreign=foreign_collectives(moved, subject.structure),
         output_shards=len(shards),
         unique_shards=len(set(shards)),
         work=_work(compiled, subject, shape),
@@ -133,7 +133,7 @@ def _shard_indices(outputs: Any, shardings: Any) -> list[str]:
     ]
 
 
-def _foreign(moved: Sequence[Collective], structure: Any) -> tuple[str, ...]:
+def foreign_collectives(moved: Sequence[Collective], structure: Any) -> tuple[str, ...]:
     """Collectives that are no gathers of a parameter, or of one layer of it."""
     shapes = {_plain(value.shape) for value in jax.tree.leaves(structure)}
     shapes |= {_plain(value.shape[1:]) for value in jax.tree.leaves(structure)}

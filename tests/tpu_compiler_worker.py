@@ -1,0 +1,70 @@
+"""One process of `test_tpu_compiler`: compiles production programs for a slice, and says what the compiler said.
+
+    python tests/tpu_compiler_worker.py v5e:8x8
+
+Prints a JSON object, case -> facts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from typing import Any
+
+from jax_extract.compilation.command import compile_for
+from jax_extract.compilation.config import CompileConfig
+from jax_extract.devices import libtpu
+from jax_extract.devices.planner import STEPS_HELD
+
+DEFAULT_LAYERS = tuple(range(10, 24))
+CASES = {
+    f"{model}, {what}": (model, layers)
+    for model, all_layers in (("qwen2.5-0.5b", 24), ("qwen2.5-1.5b", 28), ("qwen2.5-7b", 28))
+    for what, layers in (("layers 10-23", DEFAULT_LAYERS), ("all layers", tuple(range(all_layers))))
+}
+
+
+def facts(topology: str, model: str, layers: tuple[int, ...], layout: str) -> dict[str, Any]:
+    config = CompileConfig(
+        model_path=model,
+        topology=topology,
+        layers_to_extract=layers,
+        positions="all",
+        capture_dtype="bfloat16",
+        max_seq_length=2_048,
+        search=False,
+        layout=layout,  # pyright: ignore[reportArgumentType]
+    )
+    started = time.perf_counter()
+    report = compile_for(config)
+    compiled = report.compiled
+    assert compiled is not None, "does not fit"
+    return {
+        "seconds": time.perf_counter() - started,
+        "slab": list(report.shape),
+        "attention": report.subject.numerics.attention,
+        "blocks": report.subject.blocks,
+        "chip_memory": report.slice.chip.memory_bytes,
+        "memory": compiled.memory(STEPS_HELD),
+        "foretold_memory": report.cost.memory,
+        "captures": compiled.captures,
+        "moved": [dataclasses.asdict(collective) for collective in compiled.moved],
+        "received": sum(collective.received for collective in compiled.moved),
+        "foretold_received": report.cost.moved,
+        "foreign": compiled.foreign,
+        "output_shards": compiled.output_shards,
+        "unique_shards": compiled.unique_shards,
+        "work": compiled.work,
+    }
+
+
+def main(topology: str) -> None:
+    libtpu.silence()
+    found = {case: facts(topology, model, layers, "gathered") for case, (model, layers) in CASES.items()}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -37,7 +37,7 @@ HERE = ROOT / "benchmarks"
 sys.path.insert(0, str(ROOT))
 
 from figures import BARE, OURS, PEERS, SIDES, figures_of  # noqa: E402
-from machine import describe, disk_bandwidth  # noqa: E402
+from machine import busy_seconds, describe, disk_bandwidth  # noqa: E402
 from protocol import Side, SideFailed  # noqa: E402
 from report import table  # noqa: E402
 from rows import OtherRows, compare  # noqa: E402
@@ -265,10 +265,13 @@ class Comparison:
         for cache in ("cold", "warm"):
             command = [sys.executable, str(HERE / "ours.py"), "first_batch", str(time.monotonic()), *words]
             env = {**os.environ, **environment(here / "first_compiled")}
+            before = busy_seconds()
             ended = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
             if ended.returncode:
                 raise SideFailed((ended.stderr.strip().splitlines() or ["the first batch never came"])[-1])
-            found[cache] = json.loads(ended.stdout.strip().splitlines()[-1])
+            told = json.loads(ended.stdout.strip().splitlines()[-1])
+            others = busy_seconds() - before - told["processor"]
+            found[cache] = {**told, "others": max(0.0, others) / (told["captured"] * (os.cpu_count() or 1))}
         return found
 
     def _words(self) -> list[str]:

@@ -6,8 +6,8 @@
 In: a Hugging Face folder, prompts as token ids. Out: answers of `protocol.serve`, and the rows as safetensors, a file a
 batch and layer; `order.json` says in which order the prompts went. For all of them: inference mode, prompts sorted by
 length, batches of 8 (fewer where prompts are long), weights in the case's dtype, rows of real tokens written in that
-dtype. Prompts are padded on the right without a mask: no real token of a causal model looks there, and torch's
-attention is faster without one. Not timed: loading, and a warm-up batch.
+dtype. Prompts are padded on the right without a mask: no real token of a causal model looks there, so attention
+need not read one. Not timed: loading, and a warm-up batch.
 """
 
 from __future__ import annotations

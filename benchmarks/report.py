@@ -141,12 +141,17 @@ def _sentences(result: Result) -> list[str]:
         said.append(f"compiling {shapes} took {seconds:.1f} s, once")
     if first := result.get("first_batch"):
         cold, warm = first["cold"], first["warm"]
-        said.append(
-            f"first batch on its way {cold['on_its_way']:.1f} s after the process began, captured after "
-            f"{cold['captured']:.1f} s; with a warm compilation cache {warm['on_its_way']:.1f} s and "
-            f"{warm['captured']:.1f} s"
-        )
+        said += [
+            f"first batch on its way {_start(cold, 'on_its_way')} after the process began, captured after "
+            f"{_start(cold, 'captured')} (others: {cold['others']:.0%})",
+            f"with a warm compilation cache {_start(warm, 'on_its_way')} and {_start(warm, 'captured')} "
+            f"(others: {warm['others']:.0%})",
+        ]
     return said
+
+
+def _start(first: Mapping[str, float], moment: str) -> str:
+    return f"{first[moment]:.1f} s"
 
 
 def _of(figures: Mapping[str, Any], name: str, side: str) -> float | None:

@@ -304,7 +304,7 @@ def checksum_alone() -> float:
 
 def uploads(scratch: Path, rounds: int) -> dict[str, Any]:
     """The same parts by one lane and by as many as a bucket gets, against a server that is slow to answer."""
-    from jax_extract.store.storage.verbs import open_storage
+    from jax_extract.store.storage.opening import open_storage
 
     server_module = _load(ROOT / "tests" / "gcs_server.py")
     producer = Producer(Load("float32", SLAB, SLAB * len(SITES)))

@@ -26,6 +26,9 @@ from jax_extract.devices.compilation_cache import ENVIRONMENT, CompiledPrograms
 from jax_extract.extraction.program import CaptureProgram
 from jax_extract.inputs.slabs import SlabShape
 from jax_extract.inputs.tokenize import tokenizer_digest
+from jax_extract.startup import seconds_since_start
+from jax_extract.store.ledger import Ledger
+from jax_extract.store.storage.opening import open_storage
 from jax_extract.weights.gguf_tokenizer import GgufTokenizer, build_tokenizer
 from jax_extract.weights.load import Weights
 
@@ -284,6 +287,8 @@ def test_the_first_program_is_compiled_while_the_weights_are_read(
     monkeypatch.setattr(Weights, "load", when_told)
     model = make_model(tmp_path / "tiny", layers=2)
     run_here(model, write_jsonl(tmp_path / "texts.jsonl", [5, 9]), tmp_path / "run")
+    (session,) = Ledger.open(open_storage(str(tmp_path / "run"), "the run")).sessions()
+    assert 0 < session["first_step_seconds"] < seconds_since_start()
     assert set(shards(tmp_path / "run")) == {"layer_0_batch_000001.pkl", "layer_1_batch_000001.pkl"}
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from jax_extract.extraction.program import CaptureProgram
 from jax_extract.extraction.schedule import Step, Work, steps
 from jax_extract.inputs.plan import Part
+from jax_extract.startup import seconds_since_start
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.lanes import Countdown
 from jax_extract.store.parts import PartContent
@@ -38,6 +39,8 @@ class LoopStatistics:
     Attributes:
       tokens, slab_tokens: real tokens of this host's slabs; those with all padding, dummy rows and idle devices.
       seconds: from first to last step, compiling left out.
+      compile_seconds: spent waiting for programs; the first one is compiled while the weights are read.
+      first_step_seconds: from the beginning of the process until its first step was on its way; 0 without one.
       waited: stage -> seconds that the loop waited for it: `input` (reading, tokenising, planning the next
         part), `device` (computing and copying to the host), `writer` (room for more rows, and the end).
       writer_busy: seconds in which the writer's busiest thread worked.
@@ -49,14 +52,16 @@ class LoopStatistics:
     parts: int = 0
     seconds: float = 0.0
     compile_seconds: float = 0.0
+    first_step_seconds: float = 0.0
     writer_busy: float = 0.0
     waited: dict[str, float] = field(default_factory=lambda: {"input": 0.0, "device": 0.0, "writer": 0.0})
 
     def add(self, other: LoopStatistics) -> None:
         """Takes in what another loop of the same session did."""
         for entry in fields(self):
-            if entry.name != "waited":
+            if entry.name not in ("waited", "first_step_seconds"):
                 setattr(self, entry.name, getattr(self, entry.name) + getattr(other, entry.name))
+        self.first_step_seconds = self.first_step_seconds or other.first_step_seconds
         for stage, seconds in other.waited.items():
             self.waited[stage] += seconds
 
@@ -126,6 +131,7 @@ def run_parts(
                 budget.acquire(needed)
             with statistics.waiting("device"):  # a CPU device computes some programs before it returns
                 captured = program.run(*_pack(step, program))
+            statistics.first_step_seconds = statistics.first_step_seconds or seconds_since_start()
             for array in captured.values():
                 array.copy_to_host_async()
             in_flight.append((step, captured))

@@ -40,7 +40,7 @@ from jax_extract.extraction.program import captured_bytes
 from jax_extract.inputs.slabs import SlabShape
 from jax_extract.terminal import Terminal, bytes_text, plural, ranges_text, share_text
 
-_TRIES = 3  # programs that the search for the largest batch compiles, besides the first
+_TRIES = 4  # programs that the search for the largest batch compiles, besides the first
 _MOST_ROWS = 4_096
 _NO_CHECKPOINT: Any = None
 
@@ -183,7 +183,9 @@ def _foretold(known: dict[int, Compiled | None], report: Report) -> int:
         (fewer, less) = measured[0]
         slope = (memory - less) / (rows - fewer)
         fixed = memory - slope * rows
-    return max(1, min(too_many - 1, int((report.room - fixed) / slope)))
+    foretold = int((report.room - fixed) / slope)
+    # What the compiler has refused says that the line bends before it.
+    return max(1, foretold if foretold < too_many else (rows + too_many) // 2)
 
 
 # ----------------------------------------------------------------------------------------- what is told

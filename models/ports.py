@@ -51,6 +51,13 @@ class ModelConfig(Protocol):
     @property
     def num_hidden_layers(self) -> int: ...
     @property
+    def head_dim(self) -> int: ...
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Per layer, how many positions a query sees, itself included, 0 for all; empty where no layer has one."""
+        ...
+
+    @property
     def max_position_embeddings(self) -> int: ...
 
 

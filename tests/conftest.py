@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from jax_extract.devices import libtpu
+
 # Before JAX is imported anywhere; subprocesses inherit them.
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["JAX_EXTRACT_COMPILATION_CACHE"] = "off"  # tests of the cache name a folder of their own
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+libtpu.silence()
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -133,7 +133,7 @@ def extract(place: str, case: Case, spool: str | None = None, delete_local: bool
             opened = writer.begin(part_content(part, ALL))
             for slab in part.slabs:
                 samples = part.samples[slab.first : slab.first + slab.count]
-                blocks = {site.key: _block(case, samples, slab.length, site) for site in case.sites}
+                blocks = {site.key: _block(case, samples, slab.shape.length, site) for site in case.sites}
                 opened.append(blocks, [sample.length for sample in samples], lambda: None)
             opened.commit()
         writer.close()

@@ -22,7 +22,8 @@ from jax_extract.estimation import probe
 from jax_extract.estimation.command import Estimate, Output, Work, duration_text, estimate_command, output_of, tell
 from jax_extract.estimation.probe import ComputeProbe, WriteProbe, probe_writing
 from jax_extract.extraction.loop import LoopStatistics
-from jax_extract.inputs.plan import Part, PlanSettings, plan_windows
+from jax_extract.inputs.plan import Part, plan_windows
+from jax_extract.inputs.slabs import PlanSettings, SlabShape
 from jax_extract.inputs.tokenize import TokenizedSample
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.parts import ShardName, Site
@@ -32,7 +33,8 @@ from jax_extract.terminal import Terminal, bytes_text
 from models.positions import Positions
 
 LENGTHS = [33, 60, 40, 61, 35, 50, 47, 62, 63, 34, 48, 64, 200, 100, 90, 120] * 3
-COMPUTE = ComputeProbe(load_seconds=5, compile_seconds=10, step_seconds={(128, 8): 2.0, (64, 8): 0.5}, tried=20)
+LONG, SHORT, OTHER = SlabShape(128, 8, 1), SlabShape(64, 8, 1), SlabShape(256, 8, 1)
+COMPUTE = ComputeProbe(load_seconds=5, compile_seconds=10, step_seconds={LONG: 2.0, SHORT: 0.5}, tried=20)
 
 
 @pytest.fixture(scope="module")
@@ -255,15 +257,15 @@ def test_of_a_stream_of_unknown_length_a_million_tokens_are_told(
 def _found(writes: dict[str, WriteProbe], workers: int = 1, writers: int = 1, **config: Any) -> Estimate:
     sites = {Site("after_block", layer, 896): 40_000_000_000 for layer in range(10)}
     output = Output(1_000, 500_000, 500_000, 10, 399_000_000_000, sites, 100, 200_000_000, 30, 400_000_000_000)
-    work = Work(output, {(128, 8): 1_000, (64, 8): 400, (256, 8): 100}, "run", 0, 8)
+    work = Work(output, {LONG: 1_000, SHORT: 400, OTHER: 100}, "run", 0, 8)
     return Estimate(ExtractConfig(**config), work, COMPUTE, writes, workers, writers, None)
 
 
 def test_steps_of_shapes_that_were_not_tried_cost_by_the_token() -> None:
     tried = 1_000 * 2.0 + 400 * 0.5
     by_token = tried / (1_000 * 128 * 8 + 400 * 64 * 8)
-    assert COMPUTE.seconds({(128, 8): 1_000, (64, 8): 400}) == tried
-    assert COMPUTE.seconds({(128, 8): 1_000, (64, 8): 400, (256, 8): 100}) == tried + by_token * 100 * 256 * 8
+    assert COMPUTE.seconds({LONG: 1_000, SHORT: 400}) == tried
+    assert COMPUTE.seconds({LONG: 1_000, SHORT: 400, OTHER: 100}) == tried + by_token * 100 * 256 * 8
     assert COMPUTE.seconds({}) == 0
 
 

@@ -22,7 +22,8 @@ from jax_extract.devices.processes import Processes
 from jax_extract.extraction.loop import LoopStatistics
 from jax_extract.extraction.schedule import steps, tokens_computed
 from jax_extract.extraction.session import Session
-from jax_extract.inputs.plan import PlanSettings, plan_windows
+from jax_extract.inputs.plan import plan_windows
+from jax_extract.inputs.slabs import PlanSettings
 from jax_extract.inputs.tokenize import InputCounts, TokenizedSample
 from jax_extract.store.ledger import Ledger
 from jax_extract.store.storage.failpoints import VARIABLE
@@ -268,7 +269,7 @@ def test_a_thief_whose_loot_is_to_be_written_again_goes_on() -> None:
             return LoopStatistics(parts=parts), again
 
     config: Any = SimpleNamespace(worker_id=1, num_workers=2)
-    job: Any = SimpleNamespace(program=lambda _: None)
+    job: Any = SimpleNamespace(program=lambda *_: None)
     nothing: Any = None
     session = Rounds(config, Processes(), job, Terminal(silent=True), nothing, None, nothing)
     session.compute(nothing, nothing, {}, None)
@@ -279,7 +280,7 @@ def _plan(rows: int, samples: int, hosts: int) -> list:
     random = np.random.default_rng(1)
     lengths = random.integers(10, 500, samples)
     tokenized = [TokenizedSample(i, str(i), np.zeros(n, np.int32), int(n), {}) for i, n in enumerate(lengths)]
-    settings = PlanSettings(rows * 4, rows, 4_096, 16, 512, Positions.parse("last"), 64, 200, hosts=hosts)
+    settings = PlanSettings(rows * 4, rows, 4_096, 16, 512, Positions.parse("last"), 64, 200, 16, hosts)
     return [part for window in plan_windows(tokenized, settings) for part in window.parts]
 
 
@@ -294,7 +295,7 @@ def test_every_slab_is_computed_once_by_one_host_that_has_the_whole_part_in_orde
         for host, slabs in enumerate(step.work):
             assert len(slabs) <= 2
             for work in slabs:
-                assert (work.slab.rows, work.slab.length) == (step.rows, step.length)
+                assert work.slab.shape == step.shape
                 assert owner.setdefault(work.part.key, host) == host
                 assert work.slab.first == done.get(work.part.key, 0)
                 done[work.part.key] = work.slab.first + work.slab.count

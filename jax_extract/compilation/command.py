@@ -21,7 +21,7 @@ from jax_extract.compilation.models import open_config
 from jax_extract.compilation.programs import Compiled, Subject, compile_program
 from jax_extract.compilation.topology import Slice, open_slice
 from jax_extract.devices import platform
-from jax_extract.devices.mesh import make_mesh, parse_mesh_shape
+from jax_extract.devices.mesh import make_mesh, parse_mesh_shape, platform_of
 from jax_extract.devices.planner import (
     MEMORY_MARGIN,
     STEPS_HELD,
@@ -131,7 +131,7 @@ def compile_for(config: CompileConfig, told: Callable[[Slice, Subject, SlabShape
     subject = Subject(port, model, plan, _mesh(config, found), config.dtype)
     told(found, subject, shape)
     axes = subject.mesh.shape
-    captures = captured_bytes(plan, model, shape)
+    captures = captured_bytes(plan, model, shape, platform_of(subject.mesh))
     request = Request(subject.counts, found.chip, axes["data"], axes["model"], shape.rows, shape.length, captures)
     decision = choose_layout(request, config.share_of_peak)
     layout = decision.layout if config.layout == "auto" else Layout(config.layout)
@@ -154,7 +154,7 @@ def _mesh(config: CompileConfig, found: Slice) -> Mesh:
 
 def _slab_shape(config: CompileConfig, model: Any) -> SlabShape:
     """The slab of the longest samples, as the batch plan makes it."""
-    defaults = platform._ACCELERATOR
+    defaults = platform.ACCELERATOR
     length = -(-sequence_limit(config.max_seq_length, model) // defaults.length_multiple) * defaults.length_multiple
     most = (config.slab_tokens or defaults.slab_tokens) // length
     return SlabShape(length, max(1, min(config.batch_size, most)), 1)

@@ -18,9 +18,9 @@ from jax.sharding import Mesh
 from jax_extract.compilation.hlo import Collective, collectives
 from jax_extract.devices.planner import ModelCounts
 from jax_extract.devices.sharding import Layout, named, parameter_specs
+from jax_extract.extraction.prepare import compute_numerics, with_attention
 from jax_extract.extraction.program import capture_function, slab_inputs
 from jax_extract.inputs.slabs import SlabShape
-from models.accelerated_attention import attention_backend
 from models.hooks import CapturePlan
 from models.layers import Numerics
 from models.ports import Port
@@ -53,12 +53,7 @@ class Subject:
 
     @property
     def numerics(self) -> Numerics:
-        plain = Numerics("bfloat16" if self.dtype == "bfloat16" else "float32")
-        platform = self.mesh.devices.flat[0].platform
-        windows = self.config.windows[: self.blocks]
-        return Numerics(
-            plain.dtype, attention_backend(platform, plain, head_width=self.config.head_dim, windows=windows).name
-        )
+        return with_attention(compute_numerics(self.dtype), self.mesh, self.config, self.plan)
 
 
 @dataclass(frozen=True)

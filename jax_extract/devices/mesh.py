@@ -28,6 +28,11 @@ def parse_mesh_shape(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or 1)
 
 
+def platform_of(mesh: Mesh) -> str:
+    """Of its devices, as JAX names it: `cpu`, `gpu` or `tpu`."""
+    return mesh.devices.flat[0].platform
+
+
 def make_mesh(shape: tuple[int, int] | None, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices; shape None puts them all on `data`.
 

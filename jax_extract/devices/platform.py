@@ -29,13 +29,13 @@ class PlatformDefaults:
 
 # CPU: 4,096 tokens keep a slab's captures small, and matrix products of 2,048 tokens already run at their peak.
 # A compilation takes seconds, in which that many tokens of a small model could be computed.
-_CPU = PlatformDefaults("float32", 4_096, True, 16, 1_000)
+CPU = PlatformDefaults("float32", 4_096, True, 16, 1_000)
 # Accelerators: enough tokens to hide the parameter traffic; 128 is the tile of the matrix units.
-_ACCELERATOR = PlatformDefaults("bfloat16", 16_384, False, 128, 500_000)
+ACCELERATOR = PlatformDefaults("bfloat16", 16_384, False, 128, 500_000)
 
 
 def platform_defaults() -> PlatformDefaults:
-    return _CPU if jax.default_backend() == "cpu" else _ACCELERATOR
+    return CPU if jax.default_backend() == "cpu" else ACCELERATOR
 
 
 def device_kind() -> str:

@@ -20,8 +20,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_extract.config import ExtractConfig
-from jax_extract.devices.mesh import make_mesh, parse_mesh_shape
+from jax_extract.devices.chips import CHIPS
+from jax_extract.devices.mesh import BATCH_AXES, make_mesh, parse_mesh_shape, platform_of
+from jax_extract.devices.planner import Decision, ModelCounts, Request, choose_layout
 from jax_extract.devices.platform import device_kind, platform_defaults
+from jax_extract.devices.sharding import Layout
 from jax_extract.errors import UserError, user_path
 from jax_extract.extraction.program import CaptureProgram, captured_bytes
 from jax_extract.inputs.plan import Window, plan_windows
@@ -31,6 +34,7 @@ from jax_extract.inputs.tokenize import InputCounts, TokenizedSample, tokenize
 from jax_extract.store.parts import Site
 from jax_extract.weights.checkpoint import Checkpoint, open_checkpoint
 from jax_extract.weights.load import Weights
+from models.accelerated_attention import attention_backend
 from models.hooks import HOOK_POINTS, CapturePlan, resolve_hook_points
 from models.layers import Numerics
 from models.ports import ModelConfig, Port, hook_width
@@ -129,12 +133,19 @@ def compute_numerics(dtype: str | None) -> Numerics:
     return Numerics("bfloat16" if (dtype or platform_defaults().dtype) == "bfloat16" else "float32")
 
 
+def with_attention(numerics: Numerics, mesh: Mesh, config: ModelConfig, plan: CapturePlan) -> Numerics:
+    """The same, with what computes attention best on these devices."""
+    windows = config.windows[: plan.blocks_needed(config.num_hidden_layers)]
+    backend = attention_backend(platform_of(mesh), numerics, head_width=config.head_dim, windows=windows)
+    return dataclasses.replace(numerics, attention=backend.name)
+
+
 def numerics_fingerprint(numerics: Numerics) -> dict[str, str]:
     """What decides the bits of a row, besides the plan's slab shapes: equal here means equal bytes."""
     return {
         "dtype": numerics.dtype,
         "accumulation": "float32",
-        "attention": "blockwise",
+        "attention": numerics.attention,
         "parameters": "gathered per layer, no reduction across devices",
         "device_kind": device_kind(),
         "jax": jax.__version__,
@@ -164,13 +175,14 @@ class Job:
         """Opens the model and checks the request against it and against the devices; UserError."""
         model = OpenModel.open(config.model_path, config.revision)
         plan = capture_plan(model, config.layers_to_extract, config.hook_points, config.positions, config.capture_dtype)
+        mesh = open_mesh(config.mesh_shape)
         return cls(
             model=model,
             plan=plan,
             sites=tuple(sites_of(plan, model.config)),
             max_length=sequence_limit(config.max_seq_length, model.config),
-            mesh=open_mesh(config.mesh_shape),
-            numerics=compute_numerics(config.dtype),
+            mesh=mesh,
+            numerics=with_attention(compute_numerics(config.dtype), mesh, model.config, plan),
         )
 
     @property
@@ -179,7 +191,20 @@ class Job:
 
     def bytes_on_host(self, shapes: Iterable[SlabShape]) -> int:
         """What the captures of one step take in this host's memory, at most."""
-        return self.devices_of_host * max(captured_bytes(self.plan, self.model.config, shape) for shape in shapes)
+        return self.devices_of_host * max(map(self._captured_bytes, shapes))
+
+    def _captured_bytes(self, shape: SlabShape) -> int:
+        return captured_bytes(self.plan, self.model.config, shape, platform_of(self.mesh))
+
+    def layout(self, weights: Weights, shape: SlabShape) -> Decision | None:
+        """How parameters should lie for slabs of this shape; None where nothing is known of the device."""
+        if (chip := CHIPS.get(device_kind())) is None:
+            return None
+        structure = weights.structure(self.numerics.dtype)
+        counts = ModelCounts.of(structure, self.model.config, weights.num_blocks)
+        data, model = (self.mesh.shape[axis] for axis in BATCH_AXES)
+        captures = self._captured_bytes(shape)
+        return choose_layout(Request(counts, chip, data, model, shape.rows, shape.length, captures))
 
     @property
     def value_bytes(self) -> int:
@@ -217,10 +242,12 @@ class Job:
 
     def program(self, weights: Weights, first: SlabShape | None = None) -> CaptureProgram:
         """Loads the weights onto the mesh and meanwhile compiles for `first`; this is where the real work begins."""
-        shapes = weights.shapes(self.mesh, self.numerics.dtype)
+        decision = self.layout(weights, first) if first else None
+        layout = decision.layout if decision else Layout.GATHERED
+        shapes = weights.shapes(self.mesh, self.numerics.dtype, layout)
         program = CaptureProgram(self.model.port, self.model.config, shapes, self.plan, self.mesh, self.numerics)
         with program.compiling(first):
-            program.use(weights.load(self.mesh, self.numerics.dtype))
+            program.use(weights.load(self.mesh, self.numerics.dtype, layout))
         return program
 
     def bytes_stored(self, samples: Iterable[TokenizedSample]) -> int:

@@ -19,7 +19,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from jax_extract.devices.sharding import BATCH_SPEC, CAPTURE_SPEC, make_gather, named, parameter_specs
+from jax_extract.devices.mesh import platform_of
+from jax_extract.devices.sharding import BATCH_SPEC, CAPTURE_SPEC, make_gather, named
 from jax_extract.inputs.slabs import SlabShape
 from models.hooks import HOOK_POINTS, CapturePlan, Taps
 from models.layers import Numerics
@@ -55,7 +56,8 @@ class CaptureProgram:
         self.devices_of_host = len(self._places)
         self._config = config
         self._batch_sharding = named(mesh, BATCH_SPEC)
-        self._jit = capture_function(port, config, plan, mesh, numerics, parameter_specs(params, mesh))
+        specs = jax.tree.map(lambda parameter: parameter.sharding.spec, params)
+        self._jit = capture_function(port, config, plan, mesh, numerics, specs)
         self._compiled: dict[SlabShape, jax.stages.Compiled] = {}
         self._ahead: dict[SlabShape, Future[jax.stages.Compiled]] = {}
 
@@ -89,7 +91,7 @@ class CaptureProgram:
 
     def bytes_on_host(self, shape: SlabShape) -> int:
         """What the captures of one step take in this host's memory."""
-        return self.devices_of_host * captured_bytes(self.plan, self._config, shape)
+        return self.devices_of_host * captured_bytes(self.plan, self._config, shape, platform_of(self.mesh))
 
     def run(self, tokens: np.ndarray, lengths: np.ndarray) -> dict[str, Array]:
         """Starts a step; returns at once.
@@ -124,19 +126,19 @@ def slab_inputs(mesh: Mesh, shape: SlabShape) -> tuple[jax.ShapeDtypeStruct, jax
     return tokens, jax.ShapeDtypeStruct((rows, shape.samples), np.int32, sharding=sharding)
 
 
-def captured_bytes(plan: CapturePlan, config: ModelConfig, shape: SlabShape) -> int:
+def captured_bytes(plan: CapturePlan, config: ModelConfig, shape: SlabShape, platform: str) -> int:
     """Bytes of the captures of one slab of one device, as they reach the host."""
     itemsize = np.dtype(ml_dtypes.bfloat16 if plan.dtype == "bfloat16" else plan.dtype).itemsize
     values = sum(
-        (max(1, len(layers)) + _keeps_spare()) * hook_width(config, HOOK_POINTS[hook].width)
+        (max(1, len(layers)) + _keeps_spare(platform)) * hook_width(config, HOOK_POINTS[hook].width)
         for hook, layers in plan.layers
     )
     return values * shape.rows * plan.positions.slots(shape.length, shape.samples) * itemsize
 
 
-def _keeps_spare() -> bool:
+def _keeps_spare(platform: str) -> bool:
     """On CPU the slot that absorbs unwanted layers comes along: cutting it off would copy everything else."""
-    return jax.default_backend() == "cpu"
+    return platform == "cpu"
 
 
 def capture_function(
@@ -151,7 +153,7 @@ def capture_function(
     num_blocks = plan.blocks_needed(config.num_hidden_layers)
     widths = {hook: hook_width(config, HOOK_POINTS[hook].width) for hook, _ in plan.layers}
     gather = make_gather(dict(specs))
-    keeps_spare = _keeps_spare()
+    keeps_spare = _keeps_spare(platform_of(mesh))
 
     def one_device(params: Parameters, tokens: Array, lengths: Array) -> dict[str, Array]:
         taps = Taps.start(plan, num_blocks, Packing(lengths, tokens.shape[1]), widths)

@@ -7,7 +7,7 @@ equal ones: then one or two compiled shapes serve all, and only the differences 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from jax_extract.inputs.tokenize import TokenizedSample
 
 _UNEVEN = 0.005  # hands that differ by less than this are even
 _MOST_SWAPS = 4_096
+_MORE_SPLITS = 4
 # Later windows of a stream have slightly other sums; a shape that is this much too long still fits them.
 _STREAM_ROOM = 0.015
 
@@ -32,18 +33,19 @@ Hand = list[TokenizedSample]
 def packed_batches(
     samples: list[TokenizedSample], settings: PlanSettings, shapes: Shapes, more_to_come: bool
 ) -> tuple[Shapes, list[list[FilledSlab]]]:
-    """Largest slabs first; `shapes` are those of the windows before, if there were any."""
+    """Largest shapes first, of equal ones the longest sample; `shapes` are those of the windows before, if any."""
     ordered = sorted(samples, key=lambda s: (-s.length, s.sample_index))
     hands = _deal(ordered, settings.rows)
-    most = max(settings.most_tokens, *(s.length for s in ordered[:1]), *(s.length for s in shapes))
     if shapes:
-        split = [_split_for(hand, shapes) for hand in hands]
+        most = settings.most_tokens(shapes[-1].length)
+        split = [_cheapest(list(_splits(hand, most)), shapes) for hand in hands]
     else:
-        split = [_split(hand, -(-_tokens(hand) // most)) for hand in hands]
+        most = settings.most_tokens(ordered[0].length)
+        split = [next(_splits(hand, most)) for hand in hands]
         shapes = _choose_shapes([_tokens(slab) for hand in split for slab in hand], settings, more_to_come)
-    full = sorted((hand for hand in split[: len(samples) // settings.rows]), key=_largest, reverse=True)
-    split = full + split[len(full) :]
     filled = [[(_fitting(shapes, _tokens(slab)), [slab]) for slab in hand] for hand in split]
+    full = len(samples) // settings.rows
+    filled = sorted(filled[:full], key=_largest, reverse=True) + filled[full:]
     size = settings.samples_per_batch // settings.rows
     return shapes, [[slab for hand in filled[at : at + size] for slab in hand] for at in range(0, len(filled), size)]
 
@@ -52,8 +54,9 @@ def _tokens(hand: Iterable[TokenizedSample]) -> int:
     return sum(sample.length for sample in hand)
 
 
-def _largest(split: list[Hand]) -> int:
-    return max(map(_tokens, split))
+def _largest(filled: list[FilledSlab]) -> tuple[SlabShape, int]:
+    """Of a hand's slabs: the largest shape, and the longest sample."""
+    return max(shape for shape, _ in filled), max(sample.length for _, rows in filled for row in rows for sample in row)
 
 
 def _fitting(shapes: Shapes, tokens: int) -> SlabShape:
@@ -70,7 +73,7 @@ def _choose_shapes(tokens: list[int], settings: PlanSettings, more_to_come: bool
     runs = cheapest_runs(cost, settings.max_shapes - more_to_come, settings.compile_tokens)
     lengths = {int(-needs[start]) for start, _ in runs}
     if more_to_come:
-        lengths.add(settings.padded(max(settings.most_tokens, settings.max_length)))
+        lengths.add(settings.padded(max(settings.most_tokens(), settings.max_length)))
     return tuple(SlabShape(length, 1, settings.rows) for length in sorted(lengths))
 
 
@@ -127,6 +130,20 @@ def _swap(hands: np.ndarray, lengths: np.ndarray) -> None:
 # ----------------------------------------------------------------------------------------- splitting
 
 
+def _splits(hand: Hand, most: int) -> Iterator[list[Hand]]:
+    """Ways to split a hand into even ones of at most so many tokens, the fewest first; a longer sample is alone."""
+    fewest = -(-_tokens(hand) // most)
+    for parts in range(fewest, max(fewest + _MORE_SPLITS, len(hand) + 1)):
+        way = _split(hand, parts)
+        if all(_tokens(part) <= most or len(part) == 1 for part in way):
+            yield way
+
+
+def _cheapest(ways: list[list[Hand]], shapes: Shapes) -> list[Hand]:
+    """That which computes the least in shapes that are given."""
+    return min(ways, key=lambda way: sum(_fitting(shapes, _tokens(s)).length + SLAB_OVERHEAD_TOKENS for s in way))
+
+
 def _split(hand: Hand, parts: int) -> list[Hand]:
     """The hand in so many nearly equal ones: halved again and again, each time as evenly as can be."""
     if parts <= 1 or len(hand) <= 1:
@@ -156,11 +173,3 @@ def _nearest_subset(lengths: Sequence[int], target: int) -> list[bool]:
         wanted -= length * take
         chosen.append(take)
     return chosen[::-1]
-
-
-def _split_for(hand: Hand, shapes: Shapes) -> list[Hand]:
-    """The hand in as many as compute the least in shapes that are given."""
-    fewest = -(-_tokens(hand) // shapes[-1].length)
-    ways = [_split(hand, parts) for parts in range(fewest, fewest + 4)]
-    fitting = [way for way in ways if _largest(way) <= shapes[-1].length] or [[[sample] for sample in hand]]
-    return min(fitting, key=lambda way: sum(_fitting(shapes, _tokens(s)).length + SLAB_OVERHEAD_TOKENS for s in way))

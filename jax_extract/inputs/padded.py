@@ -41,7 +41,7 @@ def _slabs(batch: list[TokenizedSample], shapes: Shapes) -> Iterator[FilledSlab]
 
 def _row_choices(settings: PlanSettings, length: int) -> list[int]:
     """Rows that a slab of this padded length may have: divisors of `rows`, so that slabs fill batches evenly."""
-    most = max(1, min(settings.rows, settings.most_tokens // length))
+    most = max(1, min(settings.rows, settings.most_tokens() // length))
     return [r for r in range(most, 0, -1) if settings.rows % r == 0]
 
 

@@ -68,13 +68,13 @@ class PlanSettings:
       slab_tokens: most tokens of a slab, where a single sample is not longer.
       length_multiple: padded lengths are multiples of this.
       max_length: longest sample, in tokens.
-      packed: samples lie one behind the other in a single row; else each has a row of its own.
       compile_tokens: what one more slab shape must save to be worth compiling.
       max_shapes: how many slab shapes may be used at most.
       positions: which positions are stored.
       bytes_per_row: of the widest hook point, in the stored dtype.
       hosts: processes of the program that starts the run. They compute a part each, and sit out what others
         compute in another shape, so with many of them a shape must serve more parts.
+      packed: samples lie one behind the other in a single row; else each has a row of its own.
       max_shard_bytes: size of one shard's array at which a batch is cut into parts.
     """
 
@@ -85,18 +85,19 @@ class PlanSettings:
     max_length: int
     positions: Positions
     bytes_per_row: int
-    packed: bool = False
     compile_tokens: int = 0
     max_shapes: int = 8
     hosts: int = 1
+    packed: bool = False
     max_shard_bytes: int = MAX_SHARD_BYTES
 
-    @property
-    def most_tokens(self) -> int:
-        """Of a slab: no part can be smaller than one, and a part's shards have a limit."""
-        if self.positions.one_row_per_sample:
-            return self.slab_tokens
-        return max(1, min(self.slab_tokens, self.max_shard_bytes // self.bytes_per_row))
+    def most_tokens(self, longest: int = 0) -> int:
+        """Of a slab with several samples, where the longest sample has so many.
+
+        No part can be smaller than a slab, and a part's shards have a limit.
+        """
+        most = max(self.slab_tokens, longest)
+        return most if self.positions.one_row_per_sample else min(most, self.max_shard_bytes // self.bytes_per_row)
 
     def padded(self, length: int) -> int:
         return -(-length // self.length_multiple) * self.length_multiple

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jax_extract.devices.sharding import dotted, named, parameter_specs
+from jax_extract.devices.sharding import Layout, dotted, named, parameter_specs
 from jax_extract.errors import UserError
 from jax_extract.weights.checkpoint import Checkpoint
 from models.ports import Parameters, Port, TensorSource
@@ -55,18 +55,22 @@ class Weights:
             return f"hub:{self.checkpoint.revision}"
         return self.checkpoint.digest(self.tensor_names())
 
-    def shapes(self, mesh: Mesh, dtype: str) -> Parameters:
-        """What `load` gives, without values: enough to compile with while the values are read."""
-        structure = nnx.to_pure_dict(
+    def structure(self, dtype: str) -> Parameters:
+        """The parameters as shapes."""
+        return nnx.to_pure_dict(
             nnx.state(nnx.eval_shape(lambda: self._port.structure(self._config, self.num_blocks, dtype)))
         )
+
+    def shapes(self, mesh: Mesh, dtype: str, layout: Layout = Layout.GATHERED) -> Parameters:
+        """What `load` gives, without values: enough to compile with while the values are read."""
+        structure = self.structure(dtype)
         return jax.tree.map(
             lambda value, spec: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=named(mesh, spec)),
             structure,
-            parameter_specs(structure, mesh),
+            parameter_specs(structure, mesh, layout),
         )
 
-    def load(self, mesh: Mesh, dtype: str) -> Parameters:
+    def load(self, mesh: Mesh, dtype: str, layout: Layout = Layout.GATHERED) -> Parameters:
         """Parameters on the mesh in `dtype`; see `devices.sharding` for how they lie there."""
 
         def place(path: tuple[Any, ...], value: jax.ShapeDtypeStruct) -> jax.Array:
@@ -74,7 +78,7 @@ class Weights:
                 value.shape, value.sharding, lambda index: self._read(dotted(path), value.shape, index or (), dtype)
             )
 
-        return jax.tree_util.tree_map_with_path(place, self.shapes(mesh, dtype))
+        return jax.tree_util.tree_map_with_path(place, self.shapes(mesh, dtype, layout))
 
     def _read(self, path: str, shape: tuple[int, ...], index: tuple[slice, ...], dtype: str) -> np.ndarray:
         """The part of a parameter that lies at `index`; only the output axis is ever cut."""

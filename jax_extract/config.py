@@ -65,6 +65,7 @@ class ExtractConfig:
       num_workers: how many independent workers share the run.
       overwrite: remove the run in activations_dir and start anew.
       allow_numeric_change: resume although dtype, device kind or library versions changed.
+      explain: show how parameters will lie on the mesh, and what was counted for every layout.
     """
 
     model_path: str = ""
@@ -102,6 +103,7 @@ class ExtractConfig:
     num_workers: int | None = None
     overwrite: bool = False
     allow_numeric_change: bool = False
+    explain: bool = False
 
     def check(self) -> None:
         """Refuses values that no run can have; `extract_to_directory` calls it first."""

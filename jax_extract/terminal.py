@@ -115,3 +115,7 @@ def plural(count: int, noun: str) -> str:
 
 def share_text(share: float | None) -> str:
     return "not measured" if share is None else f"{share:.1%}"
+
+
+def milliseconds_text(seconds: float) -> str:
+    return f"{seconds * 1e3:.4g} ms"

@@ -1,8 +1,8 @@
 """The layout of parameters is chosen from counts, and never changes a row.
 
 Guarded: the counts against figures worked out by hand; what is chosen for models that fit a chip whole, that do not,
-and that fit no way; that tensor sharding says why it is not offered; and, on a 2x4 mesh, that every layout gives
-byte-identical captures and stores what it says.
+and that fit no way; that tensor sharding says why it is not offered; on a 2x4 mesh, that every layout gives
+byte-identical captures and stores what it says; and that an extraction does what was decided, and can explain it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from small_run import ROOT, environment, make_model, shards, write_jsonl
 
+from jax_extract.config import ExtractConfig
 from jax_extract.devices.chips import CHIPS
 from jax_extract.devices.planner import (
     SHARE_OF_PEAK,
@@ -29,7 +31,11 @@ from jax_extract.devices.planner import (
     layout_cost,
     tensor_wins_below,
 )
+from jax_extract.devices.platform import device_kind
 from jax_extract.devices.sharding import Layout
+from jax_extract.extraction import prepare
+from jax_extract.extraction.command import extract_to_directory
+from jax_extract.terminal import Terminal
 from models.qwen2_jax_with_hooks import PORT, Qwen2Config
 
 V5E = CHIPS["TPU v5 lite"]
@@ -173,3 +179,71 @@ def test_every_layout_stores_the_pieces_that_divide(carried_out: dict[str, Any])
     assert set(pieces(Layout.REPLICATED).values()) == {1}
     assert pieces(Layout.GATHERED) == dict(zip(names, (4, 4, 4, 1, 1), strict=True))
     assert pieces(Layout.GATHERED_BOTH) == dict(zip(names, (8, 8, 4, 1, 1), strict=True))
+
+
+# ----------------------------------------------------------------------------------------- in an extraction
+
+EXTRACTION = """
+import sys
+from pathlib import Path
+from jax_extract.devices.chips import Chip
+from jax_extract.extraction import prepare
+from jax_extract.weights.load import Weights
+from small_run import run_here
+
+model, tasks, out = map(Path, sys.argv[1:])
+laid_out, load = [], Weights.load
+
+def noted(self, mesh, dtype, layout):
+    laid_out.append(layout.value)
+    return load(self, mesh, dtype, layout)
+
+Weights.load = noted
+asked = {"positions": "all", "batch_size": 2, "mesh_shape": "2,4", "layers_to_extract": (5, 11)}
+run_here(model, tasks, out / "unknown", **asked)
+for name, memory in {"large": 16e9, "small": 1e5}.items():
+    prepare.CHIPS = {"cpu": Chip("made up", 197e12, memory, 819e9, 50e9)}
+    run_here(model, tasks, out / name, **asked)
+print(*laid_out)
+"""
+
+
+def test_an_extraction_stores_parameters_as_was_decided_and_writes_the_same_shards(tmp_path: Path) -> None:
+    model, tasks = make_model(tmp_path / "model"), write_jsonl(tmp_path / "in.jsonl", range(20, 60))
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", EXTRACTION, str(model), str(tasks), str(tmp_path)],
+        env=environment({"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4_000:]
+    assert done.stdout.split() == ["gathered", "replicated", "gathered_both"]
+    assert len(shards(tmp_path / "unknown")) > 2
+    assert shards(tmp_path / "unknown") == shards(tmp_path / "large") == shards(tmp_path / "small")
+
+
+def told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> str:
+    """What an extraction with --explain says, from the layout on."""
+    model, tasks = make_model(tmp_path / "model"), write_jsonl(tmp_path / "in.jsonl", [20, 30])
+    config = ExtractConfig(
+        model_path=str(model), tasks_file=str(tasks), activations_dir=str(tmp_path / "out"), explain=True
+    )
+    extract_to_directory(config, Terminal())
+    return capsys.readouterr().out.partition("\nlayout")[2]
+
+
+def test_an_extraction_explains_its_layout(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "CHIPS", {device_kind(): V5E})
+    said = told(capsys, tmp_path)
+    assert "replicated: the parameters fit whole, and nothing has to move" in said
+    assert "stored" in said and "at 50.0% of the peak" in said
+
+
+def test_an_extraction_on_devices_of_which_nothing_is_known_says_so(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert f"gathered: nothing is known of a {device_kind()} device" in told(capsys, tmp_path)

@@ -13,10 +13,13 @@ import sys
 import time
 from typing import Any
 
-from jax_extract.compilation.command import compile_for
+from jax_extract.compilation.command import Report, compile_for
 from jax_extract.compilation.config import CompileConfig
+from jax_extract.compilation.programs import compile_program
 from jax_extract.devices import libtpu
+from jax_extract.devices.mesh import make_mesh
 from jax_extract.devices.planner import STEPS_HELD
+from jax_extract.devices.sharding import Layout
 
 DEFAULT_LAYERS = tuple(range(10, 24))
 CASES = {
@@ -34,6 +37,7 @@ def facts(topology: str, model: str, layers: tuple[int, ...], layout: str) -> di
         positions="all",
         capture_dtype="bfloat16",
         max_seq_length=2_048,
+        mesh_shape="8,8",
         search=False,
         layout=layout,  # pyright: ignore[reportArgumentType]
     )
@@ -57,7 +61,15 @@ def facts(topology: str, model: str, layers: tuple[int, ...], layout: str) -> di
         "output_shards": compiled.output_shards,
         "unique_shards": compiled.unique_shards,
         "work": compiled.work,
+        "work_of_one": work_of_one(report) if layers == DEFAULT_LAYERS else None,
     }
+
+
+def work_of_one(report: Report) -> float | None:
+    """The same for one sequence on a single chip, which has all parameters."""
+    subject = dataclasses.replace(report.subject, mesh=make_mesh(None, report.slice.devices[:1]))
+    alone = compile_program(subject, Layout.REPLICATED, report.shape._replace(rows=1))
+    return alone.work if alone else None
 
 
 def main(topology: str) -> None:

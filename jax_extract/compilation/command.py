@@ -21,6 +21,7 @@ from jax_extract.compilation.models import open_config
 from jax_extract.compilation.programs import Compiled, Subject, compile_program
 from jax_extract.compilation.topology import Slice, open_slice
 from jax_extract.devices import platform
+from jax_extract.devices.layouts_explained import explain
 from jax_extract.devices.mesh import make_mesh, parse_mesh_shape, platform_of
 from jax_extract.devices.planner import (
     MEMORY_MARGIN,
@@ -30,7 +31,6 @@ from jax_extract.devices.planner import (
     Request,
     choose_layout,
     layout_cost,
-    tensor_wins_below,
 )
 from jax_extract.devices.sharding import Layout
 from jax_extract.errors import UserError
@@ -38,7 +38,7 @@ from jax_extract.estimation.command import duration_text
 from jax_extract.extraction.prepare import OpenModel, capture_plan, sequence_limit
 from jax_extract.extraction.program import captured_bytes
 from jax_extract.inputs.slabs import SlabShape
-from jax_extract.terminal import Terminal, bytes_text, plural, ranges_text, share_text
+from jax_extract.terminal import Terminal, bytes_text, milliseconds_text, plural, ranges_text, share_text
 
 _TRIES = 4  # programs that the search for the largest batch compiles, besides the first
 _MOST_ROWS = 4_096
@@ -142,12 +142,12 @@ def compile_for(config: CompileConfig, told: Callable[[Slice, Subject, SlabShape
 
 
 def _mesh(config: CompileConfig, found: Slice) -> Mesh:
-    shape = parse_mesh_shape(config.mesh_shape) if config.mesh_shape else found.mesh_shape
-    if math.prod(shape) != len(found.devices):
+    shape = parse_mesh_shape(config.mesh_shape) if config.mesh_shape else None
+    if shape and math.prod(shape) != len(found.devices):
         raise UserError(
             f"--mesh_shape {shape[0]},{shape[1]} has {math.prod(shape)} places but {found.name} has "
             f"{len(found.devices)} chips; write two numbers whose product is that, such as "
-            f"{found.mesh_shape[0]},{found.mesh_shape[1]}"
+            f"{found.axes[0]},{found.axes[1]}"
         )
     return make_mesh(shape, found.devices)
 
@@ -216,7 +216,8 @@ def tell(report: Report, terminal: Terminal) -> None:
     chosen = "as asked" if config.layout != "auto" else report.decision.reason
     terminal.line("layout", f"{cost.name}: {chosen}")
     if config.explain:
-        for row in explain(report.decision, report.subject, report.config.share_of_peak):
+        model = report.subject.mesh.shape["model"]
+        for row in explain(report.decision, report.subject.counts, model, config.share_of_peak):
             terminal.line("", row)
     if compiled is None:
         terminal.line("memory", f"does not fit the {bytes_text(chip.memory_bytes)} of a chip")
@@ -268,11 +269,16 @@ def _tell_compiled(report: Report, compiled: Compiled, terminal: Terminal) -> No
 
 def _tell_time(report: Report, terminal: Terminal) -> None:
     config, cost = report.config, report.cost
+    parts = {
+        "computing": cost.compute_seconds,
+        "HBM": cost.memory_seconds,
+        "parameters": cost.moving_seconds + cost.waiting_seconds,
+        f"{bytes_text(report.host_bytes)} to each host": report.host_seconds,
+    }
     terminal.line(
         "step",
-        f"{_ms(report.seconds)} for {report.step_tokens:,} tokens: computing {_ms(cost.compute_seconds)}, "
-        f"HBM {_ms(cost.memory_seconds)}, parameters {_ms(cost.moving_seconds + cost.waiting_seconds)}, "
-        f"{bytes_text(report.host_bytes)} to each host {_ms(report.host_seconds)}",
+        f"{milliseconds_text(report.seconds)} for {report.step_tokens:,} tokens: "
+        + ", ".join(f"{what} {milliseconds_text(seconds)}" for what, seconds in parts.items()),
     )
     terminal.line(
         "assumes",
@@ -287,29 +293,3 @@ def _tell_time(report: Report, terminal: Terminal) -> None:
         paid = f", {chip_hours * price:,.2f} at {price:g} a chip and hour" if price else ""
         lasts = duration_text(report.run_hours * 3_600)
         terminal.line("run", f"{config.tokens:,} tokens: {lasts}, {chip_hours:,.3g} chip-hours{paid}")
-
-
-def explain(decision: Decision, subject: Subject, share_of_peak: float) -> list[str]:
-    """A line a layout, with what was counted for it; of one device and step."""
-    lines = [f"{'layout':<14} {'stored':>9} {'memory':>9} {'arrives':>9} {'compute':>9} {'HBM':>9} {'moving':>9}  step"]
-    for cost in decision.costs:
-        sizes = [bytes_text(size) for size in (cost.stored, cost.memory, cost.moved)]
-        moving = cost.moving_seconds + cost.waiting_seconds
-        times = [_ms(t) for t in (cost.compute_seconds, cost.memory_seconds, moving, cost.seconds)]
-        why = cost.refused or ("" if cost.fits else "does not fit")
-        lines.append(
-            f"{cost.name:<14} "
-            + " ".join(f"{text:>9}" for text in (*sizes, *times[:3]))
-            + f"  {times[3]}"
-            + (f"; {why}" if why else "")
-        )
-    model = subject.mesh.shape["model"]
-    below = tensor_wins_below(subject.counts, model)
-    lines.append(f"counted before compiling, at {share_text(share_of_peak)} of the peak")
-    if model > 1:
-        lines.append(f"tensor would move less than gathered below {below:,.0f} tokens a device and step")
-    return lines
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.4g} ms"

@@ -28,7 +28,7 @@ class CompileConfig:
       dtype: of the computation.
       capture_dtype: of the stored values.
       batch_size: sequences per chip.
-      mesh_shape: DATA,MODEL over all chips; by default the slice's own axes.
+      mesh_shape: DATA,MODEL over all chips; by default all on DATA.
       max_seq_length: longest sample in tokens; by default the smaller of 8192 and what the model allows.
       slab_tokens: most tokens one chip computes at once.
       layout: how parameters lie: auto lets the planner choose.

@@ -36,8 +36,8 @@ class Slice:
         return len({device.process_index for device in self.devices})
 
     @property
-    def mesh_shape(self) -> tuple[int, int]:
-        """The slice's own two axes; of three, the first two together."""
+    def axes(self) -> tuple[int, int]:
+        """The slice's own two, as a mesh may have them; of three, the first two together."""
         return len(self.devices) // self.shape[-1], self.shape[-1]
 
 

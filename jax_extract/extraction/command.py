@@ -23,7 +23,7 @@ from jax_extract.extraction.pending import Committed, pending_parts
 from jax_extract.extraction.place import Place, keep_config
 from jax_extract.extraction.prepare import Job, numerics_fingerprint
 from jax_extract.extraction.session import Session, Windows, keep_in
-from jax_extract.extraction.summary import tell_input, tell_plan, tell_request, tell_result
+from jax_extract.extraction.summary import tell_input, tell_layout, tell_plan, tell_request, tell_result
 from jax_extract.inputs.plan import Part, Window
 from jax_extract.inputs.slabs import PlanSettings, SlabShape
 from jax_extract.inputs.sources import Source, open_source
@@ -136,8 +136,11 @@ class _Extraction:
             terminal.line("resume", f"{plural(samples, 'sample')} committed already")
         spool = self.place.open_spool(ledger, config)
         session = Session(config, processes, self.job, terminal, ledger, spool, budget)
+        largest = max(shapes, default=None)  # and the first
+        if config.explain and largest:
+            tell_layout(self.job, self.weights, largest, terminal)
         if tokens != 0:
-            session.compute(windows, self.weights, committed, tokens, max(shapes, default=None))  # largest first
+            session.compute(windows, self.weights, committed, tokens, largest)
         statistics = session.end()
         if not processes.is_first:
             return {}

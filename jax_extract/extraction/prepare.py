@@ -200,11 +200,13 @@ class Job:
         """How parameters should lie for slabs of this shape; None where nothing is known of the device."""
         if (chip := CHIPS.get(device_kind())) is None:
             return None
-        structure = weights.structure(self.numerics.dtype)
-        counts = ModelCounts.of(structure, self.model.config, weights.num_blocks)
         data, model = (self.mesh.shape[axis] for axis in BATCH_AXES)
         captures = self._captured_bytes(shape)
-        return choose_layout(Request(counts, chip, data, model, shape.rows, shape.length, captures))
+        return choose_layout(Request(self.counts(weights), chip, data, model, shape.rows, shape.length, captures))
+
+    def counts(self, weights: Weights) -> ModelCounts:
+        """What the planner knows of the model."""
+        return ModelCounts.of(weights.structure(self.numerics.dtype), self.model.config, weights.num_blocks)
 
     @property
     def value_bytes(self) -> int:

@@ -10,14 +10,20 @@ from pathlib import PurePath
 from typing import Any
 
 from jax_extract.config import ExtractConfig
+from jax_extract.devices.layouts_explained import explain
+from jax_extract.devices.planner import SHARE_OF_PEAK
+from jax_extract.devices.platform import device_kind
+from jax_extract.devices.sharding import Layout
 from jax_extract.extraction.loop import LoopStatistics
 from jax_extract.extraction.prepare import Job
 from jax_extract.extraction.schedule import tokens_computed
 from jax_extract.inputs.plan import Part
+from jax_extract.inputs.slabs import SlabShape
 from jax_extract.inputs.sources import Source
 from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.store.formats import SUFFIXES
 from jax_extract.terminal import Terminal, bytes_text, plural, ranges_text, share_text
+from jax_extract.weights.load import Weights
 
 
 def tell_request(job: Job, config: ExtractConfig, processes: int, terminal: Terminal) -> None:
@@ -65,6 +71,18 @@ def tell_plan(parts: Sequence[Part], devices: int, hosts: int, terminal: Termina
         f"{plural(parts[-1].batch, 'batch')} in {plural(len(parts), 'part')}, "
         f"{plural(len(shapes), 'slab shape')} up to {max(shapes).length:,} tokens, padding {share_text(padding)}",
     )
+
+
+def tell_layout(job: Job, weights: Weights, shape: SlabShape, terminal: Terminal) -> None:
+    """How parameters will lie on the mesh, and what was counted for it."""
+    if (decision := job.layout(weights, shape)) is None:
+        terminal.line(
+            "layout", f"{Layout.GATHERED.value}: nothing is known of a {device_kind()} device that could be counted"
+        )
+        return
+    terminal.line("layout", f"{decision.layout.value}: {decision.reason}")
+    for row in explain(decision, job.counts(weights), job.mesh.shape["model"], SHARE_OF_PEAK):
+        terminal.line("", row)
 
 
 def tell_result(metadata: Mapping[str, Any], statistics: LoopStatistics, place: object, terminal: Terminal) -> None:

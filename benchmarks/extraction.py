@@ -284,6 +284,8 @@ class Comparison:
             words += ["--writer", "none"]
         if self.args.batch_size != 8:
             words += ["--batch_size", str(self.args.batch_size)]
+        if set(self.args.sides) != set(SIDES):
+            words += ["--sides", *self.args.sides]
         if self.case.workload == "gsm8k":
             words += ["--gsm8k", "FILE_OR_URL"]
         return words

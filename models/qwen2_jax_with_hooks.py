@@ -309,15 +309,14 @@ def _attention(
     if config.qk_norm:
         query = rms_norm(query, p["query_norm"], config.rms_norm_eps)
         key = rms_norm(key, p["key_norm"], config.rms_norm_eps)
-    if numerics.attention != "blockwise":
-        query, key = rotate(query, places.rotary), rotate(key, places.rotary)
-        mixed = kernel_attention(query, key, value, places.positions, window=_one_window(config), numerics=numerics)
-        return numerics.linear(mixed, p["attention_output"], p.get("attention_output_bias"))
-    reach = places.positions
-    if any(config.windows):
-        reach = jnp.where(window == 0, reach, jnp.minimum(reach, window - 1))
     query, key = rotate(query, places.rotary), rotate(key, places.rotary)
-    mixed = causal_attention(query, key, value, reach=reach, numerics=numerics)
+    if numerics.attention == "blockwise":
+        reach = places.positions
+        if any(config.windows):
+            reach = jnp.where(window == 0, reach, jnp.minimum(reach, window - 1))
+        mixed = causal_attention(query, key, value, reach=reach, numerics=numerics)
+    else:
+        mixed = kernel_attention(query, key, value, places.positions, window=_one_window(config), numerics=numerics)
     return numerics.linear(mixed, p["attention_output"], p.get("attention_output_bias"))
 
 

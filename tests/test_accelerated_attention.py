@@ -1,18 +1,28 @@
 """The kernels of accelerators mix what a plain softmax over visible keys mixes, and are chosen only where they can.
 
 Guarded: splash attention, interpreted on CPU, against NumPy in float64: grouped heads, padding to whole tiles, a
-sliding window, several samples a row; bfloat16 operands within their rounding; and what is computed with instead
-where a kernel would be wrong.
+sliding window, several samples a row; bfloat16 operands within their rounding; cuDNN attention, with XLA in cuDNN's
+place; the whole GPU program as far as it goes without a GPU; and what is computed with instead where a kernel would be
+wrong.
 """
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from models.accelerated_attention import attention_backend, splash_attention
+from jax_extract.devices.mesh import make_mesh
+from jax_extract.devices.sharding import named, parameter_specs
+from jax_extract.extraction.program import capture_function, slab_inputs
+from jax_extract.inputs.slabs import SlabShape
+from models.accelerated_attention import attention_backend, cudnn_attention, splash_attention
+from models.hooks import CapturePlan
 from models.layers import Numerics
+from models.positions import Positions
+from models.qwen2_jax_with_hooks import PORT, Qwen2Config
 
 FLOAT32, BFLOAT16 = Numerics("float32"), Numerics("bfloat16")
 GROUPS, PER_GROUP, WIDTH = 2, 2, 16
@@ -62,6 +72,44 @@ def test_samples_in_one_row_do_not_see_each_other_in_splash_attention() -> None:
     visible = np.tri(tokens, dtype=bool)[None] & (segments[:, :, None] == segments[:, None, :])
     got = splash_attention(*map(jnp.asarray, heads), numerics=FLOAT32, segments=jnp.asarray(segments), interpret=True)
     assert worst(got, plain(*heads, visible)) < 2e-6
+
+
+@pytest.mark.parametrize("window", [None, 70])
+def test_cudnn_is_asked_for_what_a_plain_softmax_mixes(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    ask = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn,
+        "dot_product_attention",
+        lambda *heads, implementation, **asked: ask(*heads, **asked, implementation="xla"),
+    )
+    tokens = 130
+    heads = random_heads(2, tokens)
+    back = np.arange(tokens)[:, None] - np.arange(tokens)[None, :]
+    visible = (back >= 0) & (back < (window or tokens))
+    got = cudnn_attention(*map(jnp.asarray, heads), numerics=FLOAT32, window=window)
+    assert got.shape == (2, tokens, GROUPS * PER_GROUP * WIDTH) and got.dtype == jnp.float32
+    assert worst(got, plain(*heads, np.broadcast_to(visible, (2, tokens, tokens)))) < 2e-6
+
+
+def test_the_program_of_a_gpu_is_lowered_with_a_call_of_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What JAX asks a GPU for before it lowers is answered here."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_300)
+    config = Qwen2Config.qwen2_5_0_5b()
+    plan = CapturePlan((("after_block", (0, 1)),), Positions.parse("all"))
+    numerics = Numerics("bfloat16", attention_backend("gpu", BFLOAT16, head_width=config.head_dim).name)
+    mesh = make_mesh((1, 1), jax.devices()[:1])
+    structure = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: PORT.structure(config, 2, "bfloat16"))))
+    specs = parameter_specs(structure, mesh)
+    params = jax.tree.map(
+        lambda value, spec: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=named(mesh, spec)), structure, specs
+    )
+    traced = capture_function(PORT, config, plan, mesh, numerics, specs).trace(
+        params, *slab_inputs(mesh, SlabShape(256, 2, 1))
+    )
+    lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmax" in lowered and "CAUSAL" in lowered
 
 
 def test_a_kernel_is_chosen_where_it_computes_the_same_and_what_stands_in_for_it_is_explained() -> None:

@@ -233,10 +233,10 @@ class Intervention:
 class Taps:
     """The capture buffers and interventions that travel through the blocks.
 
-    A hook point's buffer is [slots, b, rows, width] in the plan's dtype, a slot per wanted layer and,
-    where some layers that run are not wanted, one spare slot at the end that absorbs them: a carried
-    buffer with a spare slot takes less temporary memory than stacking every layer and slicing, and far
-    less than an unrolled stack.
+    A hook point's buffer is [slots, b, rows, width] in the plan's dtype, a slot per wanted layer. A layer that
+    is not wanted writes where the next wanted one will overwrite it; where there is no next, a spare slot at
+    the end absorbs it. A buffer that is carried takes less temporary memory than stacking every layer and
+    slicing, and far less than an unrolled stack.
     """
 
     plan: CapturePlan = dataclasses.field(metadata={"static": True})
@@ -258,7 +258,7 @@ class Taps:
         """Empty buffers for samples that lie so in their rows; `widths` by hook point."""
         batch, rows = packing.lengths.shape[0], plan.positions.slots(packing.tokens, packing.samples)
         buffers = {
-            hook: jnp.zeros((_slots(layers, num_blocks), batch, rows, widths[hook]), plan.dtype)
+            hook: jnp.zeros((slots(layers, num_blocks), batch, rows, widths[hook]), plan.dtype)
             for hook, layers in plan.layers
         }
         return cls(plan, num_blocks, packing, plan.positions.columns(packing), buffers, tuple(interventions))
@@ -279,13 +279,11 @@ class Taps:
     def _slot_table(self, hook: str) -> Array:
         wanted = dict(self.plan.layers)[hook]
         # One entry past the last block: `residual_before` of the block after it is its output.
-        table = np.full(self.num_blocks + 1, len(wanted), np.int32)
-        for slot, layer in enumerate(wanted):
-            table[layer] = slot
-        return jnp.asarray(table)
+        return jnp.asarray(np.searchsorted(wanted, np.arange(self.num_blocks + 1)), jnp.int32)
 
 
-def _slots(layers: tuple[int, ...], num_blocks: int) -> int:
+def slots(layers: tuple[int, ...], num_blocks: int) -> int:
+    """How many slots the buffer of these layers (ascending) has when so many blocks run; see `Taps`."""
     if not layers:
         return 1
-    return len(layers) + (not set(range(num_blocks)) <= set(layers))
+    return len(layers) + (layers[-1] < num_blocks - 1)

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jax_extract.devices.mesh import platform_of
 from jax_extract.devices.sharding import BATCH_SPEC, CAPTURE_SPEC, make_gather, named
 from jax_extract.inputs.slabs import SlabShape
-from models.hooks import HOOK_POINTS, CapturePlan, Taps
+from models.hooks import HOOK_POINTS, CapturePlan, Taps, slots
 from models.layers import Numerics
 from models.packing import Packing
 from models.ports import ModelConfig, Parameters, Port, hook_width
@@ -129,15 +129,17 @@ def slab_inputs(mesh: Mesh, shape: SlabShape) -> tuple[jax.ShapeDtypeStruct, jax
 def captured_bytes(plan: CapturePlan, config: ModelConfig, shape: SlabShape, platform: str) -> int:
     """Bytes of the captures of one slab of one device, as they reach the host."""
     itemsize = np.dtype(ml_dtypes.bfloat16 if plan.dtype == "bfloat16" else plan.dtype).itemsize
+    num_blocks = plan.blocks_needed(config.num_hidden_layers)
     values = sum(
-        (max(1, len(layers)) + _keeps_spare(platform)) * hook_width(config, HOOK_POINTS[hook].width)
+        (slots(layers, num_blocks) if _keeps_spare(platform) else max(1, len(layers)))
+        * hook_width(config, HOOK_POINTS[hook].width)
         for hook, layers in plan.layers
     )
     return values * shape.rows * plan.positions.slots(shape.length, shape.samples) * itemsize
 
 
 def _keeps_spare(platform: str) -> bool:
-    """On CPU the slot that absorbs unwanted layers comes along: cutting it off would copy everything else."""
+    """On CPU a slot that absorbs unwanted layers comes along: cutting it off would copy everything else."""
     return platform == "cpu"
 
 

@@ -64,6 +64,8 @@ def check(windows: list[Window], chosen: PlanSettings, count: int) -> None:
         assert [part.part for part in batch] == list(range(1, len(batch) + 1))
         assert {part.parts_in_batch for part in batch} == {len(batch)}
         assert sum(len(part.samples) for part in batch) <= chosen.samples_per_batch
+    longest = max(s.length for part in parts for s in part.samples)
+    most = max(chosen.most_tokens(longest), chosen.padded(chosen.max_length) * (len(windows) > 1))
     for part in parts:
         following = 0
         for slab in part.slabs:
@@ -75,7 +77,10 @@ def check(windows: list[Window], chosen: PlanSettings, count: int) -> None:
             assert shape.rows == 1 if chosen.packed else shape.samples == 1
             inside = part.samples[slab.first : slab.first + slab.count]
             assert len(inside) == slab.count
-            assert shape.tokens <= chosen.padded(chosen.slab_tokens) or slab.count == 1 or chosen.packed
+            if chosen.packed:
+                assert sum(s.length for s in inside) <= most or slab.count == 1
+            else:
+                assert shape.tokens <= chosen.padded(chosen.slab_tokens) or slab.count == 1
             rest = iter(inside)
             assert all(sum(s.length for s in itertools.islice(rest, n)) <= shape.length for n in slab.counts)
             following += slab.count

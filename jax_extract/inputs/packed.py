@@ -7,6 +7,7 @@ equal ones: then one or two compiled shapes serve all, and only the differences 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -23,7 +24,7 @@ from jax_extract.inputs.tokenize import TokenizedSample
 
 _UNEVEN = 0.005  # hands that differ by less than this are even
 _MOST_SWAPS = 4_096
-_MORE_SPLITS = 4
+_WAYS = 4  # of splitting a hand that are compared where the shapes are given
 # Later windows of a stream have slightly other sums; a shape that is this much too long still fits them.
 _STREAM_ROOM = 0.015
 
@@ -38,7 +39,7 @@ def packed_batches(
     hands = _deal(ordered, settings.rows)
     if shapes:
         most = settings.most_tokens(shapes[-1].length)
-        split = [_cheapest(list(_splits(hand, most)), shapes) for hand in hands]
+        split = [_cheapest(itertools.islice(_splits(hand, most), _WAYS), shapes) for hand in hands]
     else:
         most = settings.most_tokens(ordered[0].length)
         split = [next(_splits(hand, most)) for hand in hands]
@@ -132,14 +133,14 @@ def _swap(hands: np.ndarray, lengths: np.ndarray) -> None:
 
 def _splits(hand: Hand, most: int) -> Iterator[list[Hand]]:
     """Ways to split a hand into even ones of at most so many tokens, the fewest first; a longer sample is alone."""
-    fewest = -(-_tokens(hand) // most)
-    for parts in range(fewest, max(fewest + _MORE_SPLITS, len(hand) + 1)):
+    for parts in range(-(-_tokens(hand) // most), len(hand)):
         way = _split(hand, parts)
         if all(_tokens(part) <= most or len(part) == 1 for part in way):
             yield way
+    yield [[sample] for sample in hand]
 
 
-def _cheapest(ways: list[list[Hand]], shapes: Shapes) -> list[Hand]:
+def _cheapest(ways: Iterable[list[Hand]], shapes: Shapes) -> list[Hand]:
     """That which computes the least in shapes that are given."""
     return min(ways, key=lambda way: sum(_fitting(shapes, _tokens(s)).length + SLAB_OVERHEAD_TOKENS for s in way))
 

@@ -69,7 +69,7 @@ def through_the_loop(planned_as: Any, captures: Any) -> dict[str, Any]:
 
     parts, shapes = planned(planned_as)
     job = Job.open(captures)
-    program = job.program(job.weights())
+    program = job.program(job.weights(), shapes)
     budget = ByteBudget(STEPS_IN_MEMORY * job.bytes_on_host(shapes))
     return _told(dataclasses.asdict(run_parts(parts, program, Nowhere(), budget)))
 
@@ -84,7 +84,7 @@ def plan(config: Any) -> dict[str, Any]:
 
     shapes = planned(config)[1]
     job = Job.open(config)
-    program = job.program(job.weights())
+    program = job.program(job.weights(), shapes)
     started = time.perf_counter()
     for shape in shapes:
         program.compiled(shape)

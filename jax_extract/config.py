@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import yaml
 
@@ -109,14 +109,7 @@ class ExtractConfig:
         """Refuses values that no run can have; `extract_to_directory` calls it first."""
         for field in dataclasses.fields(self):
             _check_type(field.name, getattr(self, field.name))
-        for name in ("batch_size", "max_seq_length", "slab_tokens"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= _LARGEST:
-                raise UserError(f"--{name} {value} must be from 1 to {_LARGEST}")
-        if not self.hook_points:
-            raise UserError("--hook_points is empty; name at least one, such as after_block")
-        if self.layers_to_extract is not None and not self.layers_to_extract:
-            raise UserError("--layers_to_extract is empty; name at least one layer, or leave the flag out")
+        check_captures(self)
         if self.host_memory_gb is not None and not 0 < self.host_memory_gb < _LARGEST:
             raise UserError(f"--host_memory_gb {self.host_memory_gb} must be a positive number of gigabytes")
         self._check_places()
@@ -159,6 +152,33 @@ class ExtractConfig:
                 "--overwrite with --worker_id would remove what other workers write; remove the old run first, with "
                 "--overwrite in a command of its own, or choose another --activations_dir"
             )
+
+
+class Captures(Protocol):
+    """What extractions and compilations are both asked for."""
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def max_seq_length(self) -> int | None: ...
+    @property
+    def slab_tokens(self) -> int | None: ...
+    @property
+    def hook_points(self) -> tuple[str, ...]: ...
+    @property
+    def layers_to_extract(self) -> tuple[int, ...] | None: ...
+
+
+def check_captures(config: Captures) -> None:
+    """Refuses sizes that nothing can be computed with, and a request for nothing."""
+    for name in ("batch_size", "max_seq_length", "slab_tokens"):
+        value = getattr(config, name)
+        if value is not None and not 1 <= value <= _LARGEST:
+            raise UserError(f"--{name} {value} must be from 1 to {_LARGEST}")
+    if not config.hook_points:
+        raise UserError("--hook_points is empty; name at least one, such as after_block")
+    if config.layers_to_extract is not None and not config.layers_to_extract:
+        raise UserError("--layers_to_extract is empty; name at least one layer, or leave the flag out")
 
 
 def _check_group(name: str, index: int | None, total: str, count: int | None) -> None:

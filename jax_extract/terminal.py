@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 _LABEL = 9
 _LOG_SECONDS = 30.0  # from one line of progress to the next, in a log
+_PRECISE = 10  # of a unit of time; below it, one digit more is told
+_SHORTEST = 0.1  # seconds
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
@@ -119,3 +121,13 @@ def share_text(share: float | None) -> str:
 
 def milliseconds_text(seconds: float) -> str:
     return f"{seconds * 1e3:.4g} ms"
+
+
+def duration_text(seconds: float) -> str:
+    """`45 s`, `12 min`, `5.2 h` or `3.1 days`."""
+    if seconds < _SHORTEST:
+        return f"less than {_SHORTEST} s"
+    for size, unit, least in ((86_400, "days", 2), (3_600, "h", 1), (60, "min", 2)):
+        if seconds >= size * least:
+            return f"{seconds / size:.2g} {unit}" if seconds < _PRECISE * size else f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.1f} s" if seconds < _PRECISE else f"{seconds:.0f} s"

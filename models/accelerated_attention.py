@@ -43,7 +43,7 @@ def attention_backend(
     """What a program for this platform computes attention with.
 
     Args:
-      platform: of the devices, as JAX names it: `cpu`, `tpu`, `gpu` (`cuda`, `rocm`).
+      platform: of the devices: `cpu`, `tpu`, `gpu` or `cuda` for NVIDIA's, `rocm` for AMD's.
       windows: per layer that runs, how many positions a query sees, itself included; 0 where it sees all.
       samples_a_row: most samples that lie in one row.
     """

@@ -61,9 +61,14 @@ def causal_attention(query: Array, key: Array, value: Array, *, reach: Array, nu
         offsets = jnp.arange(size, dtype=jnp.int32)[:, None] - jnp.arange(seen * size, dtype=jnp.int32)[None, :]
         back = (start - first + offsets)[None]
         visible = (back >= 0) & (back <= jax.lax.dynamic_slice_in_dim(reach, start, size, axis=1)[:, :, None])
-        visible = visible[:, None, None]
-        logits = jnp.where(visible, numerics.einsum("bgrth,bgsh->bgrts", rows, keys), jnp.float32(-jnp.inf))
-        return numerics.einsum("bgrts,bgsh->bgrth", jax.nn.softmax(logits, axis=-1), values)
+        # Kept whole, mask and weights are passes over less memory than XLA's own fusion makes of them.
+        mask = jax.lax.optimization_barrier(jnp.where(visible, jnp.float32(0), jnp.float32(-jnp.inf)))
+        logits = numerics.einsum("bgrth,bgsh->bgrts", rows, keys) + mask[:, None, None]
+        weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)).astype(numerics.dtype)
+        weights = jax.lax.optimization_barrier(weights)
+        # The sum of what is multiplied, so that rounded weights still add up to one.
+        total = jnp.sum(weights.astype(jnp.float32), axis=-1, keepdims=True)
+        return numerics.einsum("bgrts,bgsh->bgrth", weights, values) / total
 
     sizes = _branch_sizes(blocks)
     branches: list[Callable[[Array], Array]] = [partial(mix, seen) for seen in sizes]

@@ -51,7 +51,16 @@ class ModelConfig(Protocol):
     @property
     def num_hidden_layers(self) -> int: ...
     @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
     def head_dim(self) -> int: ...
+    @property
+    def query_rows(self) -> int:
+        """Outputs of the query projection: values that all query heads of a token have together."""
+        ...
+
     @property
     def windows(self) -> tuple[int, ...]:
         """Per layer, how many positions a query sees, itself included, 0 for all; empty where no layer has one."""

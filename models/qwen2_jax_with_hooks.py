@@ -278,7 +278,7 @@ def block(
     x, taps = taps.visit("residual_before", layer, x)
     with jax.named_scope("attention"):
         normed = rms_norm(x, p["attention_norm"], config.rms_norm_eps)
-        update = _attention(config, p, normed, window, places, numerics)
+        update = _attention(config, p, normed, window, config.windows[: taps.num_blocks], places, numerics)
     update, taps = taps.visit("attention_out", layer, update)
     x, taps = taps.visit("after_attention", layer, x + update)
     with jax.named_scope("ffn"):
@@ -296,9 +296,11 @@ def _attention(
     p: Parameters,
     x: Array,
     window: Array,
+    windows: tuple[int, ...],
     places: Places,
     numerics: Numerics,
 ) -> Array:
+    """x [b, t, d] -> what attention adds to the stream; `window` is this layer's, `windows` of all that run."""
     b, t, _ = x.shape
     q_rows, k_rows = config.query_rows, config.key_rows
     qkv = numerics.linear(x, p["qkv"], p.get("qkv_bias"))
@@ -312,17 +314,17 @@ def _attention(
     query, key = rotate(query, places.rotary), rotate(key, places.rotary)
     if numerics.attention == "blockwise":
         reach = places.positions
-        if any(config.windows):
+        if any(windows):
             reach = jnp.where(window == 0, reach, jnp.minimum(reach, window - 1))
         mixed = causal_attention(query, key, value, reach=reach, numerics=numerics)
     else:
-        mixed = kernel_attention(query, key, value, places.positions, window=_one_window(config), numerics=numerics)
+        mixed = kernel_attention(query, key, value, places.positions, window=_common(windows), numerics=numerics)
     return numerics.linear(mixed, p["attention_output"], p.get("attention_output_bias"))
 
 
-def _one_window(config: Qwen2Config) -> int | None:
-    """The sliding window that all layers share, as kernels need it: known when they are compiled."""
-    (window,) = set(config.windows) or {0}
+def _common(windows: tuple[int, ...]) -> int | None:
+    """The sliding window that all these layers share, as kernels need it: known when they are compiled."""
+    (window,) = set(windows) or {0}
     return window or None
 
 

@@ -19,7 +19,7 @@ from jax_extract.config import ExtractConfig
 from jax_extract.devices.processes import Processes
 from jax_extract.estimation import command as estimate
 from jax_extract.estimation import probe
-from jax_extract.estimation.command import Estimate, Output, Work, duration_text, estimate_command, output_of, tell
+from jax_extract.estimation.command import Estimate, Output, Work, estimate_command, output_of, tell
 from jax_extract.estimation.probe import ComputeProbe, WriteProbe, probe_writing
 from jax_extract.extraction.loop import LoopStatistics
 from jax_extract.inputs.plan import Part, plan_windows
@@ -29,7 +29,7 @@ from jax_extract.store.budget import ByteBudget
 from jax_extract.store.parts import ShardName, Site
 from jax_extract.store.storage.local import Directory
 from jax_extract.store.storage.opening import open_storage
-from jax_extract.terminal import Terminal, bytes_text
+from jax_extract.terminal import Terminal, bytes_text, duration_text
 from models.positions import Positions
 
 LENGTHS = [33, 60, 40, 61, 35, 50, 47, 62, 63, 34, 48, 64, 200, 100, 90, 120] * 3

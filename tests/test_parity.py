@@ -46,7 +46,7 @@ from models.attention import causal_attention
 from models.hooks import HOOK_POINTS
 from models.layers import Numerics
 
-# One token; fewer than a key of the shortest window; more than a query block of 128; several blocks.
+# One token; fewer than a key of the shortest window; more than a block of queries; several blocks.
 LENGTHS = (1, 3, 40, 150, 300)
 SHORT_FAMILIES = tuple(family for family in FAMILIES if family != "long")
 LAYOUT_FAMILIES = ("qwen2_window", "qwen3", "llama_llama3_rope", "llama_linear_rope", "mistral")

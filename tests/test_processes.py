@@ -269,10 +269,9 @@ def test_a_thief_whose_loot_is_to_be_written_again_goes_on() -> None:
             return LoopStatistics(parts=parts), again
 
     config: Any = SimpleNamespace(worker_id=1, num_workers=2)
-    job: Any = SimpleNamespace(program=lambda *_: None)
     nothing: Any = None
-    session = Rounds(config, Processes(), job, Terminal(silent=True), nothing, None, nothing)
-    session.compute(nothing, nothing, {}, None)
+    session = Rounds(config, Processes(), nothing, Terminal(silent=True), nothing, None, nothing)
+    session.compute(nothing, {}, None, lambda: nothing)
     assert next(asked, None) is None
 
 

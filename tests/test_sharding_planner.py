@@ -64,7 +64,7 @@ def test_parameters_and_products_are_counted_as_by_hand() -> None:
 def test_traffic_and_seconds_are_counted_as_by_hand() -> None:
     asked = request(Qwen2Config.qwen2_5_0_5b())
     counts = asked.counts
-    matrices = 2 * (24 * counts.block_values + counts.embedding_values)
+    matrices = 2 * (24 * counts.block_values + counts.other_values)
     for layout, arriving, links in (
         (Layout.REPLICATED, 0, 1),
         (Layout.GATHERED, 7 / 8, 1),

@@ -34,11 +34,11 @@ from jax_extract.devices.planner import (
 )
 from jax_extract.devices.sharding import Layout
 from jax_extract.errors import UserError
-from jax_extract.estimation.command import duration_text
 from jax_extract.extraction.prepare import OpenModel, capture_plan, sequence_limit
 from jax_extract.extraction.program import captured_bytes
+from jax_extract.extraction.summary import captures_text
 from jax_extract.inputs.slabs import SlabShape
-from jax_extract.terminal import Terminal, bytes_text, milliseconds_text, plural, ranges_text, share_text
+from jax_extract.terminal import Terminal, bytes_text, duration_text, milliseconds_text, plural, share_text
 
 _TRIES = 4  # programs that the search for the largest batch compiles, besides the first
 _MOST_ROWS = 4_096
@@ -130,15 +130,23 @@ def compile_for(config: CompileConfig, told: Callable[[Slice, Subject, SlabShape
     found = open_slice(config.topology)
     subject = Subject(port, model, plan, _mesh(config, found), config.dtype)
     told(found, subject, shape)
-    axes = subject.mesh.shape
-    captures = captured_bytes(plan, model, shape, platform_of(subject.mesh))
-    request = Request(subject.counts, found.chip, axes["data"], axes["model"], shape.rows, shape.length, captures)
+    request = _request(subject, found, shape)
     decision = choose_layout(request, config.share_of_peak)
-    layout = decision.layout if config.layout == "auto" else Layout(config.layout)
-    cost = layout_cost(layout, request, config.share_of_peak)
-    compiled = compile_program(subject, layout, shape)
+    cost = layout_cost(_layout(config, decision), request, config.share_of_peak)
+    compiled = compile_program(subject, _layout(config, decision), shape)
     report = Report(config, found, subject, decision, cost, shape, compiled, None)
-    return dataclasses.replace(report, largest=_largest(report, layout)) if config.search else report
+    return dataclasses.replace(report, largest=_largest(report)) if config.search else report
+
+
+def _request(subject: Subject, found: Slice, shape: SlabShape) -> Request:
+    """What the planner is asked, as an extraction asks it."""
+    places = subject.mesh.shape
+    captures = captured_bytes(subject.plan, subject.config, shape, platform_of(subject.mesh))
+    return Request(subject.counts, found.chip, places["data"], places["model"], shape.rows, shape.length, captures)
+
+
+def _layout(config: CompileConfig, decision: Decision) -> Layout:
+    return decision.layout if config.layout == "auto" else Layout(config.layout)
 
 
 def _mesh(config: CompileConfig, found: Slice) -> Mesh:
@@ -160,13 +168,16 @@ def _slab_shape(config: CompileConfig, model: Any) -> SlabShape:
     return SlabShape(length, max(1, min(config.batch_size, most)), 1)
 
 
-def _largest(report: Report, layout: Layout) -> Compiled | None:
+def _largest(report: Report) -> Compiled | None:
     """The most rows that were compiled and fit: memory grows evenly with rows, so two programs foretell the third."""
-    known: dict[int, Compiled | None] = {report.shape.rows: report.compiled}
+    config, known = report.config, {report.shape.rows: report.compiled}
     for _ in range(_TRIES):
         if (rows := _foretold(known, report)) in known:
             break
-        known[rows] = compile_program(report.subject, layout, report.shape._replace(rows=rows))
+        shape = report.shape._replace(rows=rows)
+        # An extraction with so many rows would choose anew, and so must this.
+        decision = choose_layout(_request(report.subject, report.slice, shape), config.share_of_peak)
+        known[rows] = compile_program(report.subject, _layout(config, decision), shape)
     fitting = [found for found in known.values() if found and found.memory(STEPS_HELD) <= report.room]
     return max(fitting, key=lambda found: found.shape.rows, default=None)
 
@@ -198,10 +209,7 @@ def _tell_request(config: CompileConfig, found: Slice, subject: Subject, shape: 
         f"{config.model_path} ({model.model_type}, {model.num_hidden_layers} layers, of which {subject.blocks} run, "
         f"d_model {model.hidden_size}) in {subject.dtype}, attention {subject.numerics.attention}",
     )
-    captures = "; ".join(
-        f"{hook} at layers {ranges_text(n)} ({len(n)})" if n else hook for hook, n in subject.plan.layers
-    )
-    terminal.line("capture", f"{captures}; positions {subject.plan.positions}, {subject.plan.dtype}")
+    terminal.line("capture", captures_text(subject.plan))
     terminal.line(
         "slice",
         f"{found.name}: {len(found.devices)} chips on {plural(found.hosts, 'host')}, "

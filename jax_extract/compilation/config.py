@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from jax_extract.config import check_captures
 from jax_extract.errors import UserError
 from models.hooks import DEFAULT_HOOK_POINT
 
@@ -31,7 +32,7 @@ class CompileConfig:
       mesh_shape: DATA,MODEL over all chips; by default all on DATA.
       max_seq_length: longest sample in tokens; by default the smaller of 8192 and what the model allows.
       slab_tokens: most tokens one chip computes at once.
-      layout: how parameters lie: auto lets the planner choose.
+      layout: how parameters lie: auto as an extraction chooses; others are for comparison.
       search: look for the largest batch that fits, by compiling a few more programs.
       tokens: of the whole run, for its hours and cost.
       price_per_chip_hour: in any currency.
@@ -61,7 +62,8 @@ class CompileConfig:
     explain: bool = False
 
     def check(self) -> None:
-        for name in ("batch_size", "max_seq_length", "slab_tokens", "tokens", "price_per_chip_hour"):
+        check_captures(self)
+        for name in ("tokens", "price_per_chip_hour"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"--{name} {value} must be a positive number")

@@ -6,9 +6,10 @@ compiler has spread over several fusions, to overlap it with computing, has one 
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 _KINDS = (
@@ -59,10 +60,10 @@ def collectives(text: str) -> list[Collective]:
     """Every collective of a program.
 
     Raises:
-      ValueError: a loop does not say how often it runs.
+      ValueError: a loop around a collective does not say how often it runs.
     """
     computations = dict(_computations(text))
-    times = _times(computations)
+    times = _times_of(computations)
     found: dict[str, Collective] = {}
     for name, lines in computations.items():
         for line in lines:
@@ -73,7 +74,7 @@ def collectives(text: str) -> list[Collective]:
             groups = _GROUPS.search(line)
             group = (len(groups[1].split(",")) if groups[1] else int(groups[2])) if groups else 1
             key = channel[1] if channel else f"{name} {line}"
-            found[key] = Collective(match[2], shape, size, group, times[name])
+            found[key] = Collective(match[2], shape, size, group, times(name))
     return list(found.values())
 
 
@@ -91,29 +92,29 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
             lines.append(line)
 
 
-def _times(computations: Mapping[str, list[str]]) -> dict[str, int]:
-    """How often each computation runs in a step."""
-    callers: dict[str, list[tuple[str, int]]] = {name: [] for name in computations}
+def _times_of(computations: Mapping[str, list[str]]) -> Callable[[str], int]:
+    """How often a computation runs in a step."""
+    callers: dict[str, list[tuple[str, str]]] = {name: [] for name in computations}
     for name, lines in computations.items():
         for line in lines:
-            trips = _trip_count(line, computations) if " while(" in line else 1
             for called in _CALLED.findall(line):
                 for callee in re.findall(r"[\w.-]+", called):
                     if callee in callers:
-                        callers[callee].append((name, trips))
+                        callers[callee].append((name, line))
 
-    counted: dict[str, int] = {}
+    @functools.cache
+    def times(name: str) -> int:
+        if name == "ENTRY":
+            return 1
+        return sum(times(caller) * _trip_count(line, computations) for caller, line in callers[name])
 
-    def count(name: str) -> int:
-        if name not in counted:
-            counted[name] = 1 if name == "ENTRY" else sum(count(caller) * trips for caller, trips in callers[name])
-        return counted[name]
-
-    return {name: count(name) for name in computations}
+    return times
 
 
 def _trip_count(line: str, computations: Mapping[str, list[str]]) -> int:
-    """Of a loop from 0 up to a constant, as `lax.scan` makes it."""
+    """How often an instruction runs what it calls; a loop from 0 up to a constant, as `lax.scan` makes it."""
+    if " while(" not in line:
+        return 1
     if match := _TRIPS.search(line):
         return int(match[1])
     condition = re.search(r"condition=%?([\w.-]+)", line)

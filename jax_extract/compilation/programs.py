@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from jax_extract.compilation.hlo import Collective, collectives
 from jax_extract.devices.planner import ModelCounts
-from jax_extract.devices.sharding import Layout, named, parameter_specs
+from jax_extract.devices.sharding import Layout
 from jax_extract.extraction.prepare import compute_numerics, with_attention
 from jax_extract.extraction.program import capture_function, slab_inputs
 from jax_extract.inputs.slabs import SlabShape
+from jax_extract.weights.load import laid_out, parameter_shapes
 from models.hooks import CapturePlan
 from models.layers import Numerics
 from models.ports import Port
@@ -43,9 +43,7 @@ class Subject:
     @property
     def structure(self) -> dict[str, Any]:
         """The parameters as shapes."""
-        return nnx.to_pure_dict(
-            nnx.state(nnx.eval_shape(lambda: self.port.structure(self.config, self.blocks, self.dtype)))
-        )
+        return parameter_shapes(self.port, self.config, self.blocks, self.dtype)
 
     @property
     def counts(self) -> ModelCounts:
@@ -86,12 +84,8 @@ class Compiled:
 
 def compile_program(subject: Subject, layout: Layout, shape: SlabShape) -> Compiled | None:
     """None where the compiler finds that it does not fit the chip's memory."""
-    specs = parameter_specs(subject.structure, subject.mesh, layout)
-    params = jax.tree.map(
-        lambda value, spec: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=named(subject.mesh, spec)),
-        subject.structure,
-        specs,
-    )
+    params = laid_out(subject.structure, subject.mesh, layout)
+    specs = jax.tree.map(lambda parameter: parameter.sharding.spec, params)
     function = capture_function(subject.port, subject.config, subject.plan, subject.mesh, subject.numerics, specs)
     lowered = function.lower(params, *slab_inputs(subject.mesh, shape))
     try:
@@ -101,7 +95,8 @@ def compile_program(subject: Subject, layout: Layout, shape: SlabShape) -> Compi
             return None
         raise
     memory = compiled.memory_analysis()
-    moved = tuple(collectives(compiled.as_text()))
+    text = compiled.as_text()
+    moved = tuple(collectives(text))
     shards = _shard_indices(lowered.out_info, compiled.output_shardings)
     return Compiled(
         shape=shape,
@@ -113,7 +108,7 @@ def compile_program(subject: Subject, layout: Layout, shape: SlabShape) -> Compi
         foreign=foreign_collectives(moved, subject.structure),
         output_shards=len(shards),
         unique_shards=len(set(shards)),
-        work=_work(compiled, subject, shape),
+        work=_work(compiled, text, subject, shape),
     )
 
 
@@ -140,11 +135,11 @@ def _plain(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(n for n in shape if n != 1)
 
 
-def _work(compiled: Any, subject: Subject, shape: SlabShape) -> float | None:
+def _work(compiled: Any, text: str, subject: Subject, shape: SlabShape) -> float | None:
     """The compiler counts a loop's body once; attention in a kernel is not in its figure at all."""
     if subject.numerics.attention == "blockwise" or not subject.blocks:
         return None
     costs = compiled.cost_analysis()
     counted = (costs[0] if isinstance(costs, list) else costs).get("flops", 0.0)
-    times = subject.blocks if re.search(r" while\(", compiled.as_text()) else 1
+    times = subject.blocks if re.search(r" while\(", text) else 1
     return counted * times / subject.counts.product_flops(shape.tokens)

@@ -58,11 +58,11 @@ def chosen_folder() -> Path | None:
     chosen = os.environ.get(ENVIRONMENT, "")
     if chosen.lower() in ("off", "0", "false", "none"):
         return None
-    if chosen:
-        return Path(chosen).expanduser().absolute()
     with contextlib.suppress(RuntimeError):  # no home directory
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return Path(home) / "jax_extract" / "compiled"
+        if chosen:
+            return Path(chosen).expanduser().absolute()
+        home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        return (home if home.is_absolute() else Path.home() / ".cache") / "jax_extract" / "compiled"
     return None
 
 

@@ -29,8 +29,11 @@ def parse_mesh_shape(text: str) -> tuple[int, int]:
 
 
 def platform_of(mesh: Mesh) -> str:
-    """Of its devices, as JAX names it: `cpu`, `gpu` or `tpu`."""
-    return mesh.devices.flat[0].platform
+    """Of its devices: `cpu`, `tpu`, `gpu`, or `rocm` for AMD's, which JAX calls `gpu` too."""
+    device = mesh.devices.flat[0]
+    if device.platform == "gpu" and "rocm" in device.client.platform_version.lower():
+        return "rocm"
+    return device.platform
 
 
 def make_mesh(shape: tuple[int, int] | None, devices: Sequence[Any] | None = None) -> Mesh:

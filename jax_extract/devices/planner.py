@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from jax_extract.devices.chips import Chip
 from jax_extract.devices.mesh import DATA, MODEL
-from jax_extract.devices.sharding import STACKED, Layout, dotted
+from jax_extract.devices.sharding import STACKED, Layout, cut_over, dotted
+from models.ports import ModelConfig
 
 SHARE_OF_PEAK = 0.5  # what real products reach of the published peak; stated with every figure that follows from it
 MEMORY_MARGIN = 0.08  # of a chip's memory, kept free for the runtime and for what no count foresees
@@ -32,9 +33,9 @@ class ModelCounts:
 
     Attributes:
       blocks: that run.
-      block_values: in the matrices of one block.
-      embedding_values: in the matrices that every step needs once.
-      other_values: in vectors, which every device keeps.
+      block_matrices: (outputs, inputs) of each matrix of one block.
+      other_matrices: of those that every step needs once, such as the embedding.
+      vector_values: in vectors, which every device keeps.
       widest: values a token has in the widest product of a block.
       d_model, d_ff, query_width: values a token has.
       heads, key_heads: of attention.
@@ -42,9 +43,9 @@ class ModelCounts:
     """
 
     blocks: int
-    block_values: int
-    embedding_values: int
-    other_values: int
+    block_matrices: tuple[tuple[int, int], ...]
+    other_matrices: tuple[tuple[int, int], ...]
+    vector_values: int
     widest: int
     d_model: int
     d_ff: int
@@ -54,27 +55,25 @@ class ModelCounts:
     value_bytes: int
 
     @classmethod
-    def of(cls, structure: Mapping[str, Any], config: Any, blocks: int) -> ModelCounts:
+    def of(cls, structure: Mapping[str, Any], config: ModelConfig, blocks: int) -> ModelCounts:
         """From the parameters as shapes, stacked where they belong to blocks."""
-        in_block, outside, vectors, widest = 0, 0, 0, 0
-        value_bytes = 0
+        in_block: list[tuple[int, int]] = []
+        outside: list[tuple[int, int]] = []
+        vectors, value_bytes = 0, 0
         for path, value in jax.tree_util.tree_leaves_with_path(structure):
             stacked = dotted(path).startswith(STACKED + ".")
             value_bytes = max(value_bytes, value.dtype.itemsize)
             shape = value.shape[1:] if stacked else value.shape
             if len(shape) == 1:
                 vectors += math.prod(value.shape)
-            elif stacked:
-                in_block += math.prod(shape)
-                widest = max(widest, shape[0])
             else:
-                outside += math.prod(shape)
+                (in_block if stacked else outside).append(shape)
         return cls(
             blocks=blocks,
-            block_values=in_block,
-            embedding_values=outside,
-            other_values=vectors,
-            widest=widest,
+            block_matrices=tuple(in_block),
+            other_matrices=tuple(outside),
+            vector_values=vectors,
+            widest=max((outputs for outputs, _ in in_block), default=0),
             d_model=config.hidden_size,
             d_ff=config.intermediate_size,
             query_width=config.query_rows,
@@ -84,8 +83,17 @@ class ModelCounts:
         )
 
     @property
+    def block_values(self) -> int:
+        """In the matrices of one block."""
+        return sum(outputs * inputs for outputs, inputs in self.block_matrices)
+
+    @property
+    def other_values(self) -> int:
+        return sum(outputs * inputs for outputs, inputs in self.other_matrices)
+
+    @property
     def parameter_bytes(self) -> int:
-        return (self.blocks * self.block_values + self.embedding_values + self.other_values) * self.value_bytes
+        return (self.blocks * self.block_values + self.other_values + self.vector_values) * self.value_bytes
 
     def product_flops(self, tokens: int) -> float:
         """Of the matrices: 2 m k n for [m, k] times [k, n], over all blocks."""
@@ -120,6 +128,11 @@ class Request:
     @property
     def tokens(self) -> int:
         return self.rows * self.length
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Of each mesh axis."""
+        return {DATA: self.data, MODEL: self.model}
 
 
 @dataclass(frozen=True)
@@ -192,7 +205,7 @@ def choose_layout(request: Request, share_of_peak: float = SHARE_OF_PEAK) -> Dec
     if fitting:
         shortest = min(cost.seconds for cost in fitting)
         best = min((cost for cost in fitting if cost.seconds <= _AS_GOOD * shortest), key=lambda cost: cost.moved)
-        reason = _why(best, costs)
+        reason = _why(best)
     else:
         best = min(costs, key=lambda cost: cost.memory)
         reason = "none fits by the count; this one needs the least memory"
@@ -202,16 +215,14 @@ def choose_layout(request: Request, share_of_peak: float = SHARE_OF_PEAK) -> Dec
 def layout_cost(layout: Layout, request: Request, share_of_peak: float = SHARE_OF_PEAK) -> LayoutCost:
     """Counts one layout of stored parameters; the batch lies on all devices in each."""
     counts, chip = request.counts, request.chip
-    pieces = {Layout.REPLICATED: 1, Layout.GATHERED: request.model, Layout.GATHERED_BOTH: request.model * request.data}
-    share = 1 / pieces[layout]
-    block, embedding = (n * counts.value_bytes for n in (counts.block_values, counts.embedding_values))
-    stored = (counts.blocks * block + embedding) * share + counts.other_values * counts.value_bytes
+    block, others = (_Bytes.of(m, layout, request) for m in (counts.block_matrices, counts.other_matrices))
+    stored = counts.blocks * block.kept + others.kept + counts.vector_values * counts.value_bytes
     # A device at the end of a row of chips hears through one link an axis; slices of v5e below 16 x 16 have no rings.
-    links = sum(size > 1 for size, used in _axes(layout, request) if used)
-    arriving = (counts.blocks * block * (1 - share), embedding * (1 - share))
+    links = sum(request.places[axis] > 1 for axis in layout.axes)
+    arriving = (counts.blocks * (block.gathered - block.pieces), others.gathered - others.pieces)
     speed = max(1, links) * chip.link_bytes_per_second
-    whole = 0 if layout is Layout.REPLICATED or share == 1 else 1
-    memory = stored + STEPS_HELD * request.capture_bytes + _working_bytes(request, 2 * block * whole, embedding * whole)
+    working = _working_bytes(request, 2 * block.gathered, others.gathered)
+    memory = stored + STEPS_HELD * request.capture_bytes + working
     return LayoutCost(
         name=layout.value,
         stored=stored,
@@ -219,12 +230,35 @@ def layout_cost(layout: Layout, request: Request, share_of_peak: float = SHARE_O
         moved=sum(arriving),
         compute_seconds=counts.flops(request.rows, request.length) / (share_of_peak * chip.peak_flops),
         # What was gathered is written and read once more.
-        memory_seconds=(counts.blocks * block * (1 + 2 * whole) + _activation_traffic(request))
+        memory_seconds=(
+            counts.blocks * (counts.block_values * counts.value_bytes + 2 * block.gathered)
+            + _activation_traffic(request)
+        )
         / chip.memory_bytes_per_second,
         moving_seconds=arriving[0] / speed,
         waiting_seconds=arriving[1] / speed,
         fits=memory <= (1 - MEMORY_MARGIN) * chip.memory_bytes,
     )
+
+
+class _Bytes(NamedTuple):
+    """Of some matrices on one device: what is kept, what of that are pieces, and what these are when gathered."""
+
+    kept: float
+    pieces: float
+    gathered: float
+
+    @classmethod
+    def of(cls, matrices: Sequence[tuple[int, int]], layout: Layout, request: Request) -> _Bytes:
+        kept = pieces = gathered = 0.0
+        for outputs, inputs in matrices:
+            size = outputs * inputs * request.counts.value_bytes
+            axes = cut_over(outputs, layout, request.places)
+            part = size / math.prod(request.places[axis] for axis in axes)
+            kept += part
+            pieces += part * bool(axes)
+            gathered += size * bool(axes)
+        return cls(kept, pieces, gathered)
 
 
 def tensor_cost(request: Request, share_of_peak: float = SHARE_OF_PEAK) -> LayoutCost:
@@ -234,8 +268,8 @@ def tensor_cost(request: Request, share_of_peak: float = SHARE_OF_PEAK) -> Layou
     all-reduce makes every device hear it 2 (m - 1) / m times.
     """
     counts, chip, m = request.counts, request.chip, request.model
-    stored = (counts.blocks * counts.block_values + counts.embedding_values) * counts.value_bytes / m
-    stored += counts.other_values * counts.value_bytes
+    stored = (counts.blocks * counts.block_values + counts.other_values) * counts.value_bytes / m
+    stored += counts.vector_values * counts.value_bytes
     moved = counts.blocks * 2 * 2 * (m - 1) / m * m * request.tokens * counts.d_model * _FLOAT32
     memory = stored + STEPS_HELD * request.capture_bytes + _working_bytes(request, 0, 0)
     return LayoutCost(
@@ -268,17 +302,12 @@ def _offered(request: Request) -> Sequence[Layout]:
     return layouts
 
 
-def _axes(layout: Layout, request: Request) -> tuple[tuple[int, bool], ...]:
-    """(places, whether the layout cuts over it) of each mesh axis."""
-    return (request.data, DATA in layout.axes), (request.model, MODEL in layout.axes)
-
-
-def _working_bytes(request: Request, gathered_blocks: float, embedding: float) -> float:
-    """Temporaries: the embedding while it is looked up, or two blocks' parameters and a block's widest activations."""
+def _working_bytes(request: Request, gathered_blocks: float, gathered_others: float) -> float:
+    """Temporaries: the embedding while it is looked up, or two gathered blocks and a block's widest activations."""
     counts, tokens = request.counts, request.tokens
     stream = tokens * counts.d_model * _FLOAT32
     widest = tokens * (counts.widest * _FLOAT32 + counts.d_ff * counts.value_bytes)
-    return stream + max(embedding, gathered_blocks + widest + stream)
+    return stream + max(gathered_others, gathered_blocks + widest + stream)
 
 
 def _activation_traffic(request: Request) -> float:
@@ -288,14 +317,11 @@ def _activation_traffic(request: Request) -> float:
     return request.counts.blocks * request.tokens * values * _FLOAT32 + 2 * request.capture_bytes
 
 
-def _why(best: LayoutCost, costs: Sequence[LayoutCost]) -> str:
-    if best.name == Layout.REPLICATED.value:
+def _why(best: LayoutCost) -> str:
+    if best.name == Layout.REPLICATED.value:  # which always wins where it fits
         return "the parameters fit whole, and nothing has to move"
-    smaller = [cost for cost in costs if not cost.fits]
-    if any(cost.name == Layout.REPLICATED.value for cost in smaller):
-        hidden = "hides behind computing" if best.moving_seconds <= best.compute_seconds else "does not hide entirely"
-        return f"the parameters do not fit whole; what moves for it {hidden}"
-    return "its step is the shortest"
+    hidden = "hides behind computing" if best.moving_seconds <= best.compute_seconds else "does not hide entirely"
+    return f"the parameters do not fit whole; what moves for it {hidden}"
 
 
 def _why_not_tensor(counts: ModelCounts, model: int) -> str:

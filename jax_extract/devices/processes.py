@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -25,7 +24,7 @@ import numpy as np
 from jax._src import distributed
 
 from jax_extract import interruption
-from jax_extract.devices import peers
+from jax_extract.devices import libtpu, peers
 from jax_extract.errors import UserError
 
 START_SECONDS = 1_800  # a cold restart of a pod brings its hosts up minutes apart
@@ -238,5 +237,4 @@ def _lines(path: Path) -> list[str]:
 def _is_tpu_vm() -> bool:
     """Whether this machine has TPU chips that JAX is going to use."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
-    has_chips = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
-    return (not platforms or "tpu" in platforms) and has_chips and importlib.util.find_spec("libtpu") is not None
+    return (not platforms or "tpu" in platforms) and libtpu.has_chips() and libtpu.is_installed()

@@ -8,6 +8,8 @@ whole, or cut on their output axis and gathered when their layer runs; vectors a
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
@@ -36,31 +38,29 @@ class Layout(Enum):
         return {Layout.REPLICATED: (), Layout.GATHERED: (MODEL,), Layout.GATHERED_BOTH: (DATA, MODEL)}[self]
 
 
-def parameter_spec(path: str, shape: tuple[int, ...], pieces: int, axes: tuple[str, ...] = (MODEL,)) -> P:
-    """Storage of one parameter, by its dotted path and whole shape, cut over mesh axes with so many places."""
-    output_axis = 1 if path.startswith(STACKED + ".") else 0
-    is_matrix = len(shape) == output_axis + 2
-    if pieces == 1 or not is_matrix or shape[output_axis] % pieces:
-        return P()
-    return P(*(None,) * output_axis, axes[0] if len(axes) == 1 else axes)
-
-
 def parameter_specs(structure: dict[str, Any], mesh: Mesh, layout: Layout = Layout.GATHERED) -> dict[str, Any]:
-    """The specs of a nested dictionary of shaped values, nested alike.
-
-    A matrix that both axes together do not divide is cut over `model` alone, and one that neither divides is whole.
-    """
+    """The specs of a nested dictionary of shaped values, nested alike."""
 
     def spec(path: tuple[Any, ...], value: Any) -> P:
-        for axes in (layout.axes, layout.axes[-1:]):
-            pieces = 1
-            for axis in axes:
-                pieces *= mesh.shape[axis]
-            if (found := parameter_spec(dotted(path), value.shape, pieces, axes)) != P():
-                return found
-        return P()
+        output_axis = 1 if dotted(path).startswith(STACKED + ".") else 0
+        is_matrix = len(value.shape) == output_axis + 2
+        axes = cut_over(value.shape[output_axis], layout, mesh.shape) if is_matrix else ()
+        return P(*(None,) * output_axis, axes if len(axes) > 1 else axes[0]) if axes else P()
 
     return jax.tree_util.tree_map_with_path(spec, structure)
+
+
+def cut_over(outputs: int, layout: Layout, places: Mapping[str, int]) -> tuple[str, ...]:
+    """Mesh axes over which a matrix with so many outputs is cut, of axes with so many places; none: it stays whole.
+
+    A matrix that the layout's axes together do not divide is cut over `model` alone, and one that neither divides
+    is whole.
+    """
+    for axes in (layout.axes, layout.axes[-1:]):
+        pieces = math.prod(places[axis] for axis in axes)
+        if pieces > 1 and outputs % pieces == 0:
+            return axes
+    return ()
 
 
 def named(mesh: Mesh, spec: P) -> NamedSharding:

@@ -31,7 +31,7 @@ from jax_extract.extraction.prepare import Job
 from jax_extract.extraction.session import keep_in
 from jax_extract.extraction.summary import tell_input, tell_plan, tell_request
 from jax_extract.inputs.plan import Part, Window
-from jax_extract.inputs.slabs import PlanSettings, SlabShape
+from jax_extract.inputs.slabs import PlanSettings, Shapes, SlabShape
 from jax_extract.inputs.sources import Source
 from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.store.formats import SUFFIXES, ShardHeader, shard_bytes
@@ -40,12 +40,10 @@ from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.sidecar import BLOCK_BYTES, Sidecar, StoredArray
 from jax_extract.store.storage.verbs import BUCKET_SCHEME
 from jax_extract.store.writer import lanes_for
-from jax_extract.terminal import Terminal, bytes_text, plural, ranges_text, share_text
+from jax_extract.terminal import Terminal, bytes_text, duration_text, plural, ranges_text, share_text
 from models.positions import Positions
 
 MILLION = 1_000_000
-_PRECISE = 10  # below it, one digit more is told
-_SHORTEST = 0.1
 
 # Of files whose content is not known before the run, in bytes; together far less than their shards.
 _RECORD, _RECORD_A_FILE = 420, 140
@@ -189,11 +187,11 @@ def estimate(config: ExtractConfig, terminal: Terminal, processes: Processes | N
     parties = max(processes.count, workers)
     with processes.together():
         settings = job.plan_settings(config, found.run["identity"]["plan_settings"] if found else None)
-        weights = job.weights()
+        job, weights = job.under(settings), job.weights()
         if found:
             run = run_of(config, job, weights, settings)
             found.require_same(run["identity"], run["numerics"], config.allow_numeric_change)
-        work, parts = _plan(_Request(config, processes, source, job, settings, found, committed, terminal))
+        work, parts, shapes = _plan(_Request(config, processes, source, job, settings, found, committed, terminal))
         if work.covers != "million":
             require_room(place, work.output.file_bytes, parties)
         budget = host_budget(config, job, place, set(work.steps))
@@ -204,7 +202,7 @@ def estimate(config: ExtractConfig, terminal: Terminal, processes: Processes | N
             writes = {
                 str(storage): probe_writing(storage, lanes_for(str(storage), len(job.sites))) for storage in places
             }
-        compute = probe_computing(job, weights, parts, budget, processes)
+        compute = probe_computing(job, weights, parts, shapes, budget, processes)
     apart = place.spool is not None or str(place.storage).startswith(BUCKET_SCHEME)
     free = place.written_to.free_bytes()
     return Estimate(config, work, compute, writes, workers, parties if apart else 1, free)
@@ -246,8 +244,8 @@ def _what_is_there(config: ExtractConfig, place: Place, processes: Processes) ->
 # ---------------------------------------------------------------------------------------- what is left
 
 
-def _plan(request: _Request) -> tuple[Work, list[Part]]:
-    """The work, and the parts of it that are planned: all of a finite input, the first window of a stream."""
+def _plan(request: _Request) -> tuple[Work, list[Part], Shapes]:
+    """The work, the parts of it that are planned (all of a finite input, the first window of a stream), slab shapes."""
     job, source, terminal, counts = request.job, request.source, request.terminal, InputCounts()
     stream = job.windows(source.samples(), request.settings, request.config.chat_template, counts)
     windows = list(stream if source.finite else itertools.islice(stream, 1))
@@ -264,11 +262,12 @@ def _plan(request: _Request) -> tuple[Work, list[Part]]:
     covers, factor = _outlook(request, output, whole)
     output = output if whole else output.times(factor)
     if not output.parts:
-        return Work(output, {}, covers, request.committed_samples, request.settings.samples_per_batch), []
+        return Work(output, {}, covers, request.committed_samples, request.settings.samples_per_batch), [], ()
     output = _with_run_files(output, request.found, max(request.processes.count, request.config.num_workers or 1))
     counted = step_counts(parts, job.mesh.size // job.devices_of_host, job.devices_of_host)
     steps = {shape: count * factor for shape, count in counted.items()}
-    return Work(output, steps, covers, request.committed_samples, request.settings.samples_per_batch), parts
+    work = Work(output, steps, covers, request.committed_samples, request.settings.samples_per_batch)
+    return work, parts, windows[0].shapes
 
 
 def _pending(request: _Request, windows: Sequence[Window], counts: InputCounts) -> list[Part]:
@@ -455,13 +454,3 @@ def _advice(found: Estimate) -> list[str]:
     if (rows := output.rows / output.samples) > 1:
         advice.append(f"--positions last keeps {share_text(1 / rows)} of the rows")
     return advice
-
-
-def duration_text(seconds: float) -> str:
-    """`45 s`, `12 min`, `5.2 h` or `3.1 days`."""
-    if seconds < _SHORTEST:
-        return f"less than {_SHORTEST} s"
-    for size, unit, least in ((86_400, "days", 2), (3_600, "h", 1), (60, "min", 2)):
-        if seconds >= size * least:
-            return f"{seconds / size:.2g} {unit}" if seconds < _PRECISE * size else f"{seconds / size:,.0f} {unit}"
-    return f"{seconds:.1f} s" if seconds < _PRECISE else f"{seconds:.0f} s"

@@ -24,7 +24,7 @@ from jax_extract.extraction.prepare import Job
 from jax_extract.extraction.program import CaptureProgram
 from jax_extract.extraction.schedule import steps
 from jax_extract.inputs.plan import Part
-from jax_extract.inputs.slabs import SlabShape
+from jax_extract.inputs.slabs import Shapes, SlabShape
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.lanes import Call
 from jax_extract.store.parts import PartContent
@@ -91,11 +91,11 @@ def step_counts(parts: Iterable[Part], hosts: int, devices_of_host: int) -> Coun
 
 
 def probe_computing(
-    job: Job, weights: Weights, parts: Sequence[Part], budget: ByteBudget, processes: Processes
+    job: Job, weights: Weights, parts: Sequence[Part], planned: Shapes, budget: ByteBudget, processes: Processes
 ) -> ComputeProbe:
     """Loads the weights, compiles the one or two shapes that carry most tokens, and times steps of real samples."""
     started = time.perf_counter()
-    program = job.program(weights)
+    program = job.program(weights, planned)
     load_seconds = time.perf_counter() - started
     counts = step_counts(parts, program.hosts, program.devices_of_host)
     shapes = sorted(counts, key=lambda shape: (counts[shape] * shape.tokens, shape), reverse=True)

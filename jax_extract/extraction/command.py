@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.processes import Processes, start_processes
@@ -25,7 +25,7 @@ from jax_extract.extraction.prepare import Job, numerics_fingerprint
 from jax_extract.extraction.session import Session, Windows, keep_in
 from jax_extract.extraction.summary import tell_input, tell_layout, tell_plan, tell_request, tell_result
 from jax_extract.inputs.plan import Part, Window
-from jax_extract.inputs.slabs import PlanSettings, SlabShape
+from jax_extract.inputs.slabs import PlanSettings, Shapes, SlabShape
 from jax_extract.inputs.sources import Source, open_source
 from jax_extract.inputs.tokenize import InputCounts, tokenizer_digest
 from jax_extract.store.budget import ByteBudget, default_limit
@@ -93,6 +93,21 @@ def open_request(config: ExtractConfig, processes: Processes) -> tuple[Place, So
     return place, source, job
 
 
+class _Plan(NamedTuple):
+    """Attributes:
+    digest: of what was planned.
+    tokens: that are still to be computed; None where nobody knows.
+    shapes: that a slab may have.
+    pending: that slabs which are still to be computed have, as far as they are planned.
+    """
+
+    windows: Windows
+    digest: str
+    tokens: int | None
+    shapes: Shapes
+    pending: set[SlabShape]
+
+
 @dataclass(frozen=True)
 class _Extraction:
     """A command on its way from what is asked for and found to a session.
@@ -110,10 +125,14 @@ class _Extraction:
     opening: Terminal
 
     def run(self) -> dict[str, Any]:
+        found = None if self.config.overwrite else self.place.find(self.processes)
+        with self.processes.together():
+            settings = self.job.plan_settings(self.config, found.run["identity"]["plan_settings"] if found else None)
+        return dataclasses.replace(self, job=self.job.under(settings))._run(found, settings)
+
+    def _run(self, found: Ledger | None, settings: PlanSettings) -> dict[str, Any]:
         config, processes, terminal = self.config, self.processes, self.terminal
-        found = None if config.overwrite else self.place.find(processes)
         with processes.together():
-            settings = self.job.plan_settings(config, found.run["identity"]["plan_settings"] if found else None)
             run = run_of(config, self.job, self.weights, settings)
             if found:
                 found.require_same(run["identity"], run["numerics"], config.allow_numeric_change)
@@ -122,9 +141,9 @@ class _Extraction:
         committed = self.place.committed(processes, found)
         windows = self._windows(settings)
         with processes.together():
-            windows, digest, tokens, shapes = self._check_plan(windows, found, committed)
-            budget = host_budget(config, self.job, self.place, shapes)
-        processes.require_equal("plan", digest, "give every process the same inputs, model and options")
+            plan = self._check_plan(windows, found, committed)
+            budget = host_budget(config, self.job, self.place, plan.pending)
+        processes.require_equal("plan", plan.digest, "give every process the same inputs, model and options")
         with processes.together():
             self.place.bring_over()
         ledger = self.place.find(processes) if found else self._start(run)
@@ -136,18 +155,20 @@ class _Extraction:
             terminal.line("resume", f"{plural(samples, 'sample')} committed already")
         spool = self.place.open_spool(ledger, config)
         session = Session(config, processes, self.job, terminal, ledger, spool, budget)
-        largest = max(shapes, default=None)  # and the first
-        if config.explain and largest:
-            tell_layout(self.job, self.weights, largest, terminal)
-        if tokens != 0:
-            session.compute(windows, self.weights, committed, tokens, largest)
+        if config.explain:
+            tell_layout(self.job, self.weights, plan.shapes, terminal)
+        if plan.tokens != 0:
+            first = max(plan.pending, default=None)
+            session.compute(
+                plan.windows, committed, plan.tokens, lambda: self.job.program(self.weights, plan.shapes, first)
+            )
         statistics = session.end()
         if not processes.is_first:
             return {}
         metadata = write_metadata(ledger)
         tell_result(metadata, statistics, ledger.storage, terminal)
         if self.source.finite:
-            _require_all(ledger, windows)
+            _require_all(ledger, plan.windows)
         return metadata
 
     @cached_property
@@ -167,16 +188,11 @@ class _Extraction:
         kept = list(windows)
         return lambda: (kept, counts)
 
-    def _check_plan(
-        self, read: Windows, found: Ledger | None, committed: Committed
-    ) -> tuple[Windows, str, int | None, set[SlabShape]]:
+    def _check_plan(self, read: Windows, found: Ledger | None, committed: Committed) -> _Plan:
         """Refuses inputs that are not the run's, and what cannot fit the disk.
 
         Of a finite input the plan is complete before the first step; of a stream one window, so that an input
         that cannot be read is refused before anything is written.
-
-        Returns:
-          The windows, the digest of what was planned, the tokens to do (None: not known), the slab shapes.
         """
         windows, counts = read()
         if not self.source.finite:
@@ -185,7 +201,8 @@ class _Extraction:
             first = list(itertools.islice(stream, 1))
             require_samples(counts, self.source)
             begun = iter([(itertools.chain(first, stream), counts)])
-            return lambda: next(begun, None) or read(), first[0].digest, None, set(first[0].shapes)
+            shapes = first[0].shapes
+            return _Plan(lambda: next(begun, None) or read(), first[0].digest, None, shapes, set(shapes))
         require_samples(counts, self.source)
         windows = list(windows)
         if found and self.processes.is_first:  # whose inputs must be these, be it finished or not
@@ -200,7 +217,8 @@ class _Extraction:
         sizes = [self.job.bytes_stored(part.samples) for part in pending]
         require_room(self.place, sum(sizes), parties, max(sizes, default=0))
         shapes = {slab.shape for part in pending for slab in part.slabs}
-        return read, windows[-1].digest, sum(part.tokens for part in pending), shapes
+        tokens = sum(part.tokens for part in pending)
+        return _Plan(read, windows[-1].digest, tokens, windows[0].shapes, shapes)
 
     def _start(self, run: Mapping[str, Any]) -> Ledger:
         """A new run in the place; with `overwrite` the one that is there goes first."""

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jax_extract.devices.exhaustion import refusing_exhaustion
 from jax_extract.extraction.program import CaptureProgram
 from jax_extract.extraction.schedule import Step, Work, steps
 from jax_extract.inputs.plan import Part
@@ -81,6 +82,7 @@ class LoopStatistics:
             self.waited[stage] += time.perf_counter() - started
 
 
+@refusing_exhaustion()
 def run_parts(
     parts: Iterable[Part],
     program: CaptureProgram,

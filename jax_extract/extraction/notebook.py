@@ -81,7 +81,7 @@ def extract(
         def advance(so_far: LoopStatistics) -> None:
             bar.update(so_far.tokens - bar.n)
 
-        statistics = run_parts(pending, job.program(job.weights()), sink, budget, advance)
+        statistics = run_parts(pending, job.program(job.weights(), windows[0].shapes), sink, budget, advance)
     metadata = {
         **job.identity(),
         **job.description(),

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.chips import CHIPS
+from jax_extract.devices.exhaustion import refusing_exhaustion
 from jax_extract.devices.mesh import BATCH_AXES, make_mesh, parse_mesh_shape, platform_of
 from jax_extract.devices.planner import Decision, ModelCounts, Request, choose_layout
 from jax_extract.devices.platform import device_kind, platform_defaults
@@ -133,10 +134,17 @@ def compute_numerics(dtype: str | None) -> Numerics:
     return Numerics("bfloat16" if (dtype or platform_defaults().dtype) == "bfloat16" else "float32")
 
 
-def with_attention(numerics: Numerics, mesh: Mesh, config: ModelConfig, plan: CapturePlan) -> Numerics:
-    """The same, with what computes attention best on these devices."""
-    windows = config.windows[: plan.blocks_needed(config.num_hidden_layers)]
-    backend = attention_backend(platform_of(mesh), numerics, head_width=config.head_dim, windows=windows)
+def with_attention(
+    numerics: Numerics, mesh: Mesh, config: ModelConfig, plan: CapturePlan, samples_a_row: int = 1
+) -> Numerics:
+    """The same, with what computes attention best on these devices, where so many samples may lie in a row."""
+    backend = attention_backend(
+        platform_of(mesh),
+        numerics,
+        head_width=config.head_dim,
+        windows=config.windows[: plan.blocks_needed(config.num_hidden_layers)],
+        samples_a_row=samples_a_row,
+    )
     return dataclasses.replace(numerics, attention=backend.name)
 
 
@@ -146,7 +154,7 @@ def numerics_fingerprint(numerics: Numerics) -> dict[str, str]:
         "dtype": numerics.dtype,
         "accumulation": "float32",
         "attention": numerics.attention,
-        "parameters": "gathered per layer, no reduction across devices",
+        "parameters": "whole when their layer runs, no reduction across devices",
         "device_kind": device_kind(),
         "jax": jax.__version__,
         "jaxlib": importlib.metadata.version("jaxlib"),
@@ -182,8 +190,15 @@ class Job:
             sites=tuple(sites_of(plan, model.config)),
             max_length=sequence_limit(config.max_seq_length, model.config),
             mesh=mesh,
-            numerics=with_attention(compute_numerics(config.dtype), mesh, model.config, plan),
-        )
+            numerics=compute_numerics(config.dtype),
+        ).under(None)
+
+    def under(self, settings: PlanSettings | None) -> Job:
+        """The same job, as it is computed in slabs of a plan with these settings (None: the platform's own)."""
+        packed = platform_defaults().packed if settings is None else settings.packed
+        samples = (2 if settings is None else settings.rows) if packed else 1
+        numerics = with_attention(self.numerics, self.mesh, self.model.config, self.plan, samples)
+        return dataclasses.replace(self, numerics=numerics)
 
     @property
     def devices_of_host(self) -> int:
@@ -196,10 +211,11 @@ class Job:
     def _captured_bytes(self, shape: SlabShape) -> int:
         return captured_bytes(self.plan, self.model.config, shape, platform_of(self.mesh))
 
-    def layout(self, weights: Weights, shape: SlabShape) -> Decision | None:
-        """How parameters should lie for slabs of this shape; None where nothing is known of the device."""
+    def layout(self, weights: Weights, shapes: Iterable[SlabShape]) -> Decision | None:
+        """How parameters should lie for slabs of these shapes; None where nothing is known of the device."""
         if (chip := CHIPS.get(device_kind())) is None:
             return None
+        shape = max(shapes, key=lambda shape: shape.tokens)  # which takes the most memory
         data, model = (self.mesh.shape[axis] for axis in BATCH_AXES)
         captures = self._captured_bytes(shape)
         return choose_layout(Request(self.counts(weights), chip, data, model, shape.rows, shape.length, captures))
@@ -242,9 +258,14 @@ class Job:
         blocks = self.plan.blocks_needed(self.model.config.num_hidden_layers)
         return Weights(self.model.checkpoint, self.model.port, self.model.config, blocks)
 
-    def program(self, weights: Weights, first: SlabShape | None = None) -> CaptureProgram:
-        """Loads the weights onto the mesh and meanwhile compiles for `first`; this is where the real work begins."""
-        decision = self.layout(weights, first) if first else None
+    @refusing_exhaustion()
+    def program(self, weights: Weights, shapes: Iterable[SlabShape], first: SlabShape | None = None) -> CaptureProgram:
+        """Loads the weights onto the mesh and meanwhile compiles for `first`; this is where the real work begins.
+
+        Args:
+          shapes: that a slab may have: parameters lie as suits the largest.
+        """
+        decision = self.layout(weights, shapes)
         layout = decision.layout if decision else Layout.GATHERED
         shapes = weights.shapes(self.mesh, self.numerics.dtype, layout)
         program = CaptureProgram(self.model.port, self.model.config, shapes, self.plan, self.mesh, self.numerics)

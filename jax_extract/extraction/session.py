@@ -24,7 +24,6 @@ from jax_extract.extraction.preemption import on_preemption
 from jax_extract.extraction.prepare import Job, numerics_fingerprint
 from jax_extract.extraction.program import CaptureProgram
 from jax_extract.inputs.plan import Part, Window
-from jax_extract.inputs.slabs import SlabShape
 from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.ledger import COMMITS, Ledger, part_name
@@ -32,7 +31,6 @@ from jax_extract.store.metadata import write_metadata
 from jax_extract.store.upload import Uploader
 from jax_extract.store.writer import PartWriter
 from jax_extract.terminal import Terminal, plural
-from jax_extract.weights.load import Weights
 
 _SPOOL_SHARE = 0.9  # of the free disk, for parts that are written, uploaded and deleted again
 
@@ -70,16 +68,12 @@ class Session:
     def compute(
         self,
         windows: Windows,
-        weights: Weights,
         committed: Committed,
         tokens: int | None,
-        first: SlabShape | None = None,
+        make_program: Callable[[], CaptureProgram],
     ) -> None:
-        """Computes what is pending, `tokens` of it where that is known; `committed` is what was found at the start.
-
-        `first` is the slab shape that will most likely be the first one.
-        """
-        program = self.job.program(weights, first)
+        """Computes what is pending, `tokens` of it where that is known; `committed` is what was found at the start."""
+        program = make_program()
         with self.terminal.progress(None if tokens is None else tokens // self.parties) as bar:
 
             def advance(so_far: LoopStatistics) -> None:

@@ -18,12 +18,13 @@ from jax_extract.extraction.loop import LoopStatistics
 from jax_extract.extraction.prepare import Job
 from jax_extract.extraction.schedule import tokens_computed
 from jax_extract.inputs.plan import Part
-from jax_extract.inputs.slabs import SlabShape
+from jax_extract.inputs.slabs import Shapes
 from jax_extract.inputs.sources import Source
 from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.store.formats import SUFFIXES
 from jax_extract.terminal import Terminal, bytes_text, plural, ranges_text, share_text
 from jax_extract.weights.load import Weights
+from models.hooks import CapturePlan
 
 
 def tell_request(job: Job, config: ExtractConfig, processes: int, terminal: Terminal) -> None:
@@ -36,15 +37,19 @@ def tell_request(job: Job, config: ExtractConfig, processes: int, terminal: Term
         + (f" of {plural(processes, 'host')}" if processes > 1 else "")
         + f", mesh {mesh['data']},{mesh['model']}",
     )
-    captures = "; ".join(
-        f"{hook} at layers {ranges_text(layers)} ({len(layers)})" if layers else hook
-        for hook, layers in job.plan.layers
-    )
     terminal.line(
         "capture",
-        f"{captures}; positions {job.plan.positions}, {job.plan.dtype}, as {config.shard_format} "
+        f"{captures_text(job.plan)}, as {config.shard_format} "
         f"into {config.activations_dir}/" + (f", then {config.gcs_bucket}" if config.gcs_bucket else ""),
     )
+
+
+def captures_text(plan: CapturePlan) -> str:
+    """Which rows are kept, and in which dtype."""
+    hooks = "; ".join(
+        f"{hook} at layers {ranges_text(layers)} ({len(layers)})" if layers else hook for hook, layers in plan.layers
+    )
+    return f"{hooks}; positions {plan.positions}, {plan.dtype}"
 
 
 def tell_input(source: Source, counts: InputCounts, job: Job, terminal: Terminal) -> None:
@@ -73,9 +78,9 @@ def tell_plan(parts: Sequence[Part], devices: int, hosts: int, terminal: Termina
     )
 
 
-def tell_layout(job: Job, weights: Weights, shape: SlabShape, terminal: Terminal) -> None:
+def tell_layout(job: Job, weights: Weights, shapes: Shapes, terminal: Terminal) -> None:
     """How parameters will lie on the mesh, and what was counted for it."""
-    if (decision := job.layout(weights, shape)) is None:
+    if (decision := job.layout(weights, shapes)) is None:
         terminal.line(
             "layout", f"{Layout.GATHERED.value}: nothing is known of a {device_kind()} device that could be counted"
         )

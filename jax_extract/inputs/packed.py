@@ -24,6 +24,7 @@ from jax_extract.inputs.tokenize import TokenizedSample
 
 _UNEVEN = 0.005  # hands that differ by less than this are even
 _MOST_SWAPS = 4_096
+_MOST_PARTNERS = 8  # hands that the largest one is compared with
 _WAYS = 4  # of splitting a hand that are compared where the shapes are given
 # Later windows of a stream have slightly other sums; a shape that is this much too long still fits them.
 _STREAM_ROOM = 0.015
@@ -38,7 +39,7 @@ def packed_batches(
     ordered = sorted(samples, key=lambda s: (-s.length, s.sample_index))
     hands = _deal(ordered, settings.rows)
     if shapes:
-        most = settings.most_tokens(shapes[-1].length)
+        most = settings.most_tokens(settings.max_length)
         split = [_cheapest(itertools.islice(_splits(hand, most), _WAYS), shapes) for hand in hands]
     else:
         most = settings.most_tokens(ordered[0].length)
@@ -66,15 +67,17 @@ def _fitting(shapes: Shapes, tokens: int) -> SlabShape:
 
 def _choose_shapes(tokens: list[int], settings: PlanSettings, more_to_come: bool) -> Shapes:
     """Lengths that serve slabs of so many tokens with the least padding; a shape must pay for its compilation."""
+    largest = settings.padded(settings.most_tokens(settings.max_length))
     room = 1 + _STREAM_ROOM if more_to_come else 1
-    needs, counts = np.unique([-settings.padded(int(n * room)) for n in tokens], return_counts=True)
+    roomy = [max(settings.padded(n), min(settings.padded(int(n * room)), largest)) for n in tokens]
+    needs, counts = np.unique(-np.array(roomy), return_counts=True)
     before = np.concatenate([[0], np.cumsum(counts)])
     slabs = (before[None, :] - before[:-1, None]).astype(float)
     cost = np.where(slabs > 0, slabs * (-needs[:, None] + SLAB_OVERHEAD_TOKENS), np.inf)
     runs = cheapest_runs(cost, settings.max_shapes - more_to_come, settings.compile_tokens)
     lengths = {int(-needs[start]) for start, _ in runs}
     if more_to_come:
-        lengths.add(settings.padded(max(settings.most_tokens(), settings.max_length)))
+        lengths.add(max(largest, settings.padded(settings.max_length)))
     return tuple(SlabShape(length, 1, settings.rows) for length in sorted(lengths))
 
 
@@ -104,28 +107,40 @@ def _deal(ordered: list[TokenizedSample], size: int) -> list[Hand]:
 
 
 def _swap(hands: np.ndarray, lengths: np.ndarray) -> None:
-    """Swaps samples between the largest hand and another, as long as the larger of the two becomes smaller."""
-    held = lengths[hands]
-    sums = held.sum(axis=1)
+    """Swaps samples between the largest hand and one of the smallest, as long as that makes the two more even."""
+    sums = lengths[hands].sum(axis=1)
     settled = np.zeros(len(hands), bool)
-    for _ in range(_MOST_SWAPS * (len(hands) > 1)):
+    for _ in range(_MOST_SWAPS if hands.shape[1] > 1 else 0):
         if settled.all():
             return
-        i = int(np.argmax(np.where(settled, -1, sums)))
-        if sums[i] <= sums.mean() * (1 + _UNEVEN):
+        most = int(np.argmax(np.where(settled, -1, sums)))
+        if sums[most] <= sums.mean() * (1 + _UNEVEN):
             return
-        less = held[i][:, None, None] - held[None]  # what i would lose: [its sample, other hand, other's sample]
-        larger = np.maximum(sums[i] - less, sums[None, :, None] + less)
-        larger[:, i] = sums[i]
-        mine, other, theirs = np.unravel_index(int(np.argmin(larger)), larger.shape)
-        if larger[mine, other, theirs] >= sums[i]:
-            settled[i] = True
+        least = np.argsort(sums, kind="stable")[:_MOST_PARTNERS]
+        gain, other, mine, theirs = max(_best_swap(hands, lengths, sums, most, int(other)) for other in least)
+        if gain <= 0:
+            settled[most] = True
             continue
-        change = less[mine, other, theirs]
-        hands[i, mine], hands[other, theirs] = hands[other, theirs], hands[i, mine]
-        held[i, mine], held[other, theirs] = held[other, theirs], held[i, mine]
-        sums[i] -= change
+        change = lengths[hands[most, mine]] - lengths[hands[other, theirs]]
+        hands[most, mine], hands[other, theirs] = hands[other, theirs], hands[most, mine]
+        sums[most] -= change
         sums[other] += change
+
+
+def _best_swap(
+    hands: np.ndarray, lengths: np.ndarray, sums: np.ndarray, most: int, other: int
+) -> tuple[int, int, int, int]:
+    """(how much smaller the larger of two hands becomes, the other hand, the sample of each that is swapped)."""
+    gap = int(sums[most] - sums[other])
+    held, offered = lengths[hands[most]], lengths[hands[other]]
+    order = np.argsort(offered, kind="stable")
+    # What is given should exceed what is taken by half the gap: the two nearest to that, of each given sample.
+    at = np.searchsorted(offered[order], held - gap // 2)
+    candidates = order[np.clip([at - 1, at], 0, len(order) - 1)]  # [2, samples]
+    change = held[None, :] - offered[candidates]
+    gains = np.minimum(change, gap - change)
+    which, mine = np.unravel_index(int(np.argmax(gains)), gains.shape)
+    return int(gains[which, mine]), other, int(mine), int(candidates[which, mine])
 
 
 # ----------------------------------------------------------------------------------------- splitting
@@ -133,10 +148,12 @@ def _swap(hands: np.ndarray, lengths: np.ndarray) -> None:
 
 def _splits(hand: Hand, most: int) -> Iterator[list[Hand]]:
     """Ways to split a hand into even ones of at most so many tokens, the fewest first; a longer sample is alone."""
-    for parts in range(-(-_tokens(hand) // most), len(hand)):
+    parts = max(-(-_tokens(hand) // most), sum(2 * sample.length > most for sample in hand))
+    while parts < len(hand):
         way = _split(hand, parts)
         if all(_tokens(part) <= most or len(part) == 1 for part in way):
             yield way
+        parts += max(1, parts // 8)  # a large hand is not tried in every number
     yield [[sample] for sample in hand]
 
 

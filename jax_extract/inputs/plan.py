@@ -3,7 +3,7 @@
 In: tokenised samples and frozen settings. Out: windows of parts, a pure function of the two, so that
 the same command makes the same plan whatever devices it finds. A *batch* is what file names count, a
 *part* the unit of work and commit, a *slab* what one device computes at once. How samples fill slabs is
-decided by `packed` or `padded`; the largest slabs come first, so that what does not fit is known at once.
+decided by `packed` or `padded`; the longest slabs come first.
 """
 
 from __future__ import annotations

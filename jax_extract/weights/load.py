@@ -57,18 +57,11 @@ class Weights:
 
     def structure(self, dtype: str) -> Parameters:
         """The parameters as shapes."""
-        return nnx.to_pure_dict(
-            nnx.state(nnx.eval_shape(lambda: self._port.structure(self._config, self.num_blocks, dtype)))
-        )
+        return parameter_shapes(self._port, self._config, self.num_blocks, dtype)
 
     def shapes(self, mesh: Mesh, dtype: str, layout: Layout = Layout.GATHERED) -> Parameters:
         """What `load` gives, without values: enough to compile with while the values are read."""
-        structure = self.structure(dtype)
-        return jax.tree.map(
-            lambda value, spec: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=named(mesh, spec)),
-            structure,
-            parameter_specs(structure, mesh, layout),
-        )
+        return laid_out(self.structure(dtype), mesh, layout)
 
     def load(self, mesh: Mesh, dtype: str, layout: Layout = Layout.GATHERED) -> Parameters:
         """Parameters on the mesh in `dtype`; see `devices.sharding` for how they lie there."""
@@ -106,6 +99,20 @@ class Weights:
             offset += rows
 
 
+def parameter_shapes(port: Port, config: Any, num_blocks: int, dtype: str) -> Parameters:
+    """The parameters of so many blocks, and of what is around them, as shapes."""
+    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: port.structure(config, num_blocks, dtype))))
+
+
+def laid_out(structure: Parameters, mesh: Mesh, layout: Layout) -> Parameters:
+    """Shapes with the shardings of a layout."""
+    return jax.tree.map(
+        lambda value, spec: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=named(mesh, spec)),
+        structure,
+        parameter_specs(structure, mesh, layout),
+    )
+
+
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Uninitialised memory at a 64-byte boundary, which a CPU device adopts instead of copying it."""
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
@@ -120,9 +127,7 @@ def _stored_names(
     """Canonical tensor name -> the name in this file; refuses missing, unknown and misshapen tensors."""
     stored = checkpoint.names()
     prefix = _PREFIX if any(name.startswith(_PREFIX) for name in stored) else ""
-    structure = nnx.to_pure_dict(
-        nnx.state(nnx.eval_shape(lambda: port.structure(config, config.num_hidden_layers, "float32")))
-    )
+    structure = parameter_shapes(port, config, config.num_hidden_layers, "float32")
     shapes = {dotted(path): value.shape for path, value in jax.tree_util.tree_leaves_with_path(structure)}
     names: dict[str, str] = {}
     for path, source in sources.items():

@@ -8,14 +8,19 @@ wrong.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_run import make_model, write_config
 
+from jax_extract.config import ExtractConfig
 from jax_extract.devices.mesh import make_mesh
 from jax_extract.devices.sharding import named, parameter_specs
+from jax_extract.extraction import prepare
 from jax_extract.extraction.program import capture_function, slab_inputs
 from jax_extract.inputs.slabs import SlabShape
 from models.accelerated_attention import attention_backend, cudnn_attention, splash_attention
@@ -127,3 +132,38 @@ def test_a_kernel_is_chosen_where_it_computes_the_same_and_what_stands_in_for_it
         "256 wide": attention_backend("cuda", BFLOAT16, head_width=256),
     }.items():
         assert choice.name == "blockwise" and reason in choice.reason
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "platform_of", lambda _: "gpu")
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_packed_run_that_goes_on_elsewhere_does_not_use_a_kernel_that_mixes_samples(tmp_path: Path) -> None:
+    config = ExtractConfig(model_path=str(make_model(tmp_path / "model")), tasks_file="in.jsonl", dtype="bfloat16")
+    job = prepare.Job.open(config)
+    begun = {packed: job.plan_settings(config, {"packed": packed}) for packed in (True, False)}
+    assert job.under(begun[True]).numerics.attention == "blockwise"
+    assert job.under(begun[False]).numerics.attention == "cudnn"
+
+
+@pytest.mark.parametrize(("deepest", "name"), [(4, "cudnn"), (6, "blockwise")])
+@pytest.mark.usefixtures("on_a_gpu")
+def test_only_the_windows_of_layers_that_run_decide(
+    tmp_path: Path, deepest: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_300)
+    model = make_model(tmp_path / "model")
+    write_config(model, use_sliding_window=True, sliding_window=9, max_window_layers=6)
+    config = ExtractConfig(model_path=str(model), tasks_file="in.jsonl", dtype="bfloat16", layers_to_extract=(deepest,))
+    job = prepare.Job.open(config)
+    job = job.under(job.plan_settings(config, {"packed": False}))
+    assert job.numerics.attention == name
+    shapes = job.weights().shapes(job.mesh, "bfloat16")
+    specs = jax.tree.map(lambda parameter: parameter.sharding.spec, shapes)
+    function = capture_function(job.model.port, job.model.config, job.plan, job.mesh, job.numerics, specs)
+    traced = function.trace(shapes, *slab_inputs(job.mesh, SlabShape(64, 2, 1)))
+    assert ("cudnn" in traced.lower(lowering_platforms=("cuda",)).as_text()) == (name == "cudnn")

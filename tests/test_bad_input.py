@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from small_run import (
     make_model,
@@ -23,6 +24,8 @@ from small_run import (
 )
 
 from jax_extract import cli, open_activations
+from jax_extract.errors import UserError
+from jax_extract.extraction.program import CaptureProgram
 from jax_extract.store.storage.local import Directory
 from jax_extract.weights.load import Weights
 
@@ -329,3 +332,19 @@ def test_a_disk_that_fills_in_the_middle_keeps_what_is_committed_and_the_run_goe
     assert f"{len(committed)} samples committed already" in again.stdout
     assert shards(tmp_path / "a") == shards(tmp_path / "whole")
     assert sorted(open_activations(tmp_path / "a").sample_ids) == sorted(ids.values())
+
+
+def test_a_device_without_enough_memory_is_told_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tasks = make_model(tmp_path / "model"), write_jsonl(tmp_path / "in.jsonl", [20, 30])
+
+    def exhausted(*_: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.")
+
+    monkeypatch.setattr(CaptureProgram, "run", exhausted)
+    with pytest.raises(UserError, match=r"17179869184 bytes more.*--slab_tokens") as refused:
+        run_here(model, tasks, tmp_path / "a")
+    assert "\n" not in str(refused.value)
+    monkeypatch.undo()
+    assert run_here(model, tasks, tmp_path / "a")["total_samples"] == 2

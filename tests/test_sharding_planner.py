@@ -8,6 +8,7 @@ byte-identical captures and stores what it says; and that an extraction does wha
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,9 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
 from small_run import ROOT, environment, make_model, shards, write_jsonl
 
 from jax_extract.config import ExtractConfig
@@ -32,7 +36,7 @@ from jax_extract.devices.planner import (
     tensor_wins_below,
 )
 from jax_extract.devices.platform import device_kind
-from jax_extract.devices.sharding import Layout
+from jax_extract.devices.sharding import Layout, parameter_specs
 from jax_extract.extraction import prepare
 from jax_extract.extraction.command import extract_to_directory
 from jax_extract.terminal import Terminal
@@ -85,6 +89,28 @@ def test_what_fits_whole_is_replicated_and_what_does_not_is_gathered() -> None:
     assert not next(cost for cost in large.costs if cost.name == "replicated").fits
     # Without a model axis there is `data` to cut over.
     assert choose_layout(request(Qwen2Config.qwen2_5_7b(), model=1)).layout is Layout.GATHERED_BOTH
+
+
+def test_matrices_that_do_not_divide_are_counted_as_they_are_stored() -> None:
+    """A vocabulary with one more token, as fine-tuned models have it: 7 places of `model` and 49 of both."""
+    config = replace(Qwen2Config.qwen2_5_7b(), vocab_size=152_065)
+    counts = counts_of(config, 24)
+    asked = Request(counts, V5E, 8, 8, 8, 2_048, 0)
+    mesh = AbstractMesh((8, 8), ("data", "model"))
+    structure = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: PORT.structure(config, 24, "bfloat16"))))
+    for layout in Layout:
+        specs = jax.tree.leaves(parameter_specs(structure, mesh, layout), is_leaf=lambda v: isinstance(v, P))
+        kept = sum(
+            value.size
+            * 2
+            / math.prod(8 for entry in spec if entry for _ in ([entry] if entry in ("model",) else entry))
+            for value, spec in zip(jax.tree.leaves(structure), specs, strict=True)
+        )
+        assert layout_cost(layout, asked).stored == pytest.approx(kept), layout
+    embedding = 2 * 152_065 * 3_584
+    blocks = 2 * 24 * counts.block_values
+    assert layout_cost(Layout.GATHERED, asked).moved == pytest.approx(blocks * 7 / 8)
+    assert layout_cost(Layout.GATHERED, asked).stored > embedding
 
 
 def test_a_model_that_is_too_large_for_one_axis_is_cut_over_both() -> None:

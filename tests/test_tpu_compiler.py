@@ -148,6 +148,8 @@ def test_a_loop_that_does_not_say_how_often_it_runs_is_not_guessed() -> None:
     ({"max_seq_length": 1_000_000}, "32768 positions"),
     ({"share_of_peak": 2.0}, "above 0 and at most 1"),
     ({"tokens": 0}, "--tokens 0"),
+    ({"layers_to_extract": ()}, "--layers_to_extract is empty"),
+    ({"batch_size": 3_000_000_000}, "--batch_size 3000000000 must be from 1 to"),
     pytest.param({"topology": "v5e:8x9"}, "v5e:8x9", marks=needs_compiler),
     pytest.param({"mesh_shape": "4,4"}, "64 chips", marks=needs_compiler),
 ])  # fmt: skip

@@ -44,8 +44,8 @@ def parameter_specs(structure: dict[str, Any], mesh: Mesh, layout: Layout = Layo
     def spec(path: tuple[Any, ...], value: Any) -> P:
         output_axis = 1 if dotted(path).startswith(STACKED + ".") else 0
         is_matrix = len(value.shape) == output_axis + 2
-        axes = cut_over(value.shape[output_axis], layout, mesh.shape) if is_matrix else ()
-        return P(*(None,) * output_axis, axes if len(axes) > 1 else axes[0]) if axes else P()
+        axes = list(cut_over(value.shape[output_axis], layout, mesh.shape)) if is_matrix else []
+        return P(*(None,) * output_axis, tuple(axes) if len(axes) > 1 else axes[0]) if axes else P()
 
     return jax.tree_util.tree_map_with_path(spec, structure)
 

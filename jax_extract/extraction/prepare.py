@@ -267,8 +267,8 @@ class Job:
         """
         decision = self.layout(weights, shapes)
         layout = decision.layout if decision else Layout.GATHERED
-        shapes = weights.shapes(self.mesh, self.numerics.dtype, layout)
-        program = CaptureProgram(self.model.port, self.model.config, shapes, self.plan, self.mesh, self.numerics)
+        params = weights.shapes(self.mesh, self.numerics.dtype, layout)
+        program = CaptureProgram(self.model.port, self.model.config, params, self.plan, self.mesh, self.numerics)
         with program.compiling(first):
             program.use(weights.load(self.mesh, self.numerics.dtype, layout))
         return program

@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         ]
         require_peers(args)
+        print(f"{len(cases)} cases: {', '.join(case.name for case in cases)}", file=sys.stderr)
         args.results.mkdir(parents=True, exist_ok=True)
         for model, group in itertools.groupby(cases, key=lambda case: case.model):
             with tempfile.TemporaryDirectory(dir=args.directory) as scratch:
@@ -86,11 +87,17 @@ def parser() -> argparse.ArgumentParser:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--workloads", nargs="+", default=["arc1024"], choices=list(WORKLOADS))
     words.add_argument("--models", nargs="+", default=["qwen2.5-0.5b"], choices=list(MODELS))
-    words.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    words.add_argument(
+        "--dtypes",
+        nargs="+",
+        default=["float32", "bfloat16"],
+        choices=["float32", "bfloat16"],
+        help="default: both, a case each",
+    )
     words.add_argument("--layers", nargs="+", default=["10-23"], metavar="LAYERS", help="such as 10-23 12: two choices")
     words.add_argument("--positions", nargs="+", default=["all"], choices=["all", "last"])
-    words.add_argument("--prompts", type=int, default=64)
-    words.add_argument("--rounds", type=int, default=3)
+    words.add_argument("--prompts", type=int, default=64, help="default: 64")
+    words.add_argument("--rounds", type=int, default=3, help="default: 3; one round says little")
     words.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES), help="default: all")
     words.add_argument("--writer", default="files", choices=["files", "none"], help="none: no side writes its rows")
     words.add_argument("--gsm8k", metavar="FILE_OR_URL", help="the questions of the workload gsm8k, as .jsonl")

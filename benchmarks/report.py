@@ -3,6 +3,7 @@
 
     python benchmarks/report.py              writes the page and the plot (pip install -e '.[plots]' first)
     python benchmarks/report.py --no_plot    the page alone
+    python benchmarks/report.py --results F  prints the tables of the results in folder F, and writes nothing
 
 In: benchmarks/results/*.json and benchmarks/performance.template.md, where the words are. Out: docs/performance.md,
 where nobody writes by hand, and docs/performance/speed.svg. `table` is what `extraction.py` prints of one case.
@@ -46,7 +47,11 @@ _NONE = "-"  # what was not measured
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no_plot", action="store_true", help="leave the plot as it is")
+    parser.add_argument("--results", type=Path, help="print the tables of another folder's results instead")
     args = parser.parse_args()
+    if args.results:
+        print("\n\n".join(table(result) for result in read_results(args.results)))
+        return 0
     results = read_results(RESULTS)
     PAGE.write_text(page(TEMPLATE.read_text(encoding="utf-8"), results), encoding="utf-8")
     print(f"{PAGE.relative_to(ROOT)}: {len(results)} cases")

@@ -116,6 +116,8 @@ def _extract(argv: list[str], program: str = "jax-extract extract", defaults: ob
     from jax_extract.devices import compilation_cache
     from jax_extract.extraction.command import extract_to_directory
 
+    if config.overwrite:
+        interruption.again = "run the same command again without --overwrite to go on"
     compilation_cache.start()
     extract_to_directory(config)
 
@@ -172,12 +174,14 @@ def _sweep(argv: list[str]) -> int:
 
 
 def _estimate(argv: list[str]) -> None:
+    interruption.again = None
     from jax_extract.estimation.command import estimate_command
 
     estimate_command(_extract_config(argv, "jax-extract estimate"))
 
 
 def _compile(argv: list[str]) -> None:
+    interruption.again = None
     from jax_extract.compilation.config import CompileConfig
 
     _refuse_layer_ranges(argv)

@@ -17,9 +17,9 @@ import threading
 from collections.abc import Iterator
 
 EXIT_CODE = 128 + signal.SIGINT
-_SENTENCE = "interrupted; what is committed is safe: run the same command again to go on"
 _UNWIND_SECONDS = 10.0
 
+again: str | None = "run the same command again to go on"  # set by commands: what then; None where nothing was kept
 ending = threading.Event()  # set by who is about to end this process with words of its own; others keep silent
 _speaking = threading.Lock()  # taken once and for good
 _unwinds = False  # whether the main thread is in a place that it should leave by itself
@@ -53,7 +53,8 @@ def say() -> None:
     """The sentence, once in a process."""
     if _speaking.acquire(blocking=False):
         start = "\n" if sys.stderr.isatty() else ""  # after ^C and the bar
-        print(f"{start}{_SENTENCE}", file=sys.stderr, flush=True)
+        then = f"; what is committed is safe: {again}" if again else ""
+        print(f"{start}interrupted{then}", file=sys.stderr, flush=True)
 
 
 def _in_main_thread(*_: object) -> None:

@@ -107,16 +107,13 @@ def compile_command(config: CompileConfig, terminal: Terminal | None = None) -> 
     jax.config.update("jax_platforms", "cpu")  # this machine's own chips stay free
     terminal = terminal or Terminal()
 
-    def told(found: Slice, subject: Subject, shape: SlabShape) -> None:
-        _tell_request(config, found, subject, shape, terminal)
-
-    report = compile_for(config, told)
+    report = compile_for(config, lambda chosen: _tell_chosen(chosen, terminal))
     tell(report, terminal)
     return report
 
 
-def compile_for(config: CompileConfig, told: Callable[[Slice, Subject, SlabShape], None] = lambda *_: None) -> Report:
-    """Chooses a layout, compiles, looks for the largest batch; `told` hears of the request before that takes time."""
+def compile_for(config: CompileConfig, told: Callable[[Report], None] = lambda _: None) -> Report:
+    """Chooses a layout, compiles, looks for the largest batch; `told` hears what was chosen before that takes time."""
     config.check()
     port, model = open_config(config.model_path, config.revision)
     plan = capture_plan(
@@ -129,12 +126,12 @@ def compile_for(config: CompileConfig, told: Callable[[Slice, Subject, SlabShape
     shape = _slab_shape(config, model)
     found = open_slice(config.topology)
     subject = Subject(port, model, plan, _mesh(config, found), config.dtype)
-    told(found, subject, shape)
     request = _request(subject, found, shape)
     decision = choose_layout(request, config.share_of_peak)
     cost = layout_cost(_layout(config, decision), request, config.share_of_peak)
-    compiled = compile_program(subject, _layout(config, decision), shape)
-    report = Report(config, found, subject, decision, cost, shape, compiled, None)
+    report = Report(config, found, subject, decision, cost, shape, None, None)
+    told(report)
+    report = dataclasses.replace(report, compiled=compile_program(subject, _layout(config, decision), shape))
     return dataclasses.replace(report, largest=_largest(report)) if config.search else report
 
 
@@ -202,7 +199,9 @@ def _foretold(known: dict[int, Compiled | None], report: Report) -> int:
 # ----------------------------------------------------------------------------------------- what is told
 
 
-def _tell_request(config: CompileConfig, found: Slice, subject: Subject, shape: SlabShape, terminal: Terminal) -> None:
+def _tell_chosen(report: Report, terminal: Terminal) -> None:
+    """What is known before anything is compiled."""
+    config, found, subject, shape = report.config, report.slice, report.subject, report.shape
     model, axes = subject.config, subject.mesh.shape
     terminal.line(
         "model",
@@ -216,17 +215,18 @@ def _tell_request(config: CompileConfig, found: Slice, subject: Subject, shape: 
         f"mesh {axes['data']},{axes['model']}; "
         f"{plural(shape.rows, 'sequence')} of {shape.length:,} tokens a chip and step",
     )
+    chosen = "as asked" if config.layout != "auto" else report.decision.reason
+    terminal.line("layout", f"{report.cost.name}: {chosen}")
+    if config.explain:
+        for row in explain(report.decision, subject.counts, axes["model"], config.share_of_peak):
+            terminal.line("", row)
+    more = f", then up to {_TRIES} more for the largest batch" if config.search else ""
+    terminal.line("compiles", f"one program{more}; each takes from ten seconds to a minute")
 
 
 def tell(report: Report, terminal: Terminal) -> None:
     """What a person wants to know, the conclusion last."""
-    config, compiled, cost, chip = report.config, report.compiled, report.cost, report.slice.chip
-    chosen = "as asked" if config.layout != "auto" else report.decision.reason
-    terminal.line("layout", f"{cost.name}: {chosen}")
-    if config.explain:
-        model = report.subject.mesh.shape["model"]
-        for row in explain(report.decision, report.subject.counts, model, config.share_of_peak):
-            terminal.line("", row)
+    config, compiled, chip = report.config, report.compiled, report.slice.chip
     if compiled is None:
         terminal.line("memory", f"does not fit the {bytes_text(chip.memory_bytes)} of a chip")
     else:

@@ -62,6 +62,8 @@ class CompileConfig:
     explain: bool = False
 
     def check(self) -> None:
+        if not self.model_path:
+            raise UserError("no model was given; pass --model_path, such as qwen2.5-7b or a folder with config.json")
         check_captures(self)
         for name in ("tokens", "price_per_chip_hour"):
             value = getattr(self, name)

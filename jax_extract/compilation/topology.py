@@ -6,7 +6,6 @@ not run on. The compiler is libtpu's, which comes with `jax[tpu]` and works on a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +13,6 @@ from typing import Any
 from jax_extract.devices import libtpu
 from jax_extract.devices.chips import CHIPS, Chip
 from jax_extract.errors import UserError
-
-_NAME = re.compile(r"(v\d+[a-z]*):(\d+(?:x\d+){1,2})")
 
 
 @dataclass(frozen=True)
@@ -48,10 +45,13 @@ def open_slice(name: str) -> Slice:
       UserError: there is no such topology, or no compiler for it here.
     """
     chips = {chip.name: chip for chip in CHIPS.values()}
-    if not (match := _NAME.fullmatch(name)) or match[1] not in chips:
+    kind, _, axes = name.partition(":")
+    if (chip := chips.get(kind)) is None:
         raise UserError(
             f"topology {name!r} is not known; write a chip ({', '.join(chips)}) and the slice's axes, such as v5e:8x8"
         )
+    if axes not in chip.slices:
+        raise UserError(f"topology {name!r} is no slice of {kind}; there are {', '.join(chip.slices)}")
     if not libtpu.is_installed():
         raise UserError(
             "the TPU compiler is not installed here; it comes with pip install -e '.[tpu]', which needs no TPU"
@@ -59,11 +59,11 @@ def open_slice(name: str) -> Slice:
     libtpu.silence()
     from jax.experimental import topologies
 
+    alone = {"chips_per_host_bounds": (1, 1, 1)} if axes == "1x1" else {}
     try:
-        devices = topologies.get_topology_desc(topology_name=name, platform="tpu").devices
+        devices = topologies.get_topology_desc(topology_name=name, platform="tpu", **alone).devices
     except Exception as error:  # noqa: BLE001 (libtpu raises its own kinds, and says everything in one line)
         said = str(error).partition("\n")[0].partition(": ")[2] or str(error)
-        raise UserError(
-            f"topology {name!r} cannot be compiled for ({said[:200]}); write one that is sold, such as v5e:8x8"
-        ) from None
-    return Slice(name, tuple(map(int, match[2].split("x"))), devices, chips[match[1]])
+        raise UserError(f"the TPU compiler does not open {name!r}: {said[:200]}") from None
+    libtpu.release_signals()
+    return Slice(name, tuple(map(int, axes.split("x"))), devices, chip)

@@ -157,7 +157,13 @@ def _make_private(folder: Path) -> bool:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.stat()
-    except OSError:
+    except OSError as error:
+        if ENVIRONMENT in os.environ:  # who names a folder wants to know
+            print(
+                f"note: compiled programs are not kept: {folder} cannot be used ({error.strerror}); "
+                f"name another folder in {ENVIRONMENT}, or off",
+                file=sys.stderr,
+            )
         return False
     if not _is_ours(status):
         print(

@@ -17,7 +17,7 @@ def explain(decision: Decision, counts: ModelCounts, model: int, share_of_peak: 
         sizes = [bytes_text(size) for size in (cost.stored, cost.memory, cost.moved)]
         moving = cost.moving_seconds + cost.waiting_seconds
         times = [milliseconds_text(t) for t in (cost.compute_seconds, cost.memory_seconds, moving, cost.seconds)]
-        why = cost.refused or ("" if cost.fits else "does not fit")
+        why = "; ".join(filter(None, ("" if cost.fits else "does not fit", cost.refused)))
         lines.append(
             f"{cost.name:<14} "
             + " ".join(f"{text:>9}" for text in (*sizes, *times[:3]))

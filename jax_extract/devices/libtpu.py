@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
+import threading
 from pathlib import Path
 
 ENVIRONMENT = {
@@ -34,3 +36,9 @@ def silence() -> None:
     if is_installed() and not has_chips():
         for variable, value in ENVIRONMENT.items():
             os.environ.setdefault(variable, value)
+
+
+def release_signals() -> None:
+    """To be called after libtpu is loaded: being ended is no crash that needs a stack trace of it."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Python knows nothing of the handler that libtpu has put there

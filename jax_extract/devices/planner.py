@@ -209,7 +209,8 @@ def choose_layout(request: Request, share_of_peak: float = SHARE_OF_PEAK) -> Dec
     else:
         best = min(costs, key=lambda cost: cost.memory)
         reason = "none fits by the count; this one needs the least memory"
-    return Decision(Layout(best.name), (*costs, tensor_cost(request, share_of_peak)), reason)
+    tensor = [tensor_cost(request, share_of_peak)] if request.model > 1 else []
+    return Decision(Layout(best.name), (*costs, *tensor), reason)
 
 
 def layout_cost(layout: Layout, request: Request, share_of_peak: float = SHARE_OF_PEAK) -> LayoutCost:
@@ -321,7 +322,7 @@ def _why(best: LayoutCost) -> str:
     if best.name == Layout.REPLICATED.value:  # which always wins where it fits
         return "the parameters fit whole, and nothing has to move"
     hidden = "hides behind computing" if best.moving_seconds <= best.compute_seconds else "does not hide entirely"
-    return f"the parameters do not fit whole; what moves for it {hidden}"
+    return f"the parameters do not fit whole; of steps of nearly one length the least moves, and it {hidden}"
 
 
 def _why_not_tensor(counts: ModelCounts, model: int) -> str:
@@ -330,7 +331,5 @@ def _why_not_tensor(counts: ModelCounts, model: int) -> str:
         for what, size in (("heads", counts.heads), ("key/value heads", counts.key_heads), ("FFN columns", counts.d_ff))
         if size % model
     ]
-    if model == 1:
-        return "the model axis has one place"
     told = "sums over devices would change rows, and activations would cross devices"
     return told + (f"; {' and '.join(odd)} do not divide by {model} either" if odd else "")

@@ -41,7 +41,7 @@ class LoopStatistics:
       tokens, slab_tokens: real tokens of this host's slabs; those with all padding, dummy rows and idle devices.
       seconds: from first to last step, compiling left out.
       compile_seconds: spent waiting for programs; the first one is compiled while the weights are read.
-      first_step_seconds: from the beginning of the process until its first step was on its way; 0 without one.
+      first_step_seconds: from the beginning of the process until its first step was on its way; None without one.
       waited: stage -> seconds that the loop waited for it: `input` (reading, tokenising, planning the next
         part), `device` (computing and copying to the host), `writer` (room for more rows, and the end).
       writer_busy: seconds in which the writer's busiest thread worked.
@@ -53,7 +53,7 @@ class LoopStatistics:
     parts: int = 0
     seconds: float = 0.0
     compile_seconds: float = 0.0
-    first_step_seconds: float = 0.0
+    first_step_seconds: float | None = None
     writer_busy: float = 0.0
     waited: dict[str, float] = field(default_factory=lambda: {"input": 0.0, "device": 0.0, "writer": 0.0})
 

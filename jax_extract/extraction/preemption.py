@@ -85,6 +85,6 @@ def _end(said: str) -> None:
     """Says one sentence, once, and ends the process, whoever else may still want to speak."""
     try:
         if _speaking.acquire(timeout=_LAST_WORDS_SECONDS):
-            print(f"\nstopped by SIGTERM: {said}; run the same command again to go on", file=sys.stderr, flush=True)
+            print(f"\nstopped by SIGTERM: {said}; {interruption.again}", file=sys.stderr, flush=True)
     finally:
         os._exit(EXIT_CODE)

@@ -82,7 +82,10 @@ def tell_layout(job: Job, weights: Weights, shapes: Shapes, terminal: Terminal) 
     """How parameters will lie on the mesh, and what was counted for it."""
     if (decision := job.layout(weights, shapes)) is None:
         terminal.line(
-            "layout", f"{Layout.GATHERED.value}: nothing is known of a {device_kind()} device that could be counted"
+            "layout",
+            f"{Layout.GATHERED.value}: cut over the model axis, if it has more than one place; nothing was counted, "
+            f"because only TPU chips are known here and this is {device_kind()} (jax-extract compile --explain counts "
+            "for TPU slices)",
         )
         return
     terminal.line("layout", f"{decision.layout.value}: {decision.reason}")

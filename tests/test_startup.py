@@ -196,6 +196,12 @@ def test_a_folder_that_cannot_be_made_written_or_read_stops_nothing(
     monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "file" / "compiled"))
     compilation_cache.start()
     assert jax.config.jax_compilation_cache_dir is None
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and str(tmp_path / "file") in err, "who names a folder is told"
+    monkeypatch.delenv(ENVIRONMENT)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    compilation_cache.start()
+    assert jax.config.jax_compilation_cache_dir is None and capsys.readouterr() == ("", "")
     monkeypatch.setenv(ENVIRONMENT, str(folder))
     compilation_cache.start()
 

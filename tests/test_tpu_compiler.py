@@ -150,7 +150,8 @@ def test_a_loop_that_does_not_say_how_often_it_runs_is_not_guessed() -> None:
     ({"tokens": 0}, "--tokens 0"),
     ({"layers_to_extract": ()}, "--layers_to_extract is empty"),
     ({"batch_size": 3_000_000_000}, "--batch_size 3000000000 must be from 1 to"),
-    pytest.param({"topology": "v5e:8x9"}, "v5e:8x9", marks=needs_compiler),
+    ({"topology": "v5e:8x9"}, "there are 1x1, 2x2"),
+    ({"topology": "v5e:16x32"}, "is no slice of v5e"),
     pytest.param({"mesh_shape": "4,4"}, "64 chips", marks=needs_compiler),
 ])  # fmt: skip
 def test_what_cannot_be_compiled_is_refused_in_one_sentence(options: dict[str, Any], words: str) -> None:

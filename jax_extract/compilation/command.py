@@ -211,7 +211,7 @@ def _tell_chosen(report: Report, terminal: Terminal) -> None:
     terminal.line("capture", captures_text(subject.plan))
     terminal.line(
         "slice",
-        f"{found.name}: {len(found.devices)} chips on {plural(found.hosts, 'host')}, "
+        f"{found.name}: {plural(len(found.devices), 'chip')} on {plural(found.hosts, 'host')}, "
         f"mesh {axes['data']},{axes['model']}; "
         f"{plural(shape.rows, 'sequence')} of {shape.length:,} tokens a chip and step",
     )

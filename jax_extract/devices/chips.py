@@ -26,7 +26,7 @@ class Chip:
     memory_bytes: float
     memory_bytes_per_second: float
     link_bytes_per_second: float
-    slices: tuple[str, ...]
+    slices: tuple[str, ...] = ()
 
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")

@@ -17,7 +17,9 @@ from jax import Array
 
 from models.layers import Numerics
 
-QUERY_ROWS = 64  # of a block: its logits stay in a processor's cache, and few keys are multiplied that nobody sees
+QUERY_ROWS = 128  # of a block: enough for products near their peak
+KEY_ROWS = 64  # of a unit, in which a block's keys are counted: few are multiplied that nobody sees
+_HEADS_AT_ONCE = 3  # query heads, at least: fewer are too few rows for a product, more leave the processor's cache
 
 
 def causal_attention(query: Array, key: Array, value: Array, *, reach: Array, numerics: Numerics) -> Array:
@@ -26,7 +28,8 @@ def causal_attention(query: Array, key: Array, value: Array, *, reach: Array, nu
     A block of query rows is multiplied with the keys from the first that one of its rows sees up to its own
     end: neither what lies above the diagonal nor other samples' blocks are computed, and no tokens x tokens
     matrix exists. How many keys that are is known only at run time, so a block takes one of a few branches, each
-    compiled for a number of keys; the exact softmax needs no second pass.
+    compiled for a number of keys; the exact softmax needs no second pass. Key/value heads are taken a few at a
+    time, so that the logits of a step stay in a processor's cache however long the sample is.
 
     Args:
       query: float32 [b, t, g * r, h].
@@ -40,25 +43,36 @@ def causal_attention(query: Array, key: Array, value: Array, *, reach: Array, nu
     """
     b, tokens, heads, width = query.shape
     groups = key.shape[2]
-    size = min(QUERY_ROWS, tokens)
+    size = QUERY_ROWS if tokens > KEY_ROWS else KEY_ROWS
     blocks = -(-tokens // size)
     padding = blocks * size - tokens
-    q = (query * jnp.float32(width**-0.5)).reshape(b, tokens, groups, heads // groups, width)
-    q = _padded(q.astype(numerics.dtype).transpose(0, 2, 3, 1, 4), padding, axis=3)
-    k = _padded(key.astype(numerics.dtype).transpose(0, 2, 1, 3), padding, axis=2)
-    v = _padded(value.astype(numerics.dtype).transpose(0, 2, 1, 3), padding, axis=2)
+    together = _groups_at_once(groups, heads // groups)
+    chunks = groups // together
+
+    def arranged(x: Array) -> Array:
+        """[b, t, heads, h] -> [chunks, b, g of a chunk, r, t, h]."""
+        x = x.astype(numerics.dtype).reshape(b, tokens, chunks, together, -1, width)
+        return _padded(x.transpose(2, 0, 3, 4, 1, 5), padding, axis=4)
+
+    q = arranged(query * jnp.float32(width**-0.5))
+    k, v = arranged(key)[:, :, :, 0], arranged(value)[:, :, :, 0]
     reach = _padded(reach, padding, axis=1)
     first_seen = jnp.min(
         (jnp.arange(blocks * size, dtype=jnp.int32)[None] - reach).reshape(b, blocks, size), axis=(0, 2)
     )
-    blocks_seen = jnp.arange(1, blocks + 1, dtype=jnp.int32) - first_seen // size
+    ends = jnp.arange(1, blocks + 1, dtype=jnp.int32) * (size // KEY_ROWS)
+    units_seen = ends - first_seen // KEY_ROWS
 
-    def mix(seen: int, block: Array) -> Array:
-        """One block of queries with the `seen` blocks of keys up to its own end: [b, g, r, size, h]."""
-        start, first = block * size, jnp.maximum((block + 1 - seen) * size, 0)
-        rows = jax.lax.dynamic_slice_in_dim(q, start, size, axis=3)
-        keys, values = (jax.lax.dynamic_slice_in_dim(a, first, seen * size, axis=2) for a in (k, v))
-        offsets = jnp.arange(size, dtype=jnp.int32)[:, None] - jnp.arange(seen * size, dtype=jnp.int32)[None, :]
+    def mix(units: int, block: Array, chunk: Array) -> Array:
+        """One block of queries with so many units of keys up to its own end: [b, g, r, size, h]."""
+        keys_seen = units * KEY_ROWS
+        start, first = block * size, jnp.maximum((block + 1) * size - keys_seen, 0)
+        # One slice each: a chunk that is taken out first is copied whole.
+        rows = jax.lax.dynamic_slice(q, (chunk, 0, 0, 0, start, 0), (1, *q.shape[1:4], size, width))[0]
+        keys, values = (
+            jax.lax.dynamic_slice(a, (chunk, 0, 0, first, 0), (1, *a.shape[1:3], keys_seen, width))[0] for a in (k, v)
+        )
+        offsets = jnp.arange(size, dtype=jnp.int32)[:, None] - jnp.arange(keys_seen, dtype=jnp.int32)[None, :]
         back = (start - first + offsets)[None]
         visible = (back >= 0) & (back <= jax.lax.dynamic_slice_in_dim(reach, start, size, axis=1)[:, :, None])
         # Kept whole, mask and weights are passes over less memory than XLA's own fusion makes of them.
@@ -70,25 +84,33 @@ def causal_attention(query: Array, key: Array, value: Array, *, reach: Array, nu
         total = jnp.sum(weights.astype(jnp.float32), axis=-1, keepdims=True)
         return numerics.einsum("bgrts,bgsh->bgrth", weights, values) / total
 
-    sizes = _branch_sizes(blocks)
-    branches: list[Callable[[Array], Array]] = [partial(mix, seen) for seen in sizes]
-    branch_of = jnp.array(np.searchsorted(sizes, np.arange(blocks + 1)), jnp.int32)
+    sizes = _branch_sizes(size // KEY_ROWS, blocks * size // KEY_ROWS)
+    branches: list[Callable[[Array, Array], Array]] = [partial(mix, units) for units in sizes]
+    branch_of = jnp.array(np.searchsorted(sizes, np.arange(sizes[-1] + 1)), jnp.int32)
 
-    def step(_: None, block: Array) -> tuple[None, Array]:
-        return None, jax.lax.switch(branch_of[blocks_seen[block]], branches, block)
+    def step(_: None, place: Array) -> tuple[None, Array]:
+        block, chunk = place // chunks, place % chunks
+        return None, jax.lax.switch(branch_of[units_seen[block]], branches, block, chunk)
 
-    _, mixed = jax.lax.scan(step, None, jnp.arange(blocks, dtype=jnp.int32))  # [blocks, b, g, r, size, h]
-    return mixed.transpose(1, 0, 4, 2, 3, 5).reshape(b, blocks * size, heads * width)[:, :tokens]
+    _, mixed = jax.lax.scan(step, None, jnp.arange(blocks * chunks, dtype=jnp.int32))
+    mixed = mixed.reshape(blocks, chunks, b, together, heads // groups, size, width)
+    return mixed.transpose(2, 0, 5, 1, 3, 4, 6).reshape(b, blocks * size, heads * width)[:, :tokens]
+
+
+def _groups_at_once(groups: int, heads_a_group: int) -> int:
+    """Key/value heads that a step takes: a divisor of all."""
+    fitting = (n for n in range(1, groups) if groups % n == 0 and n * heads_a_group >= _HEADS_AT_ONCE)
+    return next(fitting, groups)
 
 
 def _padded(x: Array, columns: int, axis: int) -> Array:
     return jnp.pad(x, [(0, columns if at == axis else 0) for at in range(x.ndim)]) if columns else x
 
 
-def _branch_sizes(blocks: int) -> list[int]:
-    """Numbers of key blocks that have a branch: every one up to 8, then steps of an eighth to a quarter."""
-    sizes, size = [], 1
-    while size < blocks:
+def _branch_sizes(least: int, most: int) -> list[int]:
+    """Numbers of units of keys that have a branch: every one up to 8, then steps of an eighth to a quarter."""
+    sizes, size = [], least
+    while size < most:
         sizes.append(size)
         size += max(1, (1 << size.bit_length()) // 8)
-    return [*sizes, blocks]
+    return [*sizes, most]

@@ -36,13 +36,13 @@ ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "benchmarks"
 sys.path.insert(0, str(ROOT))
 
-from figures import BARE, OURS, PEERS, SIDES, figures_of  # noqa: E402
-from machine import busy_seconds, describe, disk_bandwidth  # noqa: E402
-from protocol import Side, SideFailed  # noqa: E402
-from report import table  # noqa: E402
-from rows import OtherRows, compare  # noqa: E402
-from work import Shape  # noqa: E402
-from workloads import (  # noqa: E402
+from figures import BARE, OURS, PEERS, SIDES, figures_of
+from machine import busy_seconds, describe, disk_bandwidth
+from protocol import Side, SideFailed
+from report import table
+from rows import OtherRows, compare
+from work import Shape
+from workloads import (
     MODEL,
     MODELS,
     PROMPTS,
@@ -54,7 +54,7 @@ from workloads import (  # noqa: E402
     prepare_prompts,
 )
 
-from jax_extract.errors import UserError  # noqa: E402 (the checkout's own package first)
+from jax_extract.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,8 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from machine import xla_peak  # noqa: E402
-from protocol import Commands, serve  # noqa: E402
+from machine import xla_peak
+from protocol import Commands, serve
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "safetensors")
 
@@ -162,7 +162,7 @@ def first_batch(started: float, words: Sequence[str]) -> int:
         print(json.dumps(told), flush=True)
         os._exit(0)
 
-    CaptureProgram.run = and_end  # type: ignore[method-assign]
+    CaptureProgram.run = and_end
     return cli.main(["extract", *words])
 
 

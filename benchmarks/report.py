@@ -24,7 +24,7 @@ from machine import title
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from jax_extract.terminal import plural, ranges_text  # noqa: E402 (the checkout's own package first)
+from jax_extract.terminal import plural, ranges_text
 
 RESULTS = ROOT / "benchmarks" / "results"
 TEMPLATE = ROOT / "benchmarks" / "performance.template.md"

@@ -38,16 +38,16 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from machine import PIECE, Watch, describe, title  # noqa: E402
+from machine import PIECE, Watch, describe, title
 
-from jax_extract.store.ledger import Ledger  # noqa: E402
-from jax_extract.store.parts import PartContent, Site  # noqa: E402
-from jax_extract.store.reader import Run, open_activations  # noqa: E402
-from jax_extract.store.shuffled.order import Layout, random_order  # noqa: E402
-from jax_extract.store.shuffled.source import past_the_page_cache  # noqa: E402
-from jax_extract.store.storage.direct import PAGE, page_memory  # noqa: E402 (the checkout's own package first)
-from jax_extract.store.storage.local import Directory  # noqa: E402
-from jax_extract.store.writer import PartWriter  # noqa: E402
+from jax_extract.store.ledger import Ledger
+from jax_extract.store.parts import PartContent, Site
+from jax_extract.store.reader import Run, open_activations
+from jax_extract.store.shuffled.order import Layout, random_order
+from jax_extract.store.shuffled.source import past_the_page_cache
+from jax_extract.store.storage.direct import PAGE, page_memory
+from jax_extract.store.storage.local import Directory
+from jax_extract.store.writer import PartWriter
 
 WIDTH = 896
 SHARD_BYTES = 256_000_000

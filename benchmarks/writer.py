@@ -44,16 +44,16 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from machine import Watch, describe, raw_buffered, raw_direct, raw_direct_huge, title  # noqa: E402
+from machine import Watch, describe, raw_buffered, raw_direct, raw_direct_huge, title
 
-from jax_extract.extraction.loop import STEPS_IN_MEMORY  # noqa: E402 (the checkout's own package first)
-from jax_extract.store import writer as writer_module  # noqa: E402
-from jax_extract.store.budget import ByteBudget  # noqa: E402
-from jax_extract.store.ledger import Ledger  # noqa: E402
-from jax_extract.store.parts import PartContent, Site  # noqa: E402
-from jax_extract.store.storage.local import Directory  # noqa: E402
-from jax_extract.store.storage.verbs import Chunk, Published, Storage, crc32c  # noqa: E402
-from jax_extract.store.writer import PartWriter  # noqa: E402
+from jax_extract.extraction.loop import STEPS_IN_MEMORY
+from jax_extract.store import writer as writer_module
+from jax_extract.store.budget import ByteBudget
+from jax_extract.store.ledger import Ledger
+from jax_extract.store.parts import PartContent, Site
+from jax_extract.store.storage.local import Directory
+from jax_extract.store.storage.verbs import Chunk, Published, Storage, crc32c
+from jax_extract.store.writer import PartWriter
 
 WIDTH, ROWS, POSITIONS = 896, 8, 512
 SITES = [Site("after_block", layer, WIDTH) for layer in range(10, 24)]

@@ -10,8 +10,9 @@ get the same token ids and write the same rows as safetensors, in the dtype of t
 the rows of each peer are compared with ours. Each side has a process of its own; they take turns, in another order
 every round, so that the machine's drift meets each, and what is compared are medians. Not timed: imports, loading,
 tokenising, planning, compilation. After every round the peaks of XLA's and torch's matrix products are measured on the
-model's own shapes. `bare_forward` is jax_extract without capturing, copying and writing. Peers live in .venv-peers
-(`make .venv-peers/ready`). One table a case is printed, and one JSON file written.
+model's own shapes. `bare_forward` is jax_extract without capturing, copying and writing; `others` is the share
+of the machine's processors that other programs had meanwhile. Peers live in .venv-peers (`make .venv-peers/ready`). One
+table a case is printed, and one JSON file written.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from jax._src import compilation_cache as of_jax
 from small_run import environment, make_model, run_cli, run_here, shards, write_jsonl
-from test_weights_gguf import tokenizer_fields
+from test_weights_gguf import build_tokenizer, tokenizer_fields
 
 from jax_extract import cli
 from jax_extract.devices import compilation_cache
@@ -29,7 +29,7 @@ from jax_extract.inputs.tokenize import tokenizer_digest
 from jax_extract.startup import seconds_since_start
 from jax_extract.store.ledger import Ledger
 from jax_extract.store.storage.opening import open_storage
-from jax_extract.weights.gguf_tokenizer import GgufTokenizer, build_tokenizer
+from jax_extract.weights.gguf_tokenizer import GgufTokenizer
 from jax_extract.weights.load import Weights
 
 SLOW = {"jax", "jaxlib", "flax", "transformers", "datasets", "google", "orbax", "tyro", "gguf", "torch"}

@@ -20,7 +20,7 @@ from transformers import GPT2Tokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 from jax_extract.errors import UserError
 from jax_extract.weights import gguf as gguf_module
 from jax_extract.weights.gguf import GgufCheckpoint
-from jax_extract.weights.gguf_tokenizer import build_tokenizer
+from jax_extract.weights.gguf_tokenizer import _backend, _in_transformers, _options
 
 LAYERS, WIDTH, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 2, 64, 96, 4, 2, 16, 40
 Tensors = dict[str, np.ndarray]
@@ -456,6 +456,11 @@ def tokenizer_fields(pre: str, **changes: Any) -> dict[str, Any]:
         "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
         "tokenizer.ggml.eos_token_id": len(text_tokens),
     } | changes
+
+
+def build_tokenizer(fields: dict[str, Any]) -> Any:
+    """The backend of a GGUF file's tokenizer in one of transformers, which runs it."""
+    return _in_transformers(_backend(fields), _options(fields))
 
 
 @pytest.mark.parametrize(("pre", "reference"), [("gpt-2", GPT2Tokenizer), ("qwen2", Qwen2Tokenizer)])

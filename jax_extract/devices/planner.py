@@ -91,10 +91,6 @@ class ModelCounts:
     def other_values(self) -> int:
         return sum(outputs * inputs for outputs, inputs in self.other_matrices)
 
-    @property
-    def parameter_bytes(self) -> int:
-        return (self.blocks * self.block_values + self.other_values + self.vector_values) * self.value_bytes
-
     def product_flops(self, tokens: int) -> float:
         """Of the matrices: 2 m k n for [m, k] times [k, n], over all blocks."""
         return 2.0 * tokens * self.blocks * self.block_values

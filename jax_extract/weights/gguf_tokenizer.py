@@ -81,6 +81,10 @@ class GgufTokenizer:
     Attributes:
       backend_tokenizer: what computes the token ids, as the transformers tokenizer has it.
       chat_template: the model's own, or None.
+
+    Raises:
+      UserError: another tokenizer model than "gpt2" (byte-level BPE), another pre-tokeniser than the known ones, or
+        metadata that is missing or inconsistent.
     """
 
     def __init__(self, fields: Mapping[str, Any], model_max_length: int) -> None:
@@ -120,20 +124,12 @@ class GgufTokenizer:
         return whole
 
 
-def build_tokenizer(fields: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
-    """Rebuild a tokenizer of `tokenizer.ggml.model` "gpt2" (byte-level BPE).
-
-    `fields` maps GGUF metadata keys to str, int, bool or lists of these. Control tokens become special
-    added tokens, user-defined ones plain added tokens; tokens marked unused are left out, as they are
-    padding that the model's own tokenizer does not have. The ids are those of the file.
-
-    Raises:
-        UserError: another tokenizer model or pre-tokeniser, or metadata that is missing or inconsistent.
-    """
-    return _in_transformers(_backend(fields), _options(fields))
-
-
 def _backend(fields: Mapping[str, Any]) -> Tokenizer:
+    """What computes token ids; `fields` maps GGUF metadata keys to str, int, bool or lists of these.
+
+    Control tokens become special added tokens, user-defined ones plain added tokens; tokens marked unused are left
+    out, as they are padding that the model's own tokenizer does not have. The ids are those of the file.
+    """
     splitting = _text_splitting(fields)
     tokens: list[str] = _required(fields, "tokenizer.ggml.tokens")
     types: list[int] = _required(fields, "tokenizer.ggml.token_type")

@@ -56,6 +56,7 @@ from workloads import (
 )
 
 from jax_extract.errors import UserError
+from models.registry import port_for
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,14 +138,15 @@ class Comparison:
 
     def run(self) -> dict[str, Any]:
         case, machine = self.case, describe()
-        if max(case.layers) >= self.config["num_hidden_layers"]:
-            layers = self.config["num_hidden_layers"]
+        port = port_for(self.config)
+        config = port.config(self.config)
+        if max(case.layers) >= (layers := config.num_hidden_layers):
             raise UserError(f"layer {max(case.layers)} does not exist; {case.model} has layers 0 to {layers - 1}")
         lengths = prepare_prompts(case, self.scratch, self.args.gsm8k)
         shape = Shape.of(self.config, case.layers)
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             here = Path(folder)
-            self._write_jobs(here, shape)
+            self._write_jobs(here, shape, port.prefix + port.modules(config)["after_block"][0].removesuffix(".{i}"))
             disk = disk_bandwidth(here)
             first = self._first_batches(here)
             with self._sides(here) as sides:
@@ -234,7 +236,8 @@ class Comparison:
 
     # --------------------------------------------------------------------------- what the sides are told
 
-    def _write_jobs(self, here: Path, shape: Shape) -> None:
+    def _write_jobs(self, here: Path, shape: Shape, blocks: str) -> None:
+        """`blocks` is where a causal language model of transformers has its blocks."""
         case = self.case
         job = {
             "model": str(self.scratch / MODEL),
@@ -244,6 +247,7 @@ class Comparison:
             "positions": case.positions,
             "writes": case.writes,
             "products": shape.products,
+            "blocks": blocks,
             "options": self._options(here / OURS),
         }
         (here / "job.json").write_text(json.dumps(job), encoding="utf-8")

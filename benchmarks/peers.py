@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import operator
 import shutil
 import sys
 import time
@@ -130,7 +131,8 @@ def huggingface(job: dict[str, Any]) -> Capture:
 
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModel.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"])).eval().to(DEVICE)
-    del model.layers[max(job["layers"]) + 1 :]
+    blocks = model.get_submodule(job["blocks"].partition(".")[2])
+    del blocks[max(job["layers"]) + 1 :]
     captured: dict[int, torch.Tensor] = {}
 
     def hook(layer: int) -> Callable[..., None]:
@@ -140,7 +142,7 @@ def huggingface(job: dict[str, Any]) -> Capture:
         return store
 
     for layer in job["layers"]:
-        model.layers[layer].register_forward_hook(hook(layer))
+        blocks[layer].register_forward_hook(hook(layer))
 
     def capture(ids: torch.Tensor) -> Mapping[int, torch.Tensor]:
         model(input_ids=ids, use_cache=False)
@@ -161,7 +163,7 @@ def nnsight(job: dict[str, Any]) -> Capture:
         with model.trace({"input_ids": ids}, use_cache=False) as tracer:
             saved = {}.save()
             for layer in layers:
-                output = model.model.layers[layer].output
+                output = operator.attrgetter(job["blocks"])(model)[layer].output
                 saved[layer] = output[0] if isinstance(output, tuple) else output
             tracer.stop()
         return saved
@@ -202,7 +204,7 @@ def sae_lens(job: dict[str, Any]) -> Capture:
     from sae_lens.training.activations_store import ActivationsStore
 
     (layer,) = job["layers"]
-    hook = f"model.layers.{layer}"
+    hook = f"{job['blocks']}.{layer}"
     model = load_model(
         "AutoModelForCausalLM",
         job["model"],

@@ -11,39 +11,34 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jax_extract.weights.load import parameter_shapes
+from models.registry import port_for
+
+_STACKED_MATRIX = 3  # axes: layer, outputs, inputs
+
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that decide the work; `blocks` is how many of them must run."""
+    """The sizes that decide the work.
 
-    hidden: int
-    ffn: int
+    Attributes:
+      products: (inputs, outputs) of a block's matrix products; queries, keys and values are one, gate and up another.
+      query_rows: values that all query heads of a token have together.
+      blocks: how many must run.
+    """
+
+    products: tuple[tuple[int, int], ...]
     query_rows: int
-    key_rows: int
     blocks: int
 
     @classmethod
     def of(cls, config: Mapping[str, Any], layers: Iterable[int]) -> Shape:
-        """Of a gated model's config.json, for the outputs of these layers."""
-        heads = config["num_attention_heads"]
-        width = config.get("head_dim") or config["hidden_size"] // heads
-        return cls(
-            hidden=config["hidden_size"],
-            ffn=config["intermediate_size"],
-            query_rows=heads * width,
-            key_rows=config["num_key_value_heads"] * width,
-            blocks=max(layers) + 1,
-        )
-
-    @property
-    def products(self) -> tuple[tuple[int, int], ...]:
-        """(inputs, outputs) of a block's products: q, k, v in one; attention's output; gate and up in one; down."""
-        return (
-            (self.hidden, self.query_rows + 2 * self.key_rows),
-            (self.query_rows, self.hidden),
-            (self.hidden, 2 * self.ffn),
-            (self.ffn, self.hidden),
-        )
+        """Of a config.json, for the outputs of these layers."""
+        port = port_for(config)
+        read = port.config(config)
+        stacked = parameter_shapes(port, read, 1, "float32")["blocks"].values()
+        products = tuple((p.shape[2], p.shape[1]) for p in stacked if len(p.shape) == _STACKED_MATRIX)
+        return cls(products, read.query_rows, max(layers) + 1)
 
     def flops(self, tokens: int) -> int:
         """Of one sample: token t meets t + 1 keys, twice (logits, then the mix of values)."""

@@ -15,14 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
+from jax_extract.devices.sharding import dotted
 from jax_extract.errors import UserError
 from jax_extract.inputs.sources import open_source
 from jax_extract.terminal import ranges_text
 from jax_extract.weights.checkpoint import open_checkpoint
+from jax_extract.weights.load import parameter_shapes
+from models.registry import port_for
 
 ROOT = Path(__file__).resolve().parent.parent
 GSM8K_HOME = "github.com/openai/grade-school-math (grade_school_math/data/test.jsonl)"
@@ -71,6 +75,33 @@ RANDOM_MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "max_position_embeddings": 32_768,
     },
+    "gpt2-medium": {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "vocab_size": 50_257,
+        "n_positions": 1_024,
+        "n_embd": 1_024,
+        "n_layer": 24,
+        "n_head": 16,
+    },
+    "pythia-1.4b": {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "rotary_pct": 0.25,
+        "rotary_emb_base": 10_000,
+        "use_parallel_residual": True,
+        "tie_word_embeddings": False,
+        "vocab_size": 50_304,
+        "hidden_size": 2_048,
+        "intermediate_size": 8_192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "max_position_embeddings": 2_048,
+    },
     "tiny": {
         **_QWEN2,
         "vocab_size": 49_152,
@@ -84,6 +115,8 @@ RANDOM_MODELS: dict[str, dict[str, Any]] = {
 }
 MODELS = {
     "qwen2.5-0.5b": "the shape of Qwen2.5-0.5B with random weights",
+    "gpt2-medium": "the shape of GPT-2-medium with random weights",
+    "pythia-1.4b": "the shape of Pythia-1.4b with random weights",
     "smollm2": "SmolLM2-135M-Instruct",
     "tiny": "a toy with random weights, to try the benchmark itself",
 }
@@ -148,10 +181,10 @@ def prepare_model(name: str, scratch: Path) -> dict[str, Any]:
 
 
 def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
-    """bfloat16 tensors of a qwen2 model by their Hugging Face names; normal, norms around one."""
+    """bfloat16 tensors of a model by their Hugging Face names; normal, scales of norms around one."""
     random = np.random.default_rng(seed)
     return {
-        name: (random.standard_normal(shape, np.float32) * 0.02 + name.endswith("norm.weight")).astype(
+        name: (random.standard_normal(shape, np.float32) * 0.02 + (len(shape) == 1 and name.endswith("weight"))).astype(
             ml_dtypes.bfloat16
         )
         for name, shape in _tensors(config)
@@ -159,21 +192,16 @@ def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarra
 
 
 def _tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    d, f = config["hidden_size"], config["intermediate_size"]
-    keys = d // config["num_attention_heads"] * config["num_key_value_heads"]
-    yield "model.embed_tokens.weight", (config["vocab_size"], d)
-    yield "model.norm.weight", (d,)
-    for i in range(config["num_hidden_layers"]):
-        block = f"model.layers.{i}."
-        yield block + "input_layernorm.weight", (d,)
-        yield block + "post_attention_layernorm.weight", (d,)
-        for letter, rows in (("q", d), ("k", keys), ("v", keys)):
-            yield block + f"self_attn.{letter}_proj.weight", (rows, d)
-            yield block + f"self_attn.{letter}_proj.bias", (rows,)
-        yield block + "self_attn.o_proj.weight", (d, d)
-        yield block + "mlp.gate_proj.weight", (f, d)
-        yield block + "mlp.up_proj.weight", (f, d)
-        yield block + "mlp.down_proj.weight", (d, f)
+    """Names and shapes, as the port reads them."""
+    port = port_for(config)
+    read = port.config(config)
+    parameters = parameter_shapes(port, read, read.num_hidden_layers, "float32", head=True)
+    shapes = {dotted(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)}
+    for path, source in port.sources(read).items():
+        for name, rows in zip(source.names, source.rows, strict=True):
+            shape = (rows, *shapes[path][2 if source.per_layer else 1 :])
+            for layer in range(read.num_hidden_layers if source.per_layer else 1):
+                yield name.replace("{i}", str(layer)), shape[::-1] if source.transposed else shape
 
 
 # ------------------------------------------------------------------------------------------- prompts

@@ -34,6 +34,7 @@ _USAGE = """usage: jax-extract COMMAND …
 
 commands:
   extract    extract activations of a language model
+  generate   answer prompts; with extract --max_new_tokens, answers and activations
   estimate   how much a run will write and how long it will take, before it is started
   compile    what a run will need on a TPU slice: memory, traffic, time, cost; by its compiler, without a TPU
   inspect    summarise a run, or one shard
@@ -48,6 +49,10 @@ _PIPE_CLOSED = 128 + signal.SIGPIPE  # as a shell has it
 _CONFIG_FLAG = "--config"
 _EXTRACT_HELP = (
     "Extract activations of a language model, matched to tokens. "
+    f"Options can also come from a YAML file: {_CONFIG_FLAG} FILE; flags go over it."
+)
+_GENERATE_HELP = (
+    "Answer prompts, into answers.jsonl and, for ARC tasks, submission.json in --activations_dir; no activations. "
     f"Options can also come from a YAML file: {_CONFIG_FLAG} FILE; flags go over it."
 )
 
@@ -113,16 +118,39 @@ def _quiet_libraries() -> None:
 
 def _extract(argv: list[str], program: str = "jax-extract extract", defaults: object = None) -> None:
     config = _extract_config(argv, program, defaults)  # first: help and mistakes need not wait for the imports
+    _prepare(config)
+    if config.max_new_tokens is None:
+        from jax_extract.extraction.command import extract_to_directory
+
+        extract_to_directory(config)
+    else:
+        from jax_extract.generation.command import infer
+
+        infer(config)
+
+
+def _generate(argv: list[str]) -> None:
+    config = _extract_config(argv, "jax-extract generate", help_text=_GENERATE_HELP)
+    if config.max_new_tokens is None:
+        raise UserError("jax-extract generate needs --max_new_tokens N, the most tokens an answer may have")
+    _prepare(config)
+    from jax_extract.generation.command import infer
+
+    infer(config, extracts=False)
+
+
+def _prepare(config: ExtractConfig) -> None:
+    """What a run needs before its first program is compiled."""
     from jax_extract.devices import compilation_cache
-    from jax_extract.extraction.command import extract_to_directory
 
     if config.overwrite:
         interruption.again = "run the same command again without --overwrite to go on"
     compilation_cache.start()
-    extract_to_directory(config)
 
 
-def _extract_config(argv: list[str], program: str, defaults: object = None) -> ExtractConfig:
+def _extract_config(
+    argv: list[str], program: str, defaults: object = None, help_text: str = _EXTRACT_HELP
+) -> ExtractConfig:
     """The configuration that defaults, a YAML file and flags give together."""
     from jax_extract.config import ExtractConfig, from_mapping, from_yaml
 
@@ -135,7 +163,7 @@ def _extract_config(argv: list[str], program: str, defaults: object = None) -> E
     if path is not None:
         base = from_yaml(path, base)
     base.check()
-    return _parse(ExtractConfig, argv, program, base, _EXTRACT_HELP)
+    return _parse(ExtractConfig, argv, program, base, help_text)
 
 
 def _parse(kind: type[T], argv: list[str], program: str, default: T | None = None, help_text: str | None = None) -> T:
@@ -294,6 +322,7 @@ def _inspect(argv: list[str]) -> int:
 
 _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "extract": _extract,
+    "generate": _generate,
     "estimate": _estimate,
     "compile": _compile,
     "inspect": _inspect,

@@ -30,6 +30,7 @@ class ExtractConfig:
 
     Attributes:
       model_path: Hugging Face folder, hub id, or .gguf file.
+      adapter: LoRA adapter of that model, by folder or hub id; merged in float32.
       tasks_file: ARC tasks (.json or a folder), JSONL (.jsonl) or plain text (.txt).
       dataset: Hugging Face dataset instead of a file, by hub name or local path; streamed.
       dataset_config: configuration name of the dataset.
@@ -38,8 +39,14 @@ class ExtractConfig:
       n_tasks: only the first so many ARC tasks.
       n_samples: how many samples; more than there are makes augmented ARC samples.
       grid_encoder: how ARC grids become text: digits, spaced, json or letters.
-      seed: of the ARC augmentation.
+      seed: of the ARC augmentation, and of drawn answers.
       chat_template: put each text through the tokenizer's chat template as a user's turn.
+      max_new_tokens: answer every prompt first, with at most so many tokens; prompt and answer fit max_seq_length.
+      temperature: of the answers; 0 takes the likeliest token each time.
+      top_k: of the answers: draw from so many of the likeliest tokens.
+      top_p: of the answers: draw from the likeliest tokens that together have this probability.
+      capture_answers: keep activations of the answers' tokens too, behind those of their prompts.
+      solutions_file: solutions of the ARC tasks, {"task id": [grid, …]}, where the tasks do not hold them.
       revision: branch, tag or commit of a hub model.
       layers_to_extract: layers, counted from 0; by default 10 to 23, or what the model has of them.
       hook_points: where in the block, by name, TransformerLens name or glob.
@@ -69,6 +76,7 @@ class ExtractConfig:
     """
 
     model_path: str = ""
+    adapter: str | None = None
     tasks_file: str | None = None
     dataset: str | None = None
     dataset_config: str | None = None
@@ -79,6 +87,12 @@ class ExtractConfig:
     grid_encoder: str = "digits"
     seed: int = 0
     chat_template: bool = False
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    capture_answers: bool = False
+    solutions_file: str | None = None
     revision: str | None = None
     layers_to_extract: tuple[int, ...] | None = None
     hook_points: tuple[str, ...] = (DEFAULT_HOOK_POINT,)
@@ -112,8 +126,18 @@ class ExtractConfig:
         check_captures(self)
         if self.host_memory_gb is not None and not 0 < self.host_memory_gb < _LARGEST:
             raise UserError(f"--host_memory_gb {self.host_memory_gb} must be a positive number of gigabytes")
+        self._check_answers()
         self._check_places()
         self._check_processes()
+
+    def _check_answers(self) -> None:
+        if self.max_new_tokens is not None:
+            if not 1 <= self.max_new_tokens <= _LARGEST:
+                raise UserError(f"--max_new_tokens {self.max_new_tokens} must be from 1 to {_LARGEST}")
+            return
+        for name in ("temperature", "top_k", "top_p", "capture_answers", "solutions_file"):
+            if getattr(self, name) not in (None, False, 0):
+                raise UserError(f"--{name} is about answers, and none are asked for; add --max_new_tokens N")
 
     def _check_places(self) -> None:
         if self.upload_to_cloud and not self.gcs_bucket:

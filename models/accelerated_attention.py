@@ -7,7 +7,6 @@ g key/value heads, r query heads per key/value head, h head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -37,14 +36,14 @@ def attention_backend(
     numerics: Numerics,
     *,
     head_width: int,
-    windows: Sequence[int] = (),
+    soft_cap: float | None = None,
     samples_a_row: int = 1,
 ) -> AttentionBackend:
     """What a program for this platform computes attention with.
 
     Args:
       platform: of the devices: `cpu`, `tpu`, `gpu` or `cuda` for NVIDIA's, `rocm` for AMD's.
-      windows: per layer that runs, how many positions a query sees, itself included; 0 where it sees all.
+      soft_cap: of the logits, where the architecture has one.
       samples_a_row: most samples that lie in one row.
     """
     kernel = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform)
@@ -52,12 +51,12 @@ def attention_backend(
         return AttentionBackend("blockwise", f"there is no kernel for {platform}")
     if numerics.dtype != "bfloat16":
         return AttentionBackend("blockwise", f"the {kernel} kernel rounds products of {numerics.dtype} operands")
-    if len(set(windows)) > 1:
-        return AttentionBackend("blockwise", f"layers differ in their windows, and one {kernel} kernel serves them all")
     if kernel == "splash":
         if head_width % _SPLASH_HEADS:
             return AttentionBackend("blockwise", f"heads are {head_width} wide, no multiple of {_SPLASH_HEADS}")
         return AttentionBackend("splash", "bfloat16 on TPU")
+    if soft_cap is not None:
+        return AttentionBackend("blockwise", "logits are capped, which the cudnn kernel does not do")
     if samples_a_row > 1:
         return AttentionBackend("blockwise", "rows hold several samples, which the cudnn kernel cannot tell apart")
     if head_width % _CUDNN_HEADS or head_width > _CUDNN_WIDEST:
@@ -67,14 +66,21 @@ def attention_backend(
 
 
 def kernel_attention(
-    query: Array, key: Array, value: Array, positions: Array, *, window: int | None, numerics: Numerics
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    positions: Array,
+    window: int | None,
+    numerics: Numerics,
+    soft_cap: float | None = None,
 ) -> Array:
     """By the kernel that `numerics.attention` names; `positions` int32 [b, t] are those of tokens in their samples."""
     if numerics.attention == "cudnn":
         return cudnn_attention(query, key, value, numerics=numerics, window=window)
     # Each sample begins at position 0, and so does each token of padding.
     segments = jnp.cumsum(positions == 0, axis=1, dtype=jnp.int32)
-    return splash_attention(query, key, value, numerics=numerics, window=window, segments=segments)
+    return splash_attention(query, key, value, numerics=numerics, window=window, segments=segments, soft_cap=soft_cap)
 
 
 def splash_attention(
@@ -85,6 +91,7 @@ def splash_attention(
     numerics: Numerics,
     window: int | None = None,
     segments: Array | None = None,
+    soft_cap: float | None = None,
     interpret: bool = False,
 ) -> Array:
     """Grouped-query causal attention by the TPU kernel that ships with JAX; inside `shard_map`.
@@ -93,11 +100,12 @@ def splash_attention(
     are padded to a multiple of 128 tokens: on the right, where no real token looks.
 
     Args:
-      query: float32 [b, t, g * r, h].
+      query: float32 [b, t, g * r, h], scaled already.
       key, value: float32 [b, t, g, h].
       numerics: the dtype of the operands.
       window: how many positions back a query sees, itself included; None where it sees all.
       segments: int32 [b, t], equal for tokens of one sample; None where a row is one sample.
+      soft_cap: as `causal_attention` takes it.
       interpret: computes without a TPU, slowly, for tests.
 
     Returns:
@@ -116,6 +124,7 @@ def splash_attention(
     kernel: Any = splash_attention_kernel.make_splash_mha_single_device(
         mask=splash_attention_mask.MultiHeadMask([mask] * heads),
         block_sizes=splash_attention_kernel.BlockSizes(block_q=size, block_kv=size, block_kv_compute=size),
+        attn_logits_soft_cap=soft_cap,
         interpret=interpret,
     )
 
@@ -123,7 +132,7 @@ def splash_attention(
         x = x.astype(numerics.dtype).transpose(0, 2, 1, 3)
         return jnp.pad(x, ((0, 0), (0, 0), (0, padded - tokens), (0, 0)))
 
-    operands = (heads_first(query * jnp.float32(width**-0.5)), heads_first(key), heads_first(value))
+    operands = (heads_first(query), heads_first(key), heads_first(value))
     if segments is None:
         mixed = jax.vmap(kernel)(*operands)
     else:
@@ -146,7 +155,7 @@ def cudnn_attention(query: Array, key: Array, value: Array, *, numerics: Numeric
         q,
         k,
         v,
-        scale=width**-0.5,
+        scale=1.0,
         is_causal=True,
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",

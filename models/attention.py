@@ -22,7 +22,9 @@ KEY_ROWS = 64  # of a unit, in which a block's keys are counted: few are multipl
 _HEADS_AT_ONCE = 3  # query heads, at least: fewer are too few rows for a product, more leave the processor's cache
 
 
-def causal_attention(query: Array, key: Array, value: Array, *, reach: Array, numerics: Numerics) -> Array:
+def causal_attention(
+    query: Array, key: Array, value: Array, *, reach: Array, numerics: Numerics, soft_cap: float | None = None
+) -> Array:
     """Grouped-query causal attention in which no block of queries meets keys that none of it can see.
 
     A block of query rows is multiplied with the keys from the first that one of its rows sees up to its own
@@ -32,11 +34,12 @@ def causal_attention(query: Array, key: Array, value: Array, *, reach: Array, nu
     time, so that the logits of a step stay in a processor's cache however long the sample is.
 
     Args:
-      query: float32 [b, t, g * r, h].
+      query: float32 [b, t, g * r, h], scaled already.
       key, value: float32 [b, t, g, h].
       reach: int32 [b, t], how many tokens back each one sees, besides itself: its position in its sample, or less
         under a sliding window.
       numerics: of the two products; the softmax is float32.
+      soft_cap: logits x become soft_cap * tanh(x / soft_cap) (Gemma 2, 2024, section 2); None leaves them.
 
     Returns:
       float32 [b, t, g * r * h].
@@ -54,7 +57,7 @@ def causal_attention(query: Array, key: Array, value: Array, *, reach: Array, nu
         x = x.astype(numerics.dtype).reshape(b, tokens, chunks, together, -1, width)
         return _padded(x.transpose(2, 0, 3, 4, 1, 5), padding, axis=4)
 
-    q = arranged(query * jnp.float32(width**-0.5))
+    q = arranged(query)
     k, v = arranged(key)[:, :, :, 0], arranged(value)[:, :, :, 0]
     reach = _padded(reach, padding, axis=1)
     first_seen = jnp.min(
@@ -77,7 +80,10 @@ def causal_attention(query: Array, key: Array, value: Array, *, reach: Array, nu
         visible = (back >= 0) & (back <= jax.lax.dynamic_slice_in_dim(reach, start, size, axis=1)[:, :, None])
         # Kept whole, mask and weights are passes over less memory than XLA's own fusion makes of them.
         mask = jax.lax.optimization_barrier(jnp.where(visible, jnp.float32(0), jnp.float32(-jnp.inf)))
-        logits = numerics.einsum("bgrth,bgsh->bgrts", rows, keys) + mask[:, None, None]
+        logits = numerics.einsum("bgrth,bgsh->bgrts", rows, keys)
+        if soft_cap is not None:
+            logits = jnp.float32(soft_cap) * jnp.tanh(logits / jnp.float32(soft_cap))
+        logits = logits + mask[:, None, None]
         weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)).astype(numerics.dtype)
         weights = jax.lax.optimization_barrier(weights)
         # The sum of what is multiplied, so that rounded weights still add up to one.

@@ -62,6 +62,18 @@ HOOK_POINTS: Mapping[str, HookPoint] = {
 }
 DEFAULT_HOOK_POINT = "after_block"
 
+HookPoints = Mapping[str, str | None]  # those that an architecture has -> its TransformerLens name there, if any
+# Of sequential blocks with a gated feed-forward network, and of those with one that has no gate.
+GATED: HookPoints = {point.name: point.alias for point in HOOK_POINTS.values()}
+UNGATED: HookPoints = {
+    name: GATED["ffn_gate"] if name == "ffn_up" else alias for name, alias in GATED.items() if name != "ffn_gate"
+}
+_WHY_NOT = {
+    "ffn_gate": "its feed-forward network has no gate",
+    "after_attention": "attention and the feed-forward network read the same stream, so there is none between them",
+    "embeddings": "what enters its first block has positions in it already, so it has another name",
+}
+
 # What else the two ends of a block are called: by TransformerLens 3 (`blocks.{i}.hook_out`), and by analogy.
 _OTHER_NAMES = {
     "in": "residual_before",
@@ -73,9 +85,7 @@ _OTHER_NAMES = {
 _ALIAS_LAYER = re.compile(r"^blocks\.(\d{1,9}|\*|\{i\})\.(.+)$")
 
 
-def resolve_hook_points(
-    names: Iterable[str], available: Iterable[str] = tuple(HOOK_POINTS)
-) -> dict[str, set[int] | None]:
+def resolve_hook_points(names: Iterable[str], available: HookPoints = GATED) -> dict[str, set[int] | None]:
     """Turns names, TransformerLens aliases and globs into hook points.
 
     Args:
@@ -89,15 +99,9 @@ def resolve_hook_points(
     Raises:
       UserError: a name that is no hook point (with the nearest name), or one this architecture lacks.
     """
-    available = set(available)
     found: dict[str, set[int] | None] = {}
     for name in names:
-        for point, layer in _matches(name):
-            if point not in available:
-                raise UserError(
-                    f"hook point {point!r} does not exist in this architecture; it has: "
-                    f"{', '.join(p for p in HOOK_POINTS if p in available)}"
-                )
+        for point, layer in _matches(name, available):
             if layer is None:
                 found[point] = None
             elif (layers := found.setdefault(point, set())) is not None:
@@ -107,18 +111,25 @@ def resolve_hook_points(
     return {name: found[name] for name in HOOK_POINTS if name in found}
 
 
-def _matches(name: str) -> list[tuple[str, int | None]]:
-    if name in HOOK_POINTS:
+def _matches(name: str, available: HookPoints) -> list[tuple[str, int | None]]:
+    if name in available:
         return [(name, None)]
     layer = None
     template = name
     if alias := _ALIAS_LAYER.match(name):
         layer = int(alias[1]) if alias[1].isdigit() else None
         template = f"blocks.{{i}}.{alias[2]}"
-    by_alias = [point.name for point in HOOK_POINTS.values() if point.alias == template]
-    by_glob = fnmatch.filter(HOOK_POINTS, name) if any(c in name for c in "*?[") else []
-    if matched := by_alias or by_glob:
+    by_alias = [point for point, own in available.items() if own == template]
+    is_glob = any(c in name for c in "*?[")
+    if matched := by_alias or (fnmatch.filter(available, name) if is_glob else []):
         return [(point, layer) for point in matched]
+    elsewhere = [point.name for point in HOOK_POINTS.values() if template in (point.name, point.alias)]
+    if lacking := elsewhere or (fnmatch.filter(HOOK_POINTS, name) if is_glob else []):
+        why = f" ({_WHY_NOT[lacking[0]]})" if lacking[0] in _WHY_NOT else ""
+        raise UserError(
+            f"hook point {name!r} does not exist in this architecture{why}; it has: "
+            f"{', '.join(p for p in HOOK_POINTS if p in available)}"
+        )
     nearest = f"; the nearest name is {near!r}" if (near := _nearest(template)) else ""
     raise UserError(f"unknown hook point {name!r}{nearest}; the hook points are: {', '.join(HOOK_POINTS)}")
 

@@ -1,4 +1,4 @@
-"""What several architectures really share: numerics, RMS norm, rotary embedding.
+"""What several architectures really share: numerics, norms, activations, rotary embedding.
 
 In: arrays and small static configurations. Out: arrays. Dimension letters in every einsum:
 b batch, t tokens, d width, f output features, h head width.
@@ -7,8 +7,10 @@ b batch, t tokens, d width, f output features, h head width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +50,19 @@ class Numerics:
         return y if bias is None else y + bias.astype(jnp.float32)[None, None, :]
 
 
+def embed(table: Array, tokens: Array) -> Array:
+    """table [v, d], tokens int32 [b, t] -> float32 [b, t, d]; what lies beyond the table is clipped to its end."""
+    return jnp.take(table, tokens, axis=0, mode="clip").astype(jnp.float32)
+
+
+def split_heads(qkv: Array, heads: int, key_heads: int) -> tuple[Array, Array, Array]:
+    """[b, t, (heads + 2 key_heads) h], queries before keys before values -> each as [b, t, its heads, h]."""
+    b, t, width = qkv.shape
+    per_head = qkv.reshape(b, t, heads + 2 * key_heads, width // (heads + 2 * key_heads))
+    query, key, value = jnp.split(per_head, (heads, heads + key_heads), axis=2)
+    return query, key, value
+
+
 def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
     """x [..., d] scaled to unit root mean square over its last axis, times weight [d]; float32.
 
@@ -56,6 +71,29 @@ def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + jnp.float32(epsilon))
     weight = weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
     return weight * (x * scale)
+
+
+def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> Array:
+    """x [..., d] without its mean and with unit variance over its last axis, times weight [d], plus bias [d]; float32.
+
+    Ba, Kiros and Hinton, "Layer Normalization", 2016, eq. 3.
+    """
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + jnp.float32(epsilon))
+    weight, bias = (v.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,)) for v in (weight, bias))
+    return centred * scale * weight + bias
+
+
+# By the names of config.json.
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_fast": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
 
 
 @dataclass(frozen=True)
@@ -111,24 +149,12 @@ class Rotary:
         return jnp.cos(angles), jnp.sin(angles)
 
 
-class Places(NamedTuple):
-    """Where the tokens of a batch stand in their samples, as attention wants to know it.
-
-    Attributes:
-      positions: int32 [b, t], of each token in its sample; 0 for padding.
-      rotary: (cosines, sines), float32 [b, t, head_width / 2], of those positions.
-    """
-
-    positions: Array
-    rotary: tuple[Array, Array]
-
-    @classmethod
-    def of(cls, positions: Array, rotary: Rotary, head_width: int) -> Places:
-        return cls(positions, rotary.tables(positions, head_width))
-
-
 def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
-    """x [b, t, heads, h] rotated; the two halves of a head are the two coordinates (Hugging Face's order)."""
+    """x [b, t, heads, h] with the first values of each head rotated, as many as the tables have cosines and sines.
+
+    The two halves of what is rotated are the two coordinates (Hugging Face's order).
+    """
     cos, sin = (table[:, :, None, :] for table in tables)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from flax import nnx
 from jax import Array
 
-from models.hooks import Taps
+from models.hooks import HookPoints, Taps
 from models.layers import Numerics
+from models.self_attention import AttentionRule, SelfAttention
 
+Module = tuple[str, Literal["input", "output"]]  # a submodule's path, `{i}` standing for the layer, and what of it
 Parameters = dict[str, Any]  # nested dictionaries of arrays, as `nnx.to_pure_dict` gives them
 Gather = Callable[[str, Any], Any]  # (parameter path prefix, local shards) -> whole arrays
 
@@ -27,10 +29,12 @@ class TensorSource:
     Attributes:
       names: tensor names, `{i}` standing for the layer; several are concatenated along their first axis.
       rows: first-axis length of each, in the same order.
+      transposed: stored as [in, out], and turned when they are read; `rows` are those of the parameter.
     """
 
     names: tuple[str, ...]
     rows: tuple[int, ...]
+    transposed: bool = False
 
     @property
     def per_layer(self) -> bool:
@@ -62,10 +66,7 @@ class ModelConfig(Protocol):
         ...
 
     @property
-    def windows(self) -> tuple[int, ...]:
-        """Per layer, how many positions a query sees, itself included, 0 for all; empty where no layer has one."""
-        ...
-
+    def attention(self) -> AttentionRule: ...
     @property
     def max_position_embeddings(self) -> int: ...
 
@@ -77,19 +78,28 @@ class Port:
     Attributes:
       config: config.json as a dictionary -> the port's configuration; refuses what it does not understand.
       hook_points: configuration -> the hook points this architecture has.
-      structure: (configuration, blocks, dtype) -> the NNX module that names and shapes the parameters;
-        call it under `nnx.eval_shape`.
-      sources: (configuration) -> parameter path (dotted) -> where it comes from.
+      structure: (configuration, blocks, dtype, head) -> the NNX module that names and shapes the parameters, those of
+        the head among them if asked for; call it under `nnx.eval_shape`.
+      sources: (configuration) -> parameter path (dotted) -> where it comes from, the head's included.
       unused_tensors: (configuration) -> names that a checkpoint may have and the forward never reads.
-      forward: (configuration, parameters, tokens int32 [batch, length], taps, numerics, gather) -> taps.
+      prefix: of all tensors but the head, absent where only the base model was saved.
+      modules: (configuration) -> where Hugging Face's base model has each hook point.
+      forward: (configuration, parameters, tokens int32 [b, t], taps, attention, numerics, gather) -> taps filled, and
+        attention with what it remembers. Runs `taps.num_blocks` blocks, whose parameters `gather` makes whole of this
+        device's shards at the moment they are needed; `taps.packing` says whose the tokens are.
+      logits: (configuration, parameters, rows of `final_norm` float32 [b, t, d], numerics, gather) -> float32
+        [b, t, vocab], by the head.
     """
 
     config: Callable[[Mapping[str, Any]], Any]
-    hook_points: Callable[[Any], tuple[str, ...]]
-    structure: Callable[[Any, int, str], nnx.Module]
+    hook_points: Callable[[Any], HookPoints]
+    structure: Callable[[Any, int, str, bool], nnx.Module]
     sources: Callable[[Any], Mapping[str, TensorSource]]
     unused_tensors: Callable[[Any], frozenset[str]]
-    forward: Callable[[Any, Parameters, Array, Taps, Numerics, Gather], Taps]
+    forward: Callable[[Any, Parameters, Array, Taps, SelfAttention, Numerics, Gather], tuple[Taps, SelfAttention]]
+    logits: Callable[[Any, Parameters, Array, Numerics, Gather], Array]
+    prefix: str
+    modules: Callable[[Any], Mapping[str, Module]]
 
 
 def hook_width(config: ModelConfig, width: str) -> int:

@@ -10,7 +10,6 @@ nor known to leave the mathematics alone is refused by name.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,12 +19,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from models.accelerated_attention import kernel_attention
-from models.attention import causal_attention
+from models import hf_config
+from models.decoder import Carry, run_blocks
 from models.errors import UserError
-from models.hooks import HOOK_POINTS, Taps
-from models.layers import Numerics, Places, Rotary, rms_norm, rotate
-from models.ports import Gather, Parameters, Port, TensorSource
+from models.feed_forward import gated
+from models.head import head_logits
+from models.hf_config import size, switch
+from models.hooks import GATED, HookPoints, Taps
+from models.layers import Numerics, Rotary, embed, rms_norm, rotate, split_heads
+from models.ports import Gather, Module, Parameters, Port, TensorSource
+from models.self_attention import AttentionRule, SelfAttention
 
 DEFAULT_SAE_LAYERS = list(range(10, 24))  # Layers 10-23
 
@@ -74,6 +77,10 @@ class Qwen2Config:
     @property
     def key_rows(self) -> int:
         return self.num_key_value_heads * self.head_dim
+
+    @property
+    def attention(self) -> AttentionRule:
+        return AttentionRule(windows=self.windows)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Qwen2Config:
@@ -168,12 +175,14 @@ class Blocks(nnx.Module):
 
 
 class Qwen2(nnx.Module):
-    """The model without its head: embedding [vocab, d], stacked blocks, final norm [d]."""
+    """The model: embedding [vocab, d], stacked blocks, final norm [d]; and, if asked for, the head [vocab, d]."""
 
-    def __init__(self, config: Qwen2Config, layers: int, dtype: str) -> None:
+    def __init__(self, config: Qwen2Config, layers: int, dtype: str, head: bool = False) -> None:
         self.embedding = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
         self.blocks = Blocks(config, layers, dtype)
         self.final_norm = nnx.Param(jnp.zeros((config.hidden_size,), dtype))
+        if head and not config.tie_word_embeddings:
+            self.head = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
 
 
 def sources(config: Qwen2Config) -> dict[str, TensorSource]:
@@ -205,6 +214,8 @@ def sources(config: Qwen2Config) -> dict[str, TensorSource]:
         "blocks.gate_up": gate_up("weight"),
         "blocks.down": block({"mlp.down_proj.weight": d}),
     }
+    if not config.tie_word_embeddings:
+        table["head"] = TensorSource(("lm_head.weight",), (config.vocab_size,))
     if config.qkv_bias:
         table["blocks.qkv_bias"] = qkv("bias")
     if config.output_bias:
@@ -219,7 +230,7 @@ def sources(config: Qwen2Config) -> dict[str, TensorSource]:
 
 
 def unused_tensors(config: Qwen2Config) -> frozenset[str]:
-    """The head (there is none here) and the rotary tables that old checkpoints store."""
+    """A second copy of a head that is the embedding, and the rotary tables that old checkpoints store."""
     layers = range(config.num_hidden_layers)
     return frozenset(
         {"lm_head.weight", "model.rotary_emb.inv_freq"}
@@ -231,37 +242,33 @@ def unused_tensors(config: Qwen2Config) -> frozenset[str]:
 
 
 def forward(
-    config: Qwen2Config, params: Parameters, tokens: Array, taps: Taps, numerics: Numerics, gather: Gather
-) -> Taps:
-    """Runs `taps.num_blocks` blocks over rows of samples and returns the filled taps.
-
-    Args:
-      params: `nnx.to_pure_dict` of `Qwen2`'s state, with at least that many blocks.
-      tokens: int32 [b, t]; `taps.packing` says whose they are.
-      gather: makes whole arrays of this device's shards, at the moment they are needed.
-    """
+    config: Qwen2Config,
+    params: Parameters,
+    tokens: Array,
+    taps: Taps,
+    attention: SelfAttention,
+    numerics: Numerics,
+    gather: Gather,
+) -> tuple[Taps, SelfAttention]:
+    """Runs `taps.num_blocks` blocks over rows of samples; see `Port.forward`."""
     with jax.named_scope("embeddings"):
-        embedding = gather("embedding", params["embedding"])
-        x = jnp.take(embedding, tokens, axis=0, mode="clip").astype(jnp.float32)
+        x = embed(gather("embedding", params["embedding"]), tokens)
     x, taps = taps.visit("embeddings", None, x)
-    places = Places.of(taps.packing.positions, config.rotary, config.head_dim)
-    windows = jnp.array(config.windows or (0,) * config.num_hidden_layers, jnp.int32)
+    tables = config.rotary.tables(attention.positions, config.head_dim)
 
-    def body(carry: tuple[Array, Taps], xs: tuple[Parameters, Array, Array]) -> tuple[tuple[Array, Taps], None]:
-        shards, layer, window = xs
-        return block(config, gather("blocks", shards), *carry, layer, window, places, numerics), None
+    def one(p: Parameters, x: Array, taps: Taps, attention: SelfAttention, layer: Array) -> Carry:
+        return block(config, p, x, taps, attention, layer, tables, numerics)
 
-    n = taps.num_blocks
-    if n:
-        stacked = jax.tree.map(lambda p: p[:n], params["blocks"])
-        (x, taps), _ = jax.lax.scan(body, (x, taps), (stacked, jnp.arange(n, dtype=jnp.int32), windows[:n]))
-    # The input of the block after the last one that runs is the output of that one.
-    if n in dict(taps.plan.layers).get("residual_before", ()):
-        x, taps = taps.visit("residual_before", jnp.int32(n), x)
+    x, taps, attention = run_blocks(one, x, taps, attention, params["blocks"], gather)
     if taps.plan.needs_final_norm:
         x = rms_norm(x, gather("final_norm", params["final_norm"]), config.rms_norm_eps)
         _, taps = taps.visit("final_norm", None, x)
-    return taps
+    return taps, attention
+
+
+def logits(config: Qwen2Config, params: Parameters, x: Array, numerics: Numerics, gather: Gather) -> Array:
+    """x float32 [b, t, d] of `final_norm` -> float32 [b, t, vocab]."""
+    return head_logits(params, x, numerics, gather)
 
 
 def block(
@@ -269,226 +276,110 @@ def block(
     p: Parameters,
     x: Array,
     taps: Taps,
+    attention: SelfAttention,
     layer: Array,
-    window: Array,
-    places: Places,
+    tables: tuple[Array, Array],
     numerics: Numerics,
-) -> tuple[Array, Taps]:
+) -> Carry:
     """One decoder block on the residual stream x, float32 [b, t, d]; `p` holds this layer's parameters."""
     x, taps = taps.visit("residual_before", layer, x)
     with jax.named_scope("attention"):
         normed = rms_norm(x, p["attention_norm"], config.rms_norm_eps)
-        update = _attention(config, p, normed, window, config.windows[: taps.num_blocks], places, numerics)
+        query, key, value = _heads(config, p, normed, tables, numerics)
+        mixed, attention = attention.attend(config.attention, layer, query, key, value, numerics)
+        update = numerics.linear(mixed, p["attention_output"], p.get("attention_output_bias"))
     update, taps = taps.visit("attention_out", layer, update)
     x, taps = taps.visit("after_attention", layer, x + update)
     with jax.named_scope("ffn"):
         normed = rms_norm(x, p["ffn_norm"], config.rms_norm_eps)
-        gate, up = jnp.split(numerics.linear(normed, p["gate_up"], p.get("gate_up_bias")), 2, axis=-1)
-        gate, taps = taps.visit("ffn_gate", layer, gate)
-        up, taps = taps.visit("ffn_up", layer, up)
-        hidden, taps = taps.visit("ffn_hidden", layer, jax.nn.silu(gate) * up)
-        update, taps = taps.visit("ffn_out", layer, numerics.linear(hidden, p["down"], p.get("down_bias")))
-    return taps.visit("after_block", layer, x + update)
+        update, taps = gated(p, normed, taps, layer, jax.nn.silu, numerics)
+    update, taps = taps.visit("ffn_out", layer, update)
+    x, taps = taps.visit("after_block", layer, x + update)
+    return x, taps, attention
 
 
-def _attention(
-    config: Qwen2Config,
-    p: Parameters,
-    x: Array,
-    window: Array,
-    windows: tuple[int, ...],
-    places: Places,
-    numerics: Numerics,
-) -> Array:
-    """x [b, t, d] -> what attention adds to the stream; `window` is this layer's, `windows` of all that run."""
-    b, t, _ = x.shape
-    q_rows, k_rows = config.query_rows, config.key_rows
+def _heads(
+    config: Qwen2Config, p: Parameters, x: Array, tables: tuple[Array, Array], numerics: Numerics
+) -> tuple[Array, Array, Array]:
+    """x [b, t, d] -> queries [b, t, heads, h], keys and values [b, t, key/value heads, h]."""
     qkv = numerics.linear(x, p["qkv"], p.get("qkv_bias"))
-    query, key, value = jnp.split(qkv, (q_rows, q_rows + k_rows), axis=-1)
-    query = query.reshape(b, t, config.num_attention_heads, config.head_dim)
-    key = key.reshape(b, t, config.num_key_value_heads, config.head_dim)
-    value = value.reshape(b, t, config.num_key_value_heads, config.head_dim)
+    query, key, value = split_heads(qkv, config.num_attention_heads, config.num_key_value_heads)
     if config.qk_norm:
         query = rms_norm(query, p["query_norm"], config.rms_norm_eps)
         key = rms_norm(key, p["key_norm"], config.rms_norm_eps)
-    query, key = rotate(query, places.rotary), rotate(key, places.rotary)
-    if numerics.attention == "blockwise":
-        reach = places.positions
-        if any(windows):
-            reach = jnp.where(window == 0, reach, jnp.minimum(reach, window - 1))
-        mixed = causal_attention(query, key, value, reach=reach, numerics=numerics)
-    else:
-        mixed = kernel_attention(query, key, value, places.positions, window=_common(windows), numerics=numerics)
-    return numerics.linear(mixed, p["attention_output"], p.get("attention_output_bias"))
-
-
-def _common(windows: tuple[int, ...]) -> int | None:
-    """The sliding window that all these layers share, as kernels need it: known when they are compiled."""
-    (window,) = set(windows) or {0}
-    return window or None
+    return rotate(query, tables), rotate(key, tables), value
 
 
 # ------------------------------------------------------------------------------------- configuration
 
-# Fields that say nothing about the forward pass, or only about parts it does not have (head, dropout,
-# cache, initialisation, generation).
-_HARMLESS = frozenset(
-    (
-        "architectures auto_map _name_or_path transformers_version torch_dtype dtype use_cache bos_token_id "
-        "eos_token_id pad_token_id initializer_range attention_dropout model_type is_llama_config "
-        "rope_interleaved pretraining_tp unsloth_version unsloth_fixed transformers.js_config output_attentions "
-        "output_hidden_states return_dict chunk_size_feed_forward is_encoder_decoder id2label label2id "
-        "problem_type finetuning_task task_specific_params"
-    ).split()
-)
-_SIZES = frozenset(
-    (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-        "head_dim rms_norm_eps max_position_embeddings tie_word_embeddings hidden_act"
-    ).split()
-)
-_VARIANTS = frozenset(
-    (
-        "attention_bias mlp_bias sliding_window use_sliding_window max_window_layers layer_types rope_theta "
-        "rope_scaling rope_parameters partial_rotary_factor"
-    ).split()
-)
-_ROPE_FIELDS = {
-    "default": {"rope_theta"},
-    "linear": {"rope_theta", "factor"},
-    "llama3": {
-        "rope_theta",
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    },
-}
+_FIELDS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "rms_norm_eps max_position_embeddings tie_word_embeddings hidden_act attention_bias mlp_bias sliding_window "
+    "use_sliding_window max_window_layers layer_types is_llama_config rope_interleaved pretraining_tp"
+).split()
 
 
 def _from_hf(config: Mapping[str, Any]) -> Qwen2Config:
-    model_type = config.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise UserError(f"model_type {model_type!r} is not of this family: {', '.join(MODEL_TYPES)}")
-    unknown = sorted(k for k, v in config.items() if k not in _HARMLESS | _SIZES | _VARIANTS and v is not None)
-    if unknown:
-        raise UserError(
-            f"config.json has {', '.join(map(repr, unknown))}, which this port does not understand and which "
-            "may change the mathematics; remove the field if it does not, or ask for support"
-        )
-    _require(config, "hidden_act", ("silu", "swish"), "silu")
-    _require(config, "partial_rotary_factor", (1, 1.0), 1.0)
-    _require(config, "rope_interleaved", (False,), False)
-    _require(config, "pretraining_tp", (0, 1), 1)
-    heads, hidden, layers = (_size(config, k) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
-    bias = _switch(config, "attention_bias")
+    model_type = hf_config.require_model_type(config, MODEL_TYPES)
+    hf_config.refuse_unknown(config, (*_FIELDS, *hf_config.ROPE_FIELDS))
+    hf_config.require(config, "hidden_act", ("silu", "swish"), "silu")
+    hf_config.require(config, "rope_interleaved", (False,), False)
+    hf_config.require(config, "pretraining_tp", (0, 1), 1)
+    heads, hidden, layers = (size(config, k) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
+    head_dim = size(config, "head_dim", default=hidden // heads)
+    if hf_config.rotated_width(config, head_dim) != head_dim:
+        raise UserError("config.json has a partial_rotary_factor below 1, which no model of this family has")
+    bias = switch(config, "attention_bias")
     return Qwen2Config(
-        vocab_size=_size(config, "vocab_size"),
+        vocab_size=size(config, "vocab_size"),
         hidden_size=hidden,
-        intermediate_size=_size(config, "intermediate_size"),
+        intermediate_size=size(config, "intermediate_size"),
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=_size(config, "num_key_value_heads", default=heads),
-        head_dim=_size(config, "head_dim", default=hidden // heads),
-        rotary=_rotary(config),
-        rms_norm_eps=_positive(config, "rms_norm_eps"),
-        max_position_embeddings=_size(config, "max_position_embeddings"),
-        tie_word_embeddings=_switch(config, "tie_word_embeddings"),
+        num_key_value_heads=size(config, "num_key_value_heads", default=heads),
+        head_dim=head_dim,
+        rotary=hf_config.rotary(config),  # files older than `rope_theta` mean 10,000, as transformers reads them
+        rms_norm_eps=hf_config.positive(config, "rms_norm_eps"),
+        max_position_embeddings=size(config, "max_position_embeddings"),
+        tie_word_embeddings=switch(config, "tie_word_embeddings"),
         qkv_bias=True if model_type == "qwen2" else bias,
         output_bias=False if model_type == "qwen2" else bias,
-        mlp_bias=_switch(config, "mlp_bias"),
+        mlp_bias=switch(config, "mlp_bias"),
         qk_norm=model_type == "qwen3",
         windows=_windows(config, layers),
         model_type=model_type,
     )
 
 
-def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = default if config.get(key) is None else config[key]
-    if value is None:
-        raise UserError(f"config.json lacks {key!r}; it must be a complete Hugging Face file")
-    if type(value) is not int or not 1 <= value < 2**31:
-        raise UserError(f"config.json has {key} {_shown(value)}; it must be a whole number of at least 1")
-    return value
-
-
-def _positive(config: Mapping[str, Any], key: str) -> float:
-    value = config.get(key)
-    if value is None:
-        raise UserError(f"config.json lacks {key!r}; it must be a complete Hugging Face file")
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise UserError(f"config.json has {key} {_shown(value)}; it must be a positive number")
-    return float(value)
-
-
-def _switch(config: Mapping[str, Any], key: str) -> bool:
-    value = config.get(key)
-    if value not in (None, True, False):
-        raise UserError(f"config.json has {key} {_shown(value)}; it must be true or false")
-    return bool(value)
-
-
-def _shown(value: Any) -> str:
-    return repr(value)[:40]
-
-
-def _require(config: Mapping[str, Any], key: str, accepted: tuple[Any, ...], default: Any) -> None:
-    value = config.get(key, default)
-    if value is not None and value not in accepted:
-        raise UserError(f"config.json asks for {key} {value!r}; this port computes {accepted[0]!r} only")
-
-
-def _rotary(config: Mapping[str, Any]) -> Rotary:
-    """From `rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling` (transformers 4)."""
-    scaling: dict[str, Any] = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
-    scaling.pop("type", None)
-    if kind not in _ROPE_FIELDS:
-        raise UserError(f"unsupported rope type {kind!r} in config.json; supported: {', '.join(_ROPE_FIELDS)}")
-    _require(scaling, "partial_rotary_factor", (1, 1.0), 1.0)
-    scaling.pop("partial_rotary_factor", None)
-    if unknown := sorted(set(scaling) - _ROPE_FIELDS[kind]):
-        raise UserError(f"rope type {kind!r} in config.json has {', '.join(unknown)}, which is not understood")
-    # Files older than the field mean 10,000, as transformers reads them.
-    theta = next((t for t in (scaling.pop("rope_theta", None), config.get("rope_theta")) if t is not None), 10_000.0)
-    needed = _ROPE_FIELDS[kind] - {"rope_theta"}
-    if missing := sorted(needed - set(scaling)):
-        raise UserError(f"rope type {kind!r} in config.json lacks {', '.join(missing)}")
-    base = _positive({"rope_theta": theta}, "rope_theta")
-    if kind == "default":
-        return Rotary(base)
-    factor = _positive(scaling, "factor")
-    if kind == "linear":
-        return Rotary(base, "linear", factor)
-    low, high = _positive(scaling, "low_freq_factor"), _positive(scaling, "high_freq_factor")
-    if high <= low:
-        raise UserError(f"config.json has high_freq_factor {high}, which must be above low_freq_factor {low}")
-    return Rotary(base, "llama3", factor, low, high, _size(scaling, "original_max_position_embeddings"))
-
-
 def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
-    """Sliding windows per layer, empty where no layer has one; each model type has its own switch."""
-    size = None if config.get("sliding_window") is None else _size(config, "sliding_window")
-    types = config.get("layer_types")
-    if config["model_type"] in ("qwen2", "qwen3"):
-        size = size if _switch(config, "use_sliding_window") else None
-        first = 0 if not config.get("max_window_layers") else _size(config, "max_window_layers")
-        sliding = [t == "sliding_attention" for t in types] if types else [i >= first for i in range(layers)]
-    else:
-        sliding = [t == "sliding_attention" for t in types] if types else [True] * layers
-        if config["model_type"] == "llama":
-            size = None
-    if types and (strange := sorted(set(types) - {"full_attention", "sliding_attention"})):
-        raise UserError(f"config.json has the layer type {strange[0]!r}; known: full_attention, sliding_attention")
-    if len(sliding) < layers:
-        raise UserError(f"config.json names {len(sliding)} layer_types for {layers} layers")
-    if size is None or not any(sliding[:layers]):
+    """Each model type has its own switch."""
+    if config["model_type"] == "llama":
         return ()
-    return tuple(int(size) if s else 0 for s in sliding[:layers])
+    if config["model_type"] == "mistral":
+        return hf_config.sliding_windows(config, layers, [True] * layers)
+    if not switch(config, "use_sliding_window"):
+        return ()
+    first = size(config, "max_window_layers") if config.get("max_window_layers") else 0
+    return hf_config.sliding_windows(config, layers, [layer >= first for layer in range(layers)])
 
 
-def _hook_points(config: Qwen2Config) -> tuple[str, ...]:
-    return tuple(HOOK_POINTS)  # sequential gated blocks have them all
+def _hook_points(config: Qwen2Config) -> HookPoints:
+    return GATED
+
+
+def _modules(config: Qwen2Config) -> dict[str, Module]:
+    return {
+        "embeddings": ("embed_tokens", "output"),
+        "residual_before": ("layers.{i}", "input"),
+        "attention_out": ("layers.{i}.self_attn", "output"),
+        "after_attention": ("layers.{i}.post_attention_layernorm", "input"),
+        "ffn_gate": ("layers.{i}.mlp.gate_proj", "output"),
+        "ffn_up": ("layers.{i}.mlp.up_proj", "output"),
+        "ffn_hidden": ("layers.{i}.mlp.down_proj", "input"),
+        "ffn_out": ("layers.{i}.mlp", "output"),
+        "after_block": ("layers.{i}", "output"),
+        "final_norm": ("norm", "output"),
+    }
 
 
 PORT = Port(
@@ -498,4 +389,7 @@ PORT = Port(
     sources=sources,
     unused_tensors=unused_tensors,
     forward=forward,
+    logits=logits,
+    prefix="model.",
+    modules=_modules,
 )

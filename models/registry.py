@@ -9,11 +9,24 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from models import qwen2_jax_with_hooks
+from models import (
+    gemma_jax_with_hooks,
+    gpt2_jax_with_hooks,
+    gpt_neox_jax_with_hooks,
+    phi_jax_with_hooks,
+    qwen2_jax_with_hooks,
+)
 from models.errors import UserError
 from models.ports import Port
 
-PORTS: Mapping[str, Port] = dict.fromkeys(qwen2_jax_with_hooks.MODEL_TYPES, qwen2_jax_with_hooks.PORT)
+_ARCHITECTURES = (
+    qwen2_jax_with_hooks,
+    gpt2_jax_with_hooks,
+    gpt_neox_jax_with_hooks,
+    gemma_jax_with_hooks,
+    phi_jax_with_hooks,
+)
+PORTS: Mapping[str, Port] = {kind: file.PORT for file in _ARCHITECTURES for kind in file.MODEL_TYPES}
 
 
 def port_for(config: Mapping[str, Any]) -> Port:

@@ -66,7 +66,7 @@ def test_the_table_says_the_ratios_and_the_cost_over_the_bare_forward() -> None:
 
 
 def test_flops_are_those_of_products_and_causal_attention_counted_by_hand() -> None:
-    shape = Shape(hidden=4, ffn=6, query_rows=4, key_rows=2, blocks=3)
+    shape = Shape(products=((4, 8), (4, 4), (4, 12), (6, 4)), query_rows=4, blocks=3)
     by_hand = 0
     for token in range(5):
         by_hand += 2 * (4 * 4 + 2 * 4 * 2)  # q, k, v

@@ -24,6 +24,7 @@ from models.hooks import HOOK_POINTS, Intervention, Taps
 from models.layers import Numerics
 from models.packing import Packing
 from models.ports import hook_width
+from models.self_attention import WithinRows
 
 FAMILY = "qwen2_window"
 LENGTHS = (21, 40)
@@ -60,9 +61,11 @@ class Tapped:
             made = Intervention(hook, change, layer, value, mask)  # type: ignore[arg-type]
             packing = Packing(lengths[:, None], tokens.shape[1])
             taps = Taps.start(self.plan, self.layers, packing, widths, (made,))
-            return model.port.forward(
-                model.config, params, tokens, taps, Numerics(), lambda prefix, shards: shards
-            ).buffers
+            attention = WithinRows(packing.positions)
+            filled, _ = model.port.forward(
+                model.config, params, tokens, taps, attention, Numerics(), lambda prefix, shards: shards
+            )
+            return filled.buffers
 
         self._run = jax.jit(run)
 

@@ -50,7 +50,7 @@ def _words(model: Path, tasks: Path, directory: Path, *more: object) -> list[str
     return [str(w) for w in (*words, "--layers_to_extract", 3, 11, "--positions", "all", *more)]
 
 
-def _program(words: Sequence[str], processes: int, devices: int, killed_at: str | None = None) -> list[int]:
+def program(words: Sequence[str], processes: int, devices: int, killed_at: str | None = None) -> list[int]:
     """One program over `processes`; process 0 dies at a failpoint, then so do the others. Returns exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -84,13 +84,13 @@ def _rows(directory: Path) -> dict[tuple[str, int], bytes]:
 def test_a_program_of_4_2_1_processes_and_8_4_2_devices_killed_twice_gives_every_row_once_and_the_same_bytes(
     model: Path, tasks: Path, tmp_path: Path
 ) -> None:
-    _program(_words(model, tasks, tmp_path / "whole"), 4, 2)
+    program(_words(model, tasks, tmp_path / "whole"), 4, 2)
     words = _words(model, tasks, tmp_path / "killed")
-    assert _program(words, 4, 2, killed_at="part.record:after:1")[0] == -9
+    assert program(words, 4, 2, killed_at="part.record:after:1")[0] == -9
     first = len(list((tmp_path / "killed/_run/commits").iterdir()))
-    assert _program(words, 2, 2, killed_at="part.record:before:2")[0] == -9
+    assert program(words, 2, 2, killed_at="part.record:before:2")[0] == -9
     second = len(list((tmp_path / "killed/_run/commits").iterdir()))
-    _program(words, 1, 2)
+    program(words, 1, 2)
     records = sorted((tmp_path / "killed/_run/commits").iterdir())
     assert 1 <= first < second < len(records) == len(list((tmp_path / "whole/_run/commits").iterdir()))
     assert open_activations(tmp_path / "killed").sample_ids == list(texts(LENGTHS))

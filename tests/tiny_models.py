@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,8 +23,14 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -31,6 +38,9 @@ from transformers import (
     Qwen3Config,
 )
 from transformers.utils import logging as transformers_logging
+
+from models.hooks import HOOK_POINTS
+from models.registry import port_for
 
 transformers_logging.disable_progress_bar()
 
@@ -72,6 +82,17 @@ def _theta(theta: float) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": theta}
 
 
+def _gpt2(hidden: int, layers: int, heads: int, vocab: int) -> dict[str, Any]:
+    sizes = {"n_embd": hidden, "n_layer": layers, "n_head": heads, "vocab_size": vocab}
+    return {**sizes, "n_positions": 512, "layer_norm_epsilon": 3e-3, "bos_token_id": None, "eos_token_id": None}
+
+
+def _neox(hidden: int, ffn: int, layers: int, heads: int, vocab: int) -> dict[str, Any]:
+    sizes = _sizes(hidden, ffn, layers, heads, heads, vocab)
+    del sizes["num_key_value_heads"], sizes["rms_norm_eps"]
+    return {**sizes, "layer_norm_eps": 3e-3}
+
+
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     # On a `model` axis of 8 every matrix of this one shards but gate_up (2 x 50 rows); heads divide nothing.
     "qwen2": lambda: Qwen2Config(**_sizes(56, 50, 4, 7, 1, 136), rope_parameters=_theta(7e4)),
@@ -87,6 +108,34 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "llama_biases": lambda: LlamaConfig(**_sizes(54, 64, 4, 9, 3, 131), attention_bias=True, mlp_bias=True),
     "mistral": lambda: MistralConfig(**_sizes(64, 90, 4, 8, 2, 127), head_dim=6, sliding_window=21),
+    "gpt2": lambda: GPT2Config(**_gpt2(48, 4, 6, 131)),
+    "gpt2_variant": lambda: GPT2Config(
+        **_gpt2(40, 4, 5, 129),
+        n_inner=70,
+        activation_function="gelu",
+        scale_attn_by_inverse_layer_idx=True,
+        scale_attn_weights=False,
+    ),
+    "gpt_neox": lambda: GPTNeoXConfig(**_neox(48, 70, 4, 6, 131), rotary_pct=0.25),
+    "gpt_neox_sequential": lambda: GPTNeoXConfig(
+        **_neox(56, 64, 4, 7, 129), rotary_pct=0.5, use_parallel_residual=False, attention_bias=False
+    ),
+    "phi": lambda: PhiConfig(**_neox(60, 80, 4, 6, 133), partial_rotary_factor=0.4),
+    "phi_variant": lambda: PhiConfig(
+        **_neox(48, 70, 4, 6, 131), num_key_value_heads=2, partial_rotary_factor=0.5, qk_layernorm=True
+    ),
+    "gemma": lambda: GemmaConfig(**_sizes(48, 70, 4, 6, 1, 131), head_dim=10),
+    "gemma2": lambda: Gemma2Config(
+        **_sizes(48, 70, 5, 6, 2, 131),
+        head_dim=10,
+        sliding_window=21,
+        query_pre_attn_scalar=17,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma3": lambda: Gemma3TextConfig(
+        **_sizes(48, 70, 7, 6, 2, 131), head_dim=10, sliding_window=25, query_pre_attn_scalar=13
+    ),
     "long": lambda: LlamaConfig(**{**_sizes(36, 44, 2, 6, 2, 131), "max_position_embeddings": 8_192}),
 }
 
@@ -100,7 +149,7 @@ def tiny_model(family: str) -> PreTrainedModel:
     random = torch.Generator().manual_seed(sum(family.encode()))
     with torch.no_grad():
         for name, value in model.named_parameters():
-            if name.endswith("norm.weight"):
+            if "norm" in name or ".ln_" in name:
                 value.uniform_(0.5, 1.5, generator=random)
             elif name.endswith("bias"):
                 value.normal_(0.0, 0.3, generator=random)
@@ -147,34 +196,28 @@ def reference(model: PreTrainedModel, token_ids: np.ndarray, layers: Sequence[in
     """
     rows: Rows = {}
     base = model.base_model
+    config = json.loads(model.config.to_json_string())
+    port = port_for(config)
+    modules = port.modules(port.config(config))
 
     def keep(key: tuple[str, int | None], value: Any) -> None:
         value = value[0] if isinstance(value, tuple) else value
         rows[key] = value[0].detach().float().numpy().copy()
 
-    def output(hook: str, layer: int | None) -> Callable[..., None]:
-        return lambda module, args, result: keep((hook, layer), result)
+    def hook(name: str, layer: int | None) -> Any:
+        path, side = modules[name]
+        module = base.get_submodule(path.format(i=layer))
+        if side == "output":
+            return module.register_forward_hook(lambda module, args, result: keep((name, layer), result))
+        return module.register_forward_pre_hook(
+            lambda module, args, kwargs: keep((name, layer), args or kwargs["hidden_states"]), with_kwargs=True
+        )
 
-    def inputs(hook: str, layer: int | None) -> Callable[..., None]:
-        return lambda module, args, kwargs: keep((hook, layer), args or kwargs["hidden_states"])
-
-    handles = [
-        base.embed_tokens.register_forward_hook(output("embeddings", None)),
-        base.norm.register_forward_hook(output("final_norm", None)),
-    ]
-    for i in range(len(base.layers)) if layers is None else layers:
-        block = base.layers[i]
-        for hook, module in (("residual_before", block), ("after_attention", block.post_attention_layernorm)):
-            handles.append(module.register_forward_pre_hook(inputs(hook, i), with_kwargs=True))
-        handles.append(block.mlp.down_proj.register_forward_pre_hook(inputs("ffn_hidden", i), with_kwargs=True))
-        for hook, module in (
-            ("attention_out", block.self_attn),
-            ("ffn_gate", block.mlp.gate_proj),
-            ("ffn_up", block.mlp.up_proj),
-            ("ffn_out", block.mlp),
-            ("after_block", block),
-        ):
-            handles.append(module.register_forward_hook(output(hook, i)))
+    chosen = range(model.config.num_hidden_layers) if layers is None else layers
+    handles = []
+    for name in port.hook_points(port.config(config)):
+        for layer in chosen if HOOK_POINTS[name].per_layer else (None,):
+            handles.append(hook(name, layer))
     try:
         with torch.inference_mode():
             base(torch.from_numpy(np.asarray(token_ids, np.int64))[None], use_cache=False)

@@ -23,23 +23,34 @@ from jax_extract.devices.sharding import Layout
 
 DEFAULT_LAYERS = tuple(range(10, 24))
 CASES = {
-    f"{model}, {what}": (model, layers)
+    f"{model}, {what}": (model, layers, 2_048)
     for model, all_layers in (("qwen2.5-0.5b", 24), ("qwen2.5-1.5b", 28), ("qwen2.5-7b", 28))
     for what, layers in (("layers 10-23", DEFAULT_LAYERS), ("all layers", tuple(range(all_layers))))
 }
+# Every other port, with as many tokens as its model allows up to those.
+OTHERS = {
+    f"{model}, some layers": (model, tuple(range(10, 18)), tokens)
+    for model, tokens in (
+        ("gpt2-medium", 1_024),
+        ("pythia-1.4b", 2_048),
+        ("gemma-2b", 2_048),
+        ("gemma-2-2b", 2_048),
+        ("phi-2", 2_048),
+    )
+}
 
 
-def facts(topology: str, model: str, layers: tuple[int, ...], layout: str) -> dict[str, Any]:
+def facts(topology: str, model: str, layers: tuple[int, ...], tokens: int) -> dict[str, Any]:
     config = CompileConfig(
         model_path=model,
         topology=topology,
         layers_to_extract=layers,
         positions="all",
         capture_dtype="bfloat16",
-        max_seq_length=2_048,
+        max_seq_length=tokens,
         mesh_shape="8,8",
         search=False,
-        layout=layout,  # pyright: ignore[reportArgumentType]
+        layout="gathered",
     )
     started = time.perf_counter()
     report = compile_for(config)
@@ -48,6 +59,7 @@ def facts(topology: str, model: str, layers: tuple[int, ...], layout: str) -> di
     return {
         "seconds": time.perf_counter() - started,
         "slab": list(report.shape),
+        "tokens": tokens,
         "attention": report.subject.numerics.attention,
         "blocks": report.subject.blocks,
         "chip_memory": report.slice.chip.memory_bytes,
@@ -74,7 +86,7 @@ def work_of_one(report: Report) -> float | None:
 
 def main(topology: str) -> None:
     libtpu.silence()
-    found = {case: facts(topology, model, layers, "gathered") for case, (model, layers) in CASES.items()}
+    found = {case: facts(topology, *what) for case, what in (CASES | OTHERS).items()}
     print(json.dumps(found))
 
 

@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from jax_extract.errors import UserError, user_path
-from models.ports import Port
-from models.qwen2_jax_with_hooks import PORT, Qwen2Config
-from models.registry import port_for
+from models.gemma_jax_with_hooks import GemmaConfig
+from models.gpt2_jax_with_hooks import GPT2Config
+from models.gpt_neox_jax_with_hooks import GPTNeoXConfig
+from models.phi_jax_with_hooks import PhiConfig
+from models.ports import ModelConfig, Port
+from models.qwen2_jax_with_hooks import Qwen2Config
+from models.registry import PORTS, port_for
 
-KNOWN: Mapping[str, Callable[[], Qwen2Config]] = {
+KNOWN: Mapping[str, Callable[[], ModelConfig]] = {
     "qwen2.5-0.5b": Qwen2Config.qwen2_5_0_5b,
     "qwen2.5-1.5b": Qwen2Config.qwen2_5_1_5b,
     "qwen2.5-3b": Qwen2Config.qwen2_5_3b,
@@ -29,13 +33,28 @@ KNOWN: Mapping[str, Callable[[], Qwen2Config]] = {
     "tinyllama-1.1b": Qwen2Config.tinyllama_1_1b,
     "smollm2-135m": Qwen2Config.smollm2_135m,
     "mistral-7b": Qwen2Config.mistral_7b,
+    "gpt2": GPT2Config.small,
+    "gpt2-medium": GPT2Config.medium,
+    "gpt2-large": GPT2Config.large,
+    "gpt2-xl": GPT2Config.xl,
+    "pythia-70m": GPTNeoXConfig.pythia_70m,
+    "pythia-410m": GPTNeoXConfig.pythia_410m,
+    "pythia-1.4b": GPTNeoXConfig.pythia_1_4b,
+    "pythia-6.9b": GPTNeoXConfig.pythia_6_9b,
+    "gemma-2b": GemmaConfig.gemma_2b,
+    "gemma-7b": GemmaConfig.gemma_7b,
+    "gemma-2-2b": GemmaConfig.gemma2_2b,
+    "gemma-3-1b": GemmaConfig.gemma3_1b,
+    "phi-1.5": PhiConfig.phi_1_5,
+    "phi-2": PhiConfig.phi_2,
 }
 
 
 def open_config(model_path: str, revision: str | None = None) -> tuple[Port, Any]:
     """UserError where it names no model, or one that no port computes."""
     if model_path.lower() in KNOWN:
-        return PORT, KNOWN[model_path.lower()]()
+        known = KNOWN[model_path.lower()]()
+        return PORTS[known.model_type], known
     config = _hugging_face_config(model_path, revision)
     port = port_for(config)
     return port, port.config(config)

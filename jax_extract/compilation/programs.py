@@ -51,7 +51,7 @@ class Subject:
 
     @property
     def numerics(self) -> Numerics:
-        return with_attention(compute_numerics(self.dtype), self.mesh, self.config, self.plan)
+        return with_attention(compute_numerics(self.dtype), self.mesh, self.config)
 
 
 @dataclass(frozen=True)

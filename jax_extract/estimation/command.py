@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.processes import Processes
+from jax_extract.errors import UserError
 from jax_extract.estimation.probe import ComputeProbe, WriteProbe, probe_computing, probe_writing, step_counts
 from jax_extract.extraction.command import (
     host_budget,
@@ -179,6 +180,11 @@ def estimate(config: ExtractConfig, terminal: Terminal, processes: Processes | N
     Raises:
       UserError: the run would be refused, or cannot fit the disk.
     """
+    if config.capture_answers:
+        raise UserError(
+            "--capture_answers cannot be estimated before there are answers; leave it out for an estimate of the "
+            "prompts alone, or raise --n_samples by as much as answers add"
+        )
     processes = processes or join_processes(config)
     place, source, job = open_request(config, processes)
     tell_request(job, config, processes.count, terminal)
@@ -357,6 +363,8 @@ def tell(found: Estimate, terminal: Terminal) -> None:
     output, work = found.output, found.work
     if work.committed_samples:
         terminal.line("resume", f"{plural(work.committed_samples, 'sample')} committed already and not counted")
+    if found.config.max_new_tokens is not None:
+        terminal.line("note", "answering takes its own time, which is not counted")
     if not output.parts:
         terminal.line("estimate", "everything is committed already; nothing to do")
         return

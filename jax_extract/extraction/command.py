@@ -27,7 +27,7 @@ from jax_extract.extraction.summary import tell_input, tell_layout, tell_plan, t
 from jax_extract.inputs.plan import Part, Window
 from jax_extract.inputs.slabs import PlanSettings, Shapes, SlabShape
 from jax_extract.inputs.sources import Source, open_source
-from jax_extract.inputs.tokenize import InputCounts, tokenizer_digest
+from jax_extract.inputs.tokenize import Continued, InputCounts, tokenizer_digest
 from jax_extract.store.budget import ByteBudget, default_limit
 from jax_extract.store.ledger import COMMITS, RUN_FILE, Ledger, RunStartedMeanwhile, part_name
 from jax_extract.store.metadata import write_metadata
@@ -51,18 +51,27 @@ def extract_to_directory(config: ExtractConfig, terminal: Terminal | None = None
     """
     processes = join_processes(config)
     with processes.to_the_end():
-        return _extract(config, processes, terminal)
+        terminal = terminal or Terminal(silent=not processes.is_first)
+        place, source, job = open_request(config, processes)
+        return extract_request(config, processes, place, source, job, terminal)
 
 
-def _extract(config: ExtractConfig, processes: Processes, terminal: Terminal | None) -> dict[str, Any]:
-    terminal = terminal or Terminal(silent=not processes.is_first)
-    place, source, job = open_request(config, processes)
+def extract_request(
+    config: ExtractConfig,
+    processes: Processes,
+    place: Place,
+    source: Source,
+    job: Job,
+    terminal: Terminal,
+    continued: Continued | None = None,
+) -> dict[str, Any]:
+    """What `open_request` has opened; `continued` gives a sample with what follows its prompt."""
     place.require_shared(processes)
     tell_request(job, config, processes.count, terminal)
     opening = terminal
     while True:
         try:
-            return _Extraction(config, processes, place, source, job, terminal, opening).run()
+            return _Extraction(config, processes, place, source, job, terminal, opening, continued).run()
         except RunStartedMeanwhile:  # another worker was faster: its run is resumed
             config, opening = dataclasses.replace(config, overwrite=False), Terminal(silent=True)
 
@@ -114,6 +123,7 @@ class _Extraction:
 
     Attributes:
       opening: hears of the input and the plan; nobody, where they have been told already.
+      continued: gives a sample with what follows its prompt, where something does.
     """
 
     config: ExtractConfig
@@ -123,6 +133,7 @@ class _Extraction:
     job: Job
     terminal: Terminal
     opening: Terminal
+    continued: Continued | None
 
     def run(self) -> dict[str, Any]:
         found = None if self.config.overwrite else self.place.find(self.processes)
@@ -180,7 +191,10 @@ class _Extraction:
 
         def read() -> tuple[Iterable[Window], InputCounts]:
             counts = InputCounts()
-            return self.job.windows(self.source.samples(), settings, self.config.chat_template, counts), counts
+            windows = self.job.windows(
+                self.source.samples(), settings, self.config.chat_template, counts, self.continued
+            )
+            return windows, counts
 
         if not self.source.finite:
             return read
@@ -222,18 +236,14 @@ class _Extraction:
 
     def _start(self, run: Mapping[str, Any]) -> Ledger:
         """A new run in the place; with `overwrite` the one that is there goes first."""
-        with self.processes.together():
-            if self.config.overwrite and self.place.spool is not None and self.place.spool.exists(RUN_FILE):
-                erase(self.place.spool)
-
+        if self.config.overwrite:
+            begin_anew(self.place, self.processes)
         storage = self.place.storage
         meanwhile = RunStartedMeanwhile() if self.processes.count == 1 else UserError(_STARTED_MEANWHILE % storage)
 
         def start() -> Mapping[str, Any]:
             if storage.exists(RUN_FILE):
-                if not self.config.overwrite:
-                    raise meanwhile
-                erase(storage)
+                raise meanwhile
             keep_config(storage, self.config)
             try:
                 return Ledger.start(storage, run).run
@@ -255,6 +265,30 @@ def _open_source(config: ExtractConfig) -> Source:
         dataset_config=config.dataset_config,
         text_column=config.text_column,
     )
+
+
+def begin_anew(place: Place, processes: Processes) -> None:
+    """Removes the run that is there, in both places."""
+    with processes.together():
+        if place.spool is not None and place.spool.exists(RUN_FILE):
+            erase(place.spool)
+
+    def remove() -> None:
+        if place.storage.exists(RUN_FILE):
+            erase(place.storage)
+
+    processes.of_first(remove)
+
+
+def require_same_run(config: ExtractConfig, processes: Processes, place: Place, job: Job) -> None:
+    """UserError where the run that is there, if there is one, is not the one that is asked for."""
+    if (found := place.find(processes)) is None:
+        return
+    with processes.together():
+        settings = job.plan_settings(config, found.run["identity"]["plan_settings"])
+        job = job.under(settings)
+        run = run_of(config, job, job.weights(), settings)
+        found.require_same(run["identity"], run["numerics"], config.allow_numeric_change)
 
 
 def run_of(config: ExtractConfig, job: Job, weights: Weights, settings: PlanSettings) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from jax_extract.extraction.program import CaptureProgram, captured_bytes
 from jax_extract.inputs.plan import Window, plan_windows
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.slabs import PlanSettings, SlabShape
-from jax_extract.inputs.tokenize import InputCounts, TokenizedSample, tokenize
+from jax_extract.inputs.tokenize import Continued, InputCounts, TokenizedSample, tokenize
 from jax_extract.store.parts import Site
 from jax_extract.weights.checkpoint import Checkpoint, open_checkpoint
 from jax_extract.weights.load import Weights
@@ -57,11 +57,15 @@ class OpenModel:
     config: ModelConfig
 
     @classmethod
-    def open(cls, model_path: str, revision: str | None = None) -> OpenModel:
+    def open(cls, model_path: str, revision: str | None = None, adapter: str | None = None) -> OpenModel:
         if not model_path:
             raise UserError("no model was given; pass --model_path with a folder, a hub id or a .gguf file")
         checkpoint = open_checkpoint(model_path, revision)
         port = port_for(checkpoint.config)
+        if adapter is not None:
+            from jax_extract.weights.adapter import open_adapter
+
+            checkpoint = open_adapter(checkpoint, adapter, port)
         return cls(checkpoint, port, port.config(checkpoint.config))
 
     @cached_property
@@ -134,15 +138,13 @@ def compute_numerics(dtype: str | None) -> Numerics:
     return Numerics("bfloat16" if (dtype or platform_defaults().dtype) == "bfloat16" else "float32")
 
 
-def with_attention(
-    numerics: Numerics, mesh: Mesh, config: ModelConfig, plan: CapturePlan, samples_a_row: int = 1
-) -> Numerics:
+def with_attention(numerics: Numerics, mesh: Mesh, config: ModelConfig, samples_a_row: int = 1) -> Numerics:
     """The same, with what computes attention best on these devices, where so many samples may lie in a row."""
     backend = attention_backend(
         platform_of(mesh),
         numerics,
         head_width=config.head_dim,
-        windows=config.windows[: plan.blocks_needed(config.num_hidden_layers)],
+        soft_cap=config.attention.soft_cap,
         samples_a_row=samples_a_row,
     )
     return dataclasses.replace(numerics, attention=backend.name)
@@ -168,7 +170,8 @@ class Job:
 
     Attributes:
       sites: every captured tensor, in file order.
-      max_length: longest sample in tokens.
+      max_length: longest sample in tokens, what follows its prompt included.
+      prompt_length: longest prompt in tokens.
     """
 
     model: OpenModel
@@ -177,18 +180,27 @@ class Job:
     mesh: Mesh
     numerics: Numerics
     max_length: int
+    prompt_length: int
 
     @classmethod
     def open(cls, config: ExtractConfig) -> Job:
         """Opens the model and checks the request against it and against the devices; UserError."""
-        model = OpenModel.open(config.model_path, config.revision)
+        model = OpenModel.open(config.model_path, config.revision, config.adapter)
         plan = capture_plan(model, config.layers_to_extract, config.hook_points, config.positions, config.capture_dtype)
         mesh = open_mesh(config.mesh_shape)
+        max_length = sequence_limit(config.max_seq_length, model.config)
+        new_tokens = config.max_new_tokens or 0
+        if new_tokens >= max_length:
+            raise UserError(
+                f"--max_new_tokens {new_tokens} leaves no room for a prompt: prompt and answer have {max_length} "
+                "tokens together (--max_seq_length, and what the model allows)"
+            )
         return cls(
             model=model,
             plan=plan,
             sites=tuple(sites_of(plan, model.config)),
-            max_length=sequence_limit(config.max_seq_length, model.config),
+            max_length=max_length,
+            prompt_length=max_length - new_tokens,
             mesh=mesh,
             numerics=compute_numerics(config.dtype),
         ).under(None)
@@ -197,7 +209,7 @@ class Job:
         """The same job, as it is computed in slabs of a plan with these settings (None: the platform's own)."""
         packed = platform_defaults().packed if settings is None else settings.packed
         samples = (2 if settings is None else settings.rows) if packed else 1
-        numerics = with_attention(self.numerics, self.mesh, self.model.config, self.plan, samples)
+        numerics = with_attention(self.numerics, self.mesh, self.model.config, samples)
         return dataclasses.replace(self, numerics=numerics)
 
     @property
@@ -246,12 +258,23 @@ class Job:
             bytes_per_row=max(site.width for site in self.sites) * self.value_bytes,
         )
 
-    def windows(
-        self, samples: Iterable[Sample], settings: PlanSettings, chat_template: bool, counts: InputCounts
-    ) -> Iterator[Window]:
-        """Tokenises and plans, lazily; `counts` tells afterwards what the input was."""
+    def tokenized(
+        self, samples: Iterable[Sample], chat_template: bool, counts: InputCounts, continued: Continued | None = None
+    ) -> Iterator[TokenizedSample]:
+        """Samples as the model sees them, lazily; `counts` tells afterwards what the input was."""
         tokenizer, vocabulary = self.model.tokenizer, self.model.config.vocab_size
-        return plan_windows(tokenize(samples, tokenizer, self.max_length, chat_template, counts, vocabulary), settings)
+        return tokenize(samples, tokenizer, self.prompt_length, chat_template, counts, vocabulary, continued)
+
+    def windows(
+        self,
+        samples: Iterable[Sample],
+        settings: PlanSettings,
+        chat_template: bool,
+        counts: InputCounts,
+        continued: Continued | None = None,
+    ) -> Iterator[Window]:
+        """Tokenises and plans, lazily; `continued` gives a sample with what follows its prompt."""
+        return plan_windows(self.tokenized(samples, chat_template, counts, continued), settings)
 
     def weights(self) -> Weights:
         """The tensors that will be loaded, checked by name and shape."""
@@ -292,8 +315,10 @@ class Job:
         """Provenance that may differ between sessions of one run; plain JSON."""
         return {
             "model_name": self.model.name,
+            "model_hook_points": dict(self.model.port.hook_points(self.model.config)),
             "model_path": self.model.checkpoint.source,
             "model_revision": self.model.checkpoint.revision,
+            "adapter": self.model.checkpoint.adapter,
             "hidden_dim": self.model.config.hidden_size,
             "num_hidden_layers": self.model.config.num_hidden_layers,
             "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},

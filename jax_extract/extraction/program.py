@@ -26,6 +26,7 @@ from models.hooks import HOOK_POINTS, CapturePlan, Taps, slots
 from models.layers import Numerics
 from models.packing import Packing
 from models.ports import ModelConfig, Parameters, Port, hook_width
+from models.self_attention import WithinRows
 
 
 class CaptureProgram:
@@ -158,8 +159,10 @@ def capture_function(
     keeps_spare = _keeps_spare(platform_of(mesh))
 
     def one_device(params: Parameters, tokens: Array, lengths: Array) -> dict[str, Array]:
-        taps = Taps.start(plan, num_blocks, Packing(lengths, tokens.shape[1]), widths)
-        buffers = port.forward(config, params, tokens, taps, numerics, gather).buffers
+        packing = Packing(lengths, tokens.shape[1])
+        taps = Taps.start(plan, num_blocks, packing, widths)
+        taps, _ = port.forward(config, params, tokens, taps, WithinRows(packing.positions), numerics, gather)
+        buffers = taps.buffers
         if keeps_spare:
             return buffers
         return {hook: buffers[hook][: max(1, len(layers))] for hook, layers in plan.layers}

@@ -32,7 +32,9 @@ def tell_request(job: Job, config: ExtractConfig, processes: int, terminal: Term
     device = job.mesh.devices.flat[0].device_kind
     terminal.line(
         "model",
-        f"{job.model.name} ({model.model_type}, {model.num_hidden_layers} layers, d_model {model.hidden_size}) in "
+        f"{job.model.name} ({model.model_type}, {model.num_hidden_layers} layers, d_model {model.hidden_size})"
+        + (f" with the adapter {adapter}" if (adapter := job.model.checkpoint.adapter) else "")
+        + " in "
         f"{job.numerics.dtype} on {plural(job.mesh.size, device + ' device')}"
         + (f" of {plural(processes, 'host')}" if processes > 1 else "")
         + f", mesh {mesh['data']},{mesh['model']}",
@@ -58,7 +60,7 @@ def tell_input(source: Source, counts: InputCounts, job: Job, terminal: Terminal
         return
     cut = ""
     if counts.truncated_samples:
-        cut = f"; {plural(counts.truncated_samples, 'sample')} truncated to {plural(job.max_length, 'token')}"
+        cut = f"; {plural(counts.truncated_samples, 'sample')} truncated to {plural(job.prompt_length, 'token')}"
     if counts.empty_samples:
         cut += f"; {plural(counts.empty_samples, 'sample')} without a token left out"
     terminal.line(

@@ -27,10 +27,12 @@ class GridEncoder:
     Attributes:
       encode: the grid's text, rows from top to bottom, without a final newline.
       decode: the grid of such a text, white space around it ignored; ValueError where it is no grid.
+      find: the grid that an answer begins with, whatever follows it; None where it begins with none.
     """
 
     encode: Callable[[Grid], str]
     decode: Callable[[str], Grid]
+    find: Callable[[str], Grid | None]
 
 
 def grid_encoder(name: str) -> GridEncoder:
@@ -69,6 +71,18 @@ def _decode_symbols(text: str, first: str, gap: str) -> Grid:
     return grid_from_rows(rows)
 
 
+def _find_symbols(text: str, first: str, gap: str) -> Grid | None:
+    """The first lines, as many as have symbols alone and are as long as the first one."""
+    symbols = {chr(ord(first) + colour) for colour in range(COLOURS)}
+    rows: list[str] = []
+    for line in (line.rstrip() for line in text.lstrip().split("\n")):
+        cells = line.split(gap) if gap else list(line)
+        if not cells or not symbols.issuperset(cells) or (rows and len(line) != len(rows[0])):
+            break
+        rows.append(line)
+    return _grid_or_none(_symbols(first, gap), "\n".join(rows))
+
+
 def _encode_json(grid: Grid) -> str:
     return json.dumps(grid.tolist(), separators=(",", ":"))
 
@@ -81,15 +95,37 @@ def _decode_json(text: str) -> Grid:
     return grid_from_rows(rows)
 
 
+def _find_json(text: str) -> Grid | None:
+    try:
+        _, end = json.JSONDecoder().raw_decode(text.lstrip())
+    except (ValueError, RecursionError):
+        return None
+    return _grid_or_none(_JSON, text.lstrip()[:end])
+
+
+def _grid_or_none(encoder: GridEncoder, text: str) -> Grid | None:
+    try:
+        return encoder.decode(text)
+    except ValueError:
+        return None
+
+
 def _symbols(first: str, gap: str) -> GridEncoder:
-    return GridEncoder(partial(_encode_symbols, first=first, gap=gap), partial(_decode_symbols, first=first, gap=gap))
+    return GridEncoder(
+        partial(_encode_symbols, first=first, gap=gap),
+        partial(_decode_symbols, first=first, gap=gap),
+        partial(_find_symbols, first=first, gap=gap),
+    )
+
+
+_JSON = GridEncoder(_encode_json, _decode_json, _find_json)
 
 
 ENCODERS: Mapping[str, GridEncoder] = MappingProxyType(
     {
         "digits": _symbols("0", ""),
         "spaced": _symbols("0", " "),
-        "json": GridEncoder(_encode_json, _decode_json),
+        "json": _JSON,
         "letters": _symbols("A", ""),
     }
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,9 @@ class TokenizedSample:
     @property
     def truncated(self) -> bool:
         return self.length < self.full_length
+
+
+Continued = Callable[[TokenizedSample], TokenizedSample]
 
 
 @dataclass
@@ -87,8 +90,13 @@ def tokenize(
     chat_template: bool,
     counts: InputCounts,
     vocab_size: int | None = None,
+    continued: Continued | None = None,
 ) -> Iterator[TokenizedSample]:
     """Tokenises lazily; texts without a single token are left out and named in `counts`.
+
+    Args:
+      max_length: of a text; longer ones are cut.
+      continued: gives a sample with what follows its text.
 
     Raises:
       UserError: two samples with one id; a chat template asked for that the tokenizer lacks; a token that
@@ -113,6 +121,8 @@ def tokenize(
                     f"{vocab_size - 1}; the tokenizer is of another model"
                 )
             tokenized = TokenizedSample(index, sample.sample_id, kept, len(token_ids), sample.meta)
+            if continued:
+                tokenized = continued(tokenized)
             counts.add(tokenized, sample.text)
             yield tokenized
 

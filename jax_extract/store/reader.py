@@ -23,7 +23,7 @@ from jax_extract.store.shuffled.rows import ShuffledRows, ShuffleSettings
 from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.storage.verbs import Storage
 from jax_extract.store.upload import open_noted
-from models.hooks import resolve_hook_points
+from models.hooks import GATED, resolve_hook_points
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -121,7 +121,7 @@ class Run:
 
         The layer can be left out where the hook point has none, or where only one was captured.
         """
-        (hook, named), *others = resolve_hook_points([hook]).items()
+        (hook, named), *others = resolve_hook_points([hook], self.metadata.get("model_hook_points", GATED)).items()
         if others:
             raise UserError(f"{hook!r} and {others[0][0]!r} are both meant; name one hook point")
         layer = next(iter(named)) if named else layer

@@ -24,7 +24,7 @@ from jax_extract.store.storage.verbs import Entry, Storage
 _SIDECAR = re.compile(r"(\d{6,})_\d{3,}(?:_attempt_[0-9a-f]+)?\.safetensors")
 _OF_PART = re.compile(r"(?:.*_batch_|_run/parts/)(\d{6,})(?:_part)?(?:_(\d{3,}))?(?:_attempt_[0-9a-f]+)?\.\w+")
 _UNNAMED = re.compile(
-    r"\.writing-[0-9a-f]{32}|(?:metadata|verification)\.json\.[0-9a-f]{32}"
+    r"\.writing-[0-9a-f]{32}|(?:(?:metadata|verification|submission|score)\.json|answers\.jsonl)\.[0-9a-f]{32}"
     r"|_run/config\.yaml\.[0-9a-f]{32}|_run/shared-[0-9a-f]{32}"
 )
 

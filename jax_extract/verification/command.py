@@ -41,12 +41,14 @@ class VerifyConfig:
       samples: how many samples are computed again; the longest and the shortest always are.
       seed: of their choice.
       model_path: where the model is now, if not where the run found it.
+      adapter: where its LoRA adapter is now, if not where the run found it.
     """
 
     place: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PLACE")]
     samples: int = 16
     seed: int = 0
     model_path: str | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,9 @@ class Verdict:
 
 def verify_command(config: VerifyConfig) -> int:
     """Verifies and tells; 1 where something is damaged or out of bounds, else 0."""
-    verdict = verify(config.place, samples=config.samples, seed=config.seed, model_path=config.model_path)
+    verdict = verify(
+        config.place, samples=config.samples, seed=config.seed, model_path=config.model_path, adapter=config.adapter
+    )
     return verdict.exit_status
 
 
@@ -97,6 +101,7 @@ def verify(
     samples: int = 16,
     seed: int = 0,
     model_path: str | None = None,
+    adapter: str | None = None,
     terminal: Terminal | None = None,
 ) -> Verdict:
     """Verifies what is committed of a run, tells it line by line, and writes the verdict beside the metadata.
@@ -112,7 +117,7 @@ def verify(
     date = datetime.now(UTC).isoformat(timespec="seconds")
     ledger = Ledger.open(open_storage(place, "the place to verify"))
     layout = Layout.of(ledger)
-    model = _open_model(ledger, layout, model_path)  # before the long reading: it may be the wrong one
+    model = _open_model(ledger, layout, model_path, adapter)  # before the long reading: it may be the wrong one
 
     reading = Reading(ledger, layout)
     reading.run(terminal)
@@ -139,17 +144,21 @@ def verify(
     return verdict
 
 
-def _open_model(ledger: Ledger, layout: Layout, model_path: str | None) -> OpenModel:
+def _open_model(ledger: Ledger, layout: Layout, model_path: str | None, adapter: str | None) -> OpenModel:
     """The model that the run names, or where the user says it is now; UserError unless it is the run's."""
     with damage_is_told(f"the run in {ledger.storage}", RESTORE):
         model_type, weights = ledger.run["identity"]["model_type"], str(ledger.run["identity"]["weights"])
-        source, revision = str(ledger.run["description"]["model_path"]), ledger.run["description"]["model_revision"]
+        described = ledger.run["description"]
+        source, revision, adapted = str(described["model_path"]), described["model_revision"], described.get("adapter")
     try:
-        model = OpenModel.open(model_path or source, revision)
+        model = OpenModel.open(model_path or source, revision, adapter or adapted)
     except UserError as error:
-        if model_path:
+        if model_path or adapter:
             raise
-        raise UserError(f"{error}; the run was made with it: say where it is now with --model_path") from None
+        raise UserError(
+            f"{error}; the run was made with it: say where it is now with --model_path"
+            + (", and where its adapter is with --adapter" if adapted else "")
+        ) from None
     source = model.checkpoint.source
     if model.config.model_type != model_type:
         raise UserError(f"{source} is of type {model.config.model_type!r} and the run of {model_type!r}; {_WRONG}")
@@ -163,7 +172,10 @@ def _open_model(ledger: Ledger, layout: Layout, model_path: str | None) -> OpenM
     return model
 
 
-_WRONG = "give --model_path the model that the run was made with (of a hub model its hub id, at the same commit)"
+_WRONG = (
+    "give --model_path the model that the run was made with (of a hub model its hub id, at the same commit), and "
+    "--adapter its adapter, if it had one"
+)
 
 
 def _gravest(reading: Reading, comparison: Comparison) -> str:

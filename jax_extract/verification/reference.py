@@ -16,7 +16,7 @@ import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,9 @@ from jax_extract.weights.load import Weights
 from models.hooks import HOOK_POINTS, CapturePlan, Taps
 from models.layers import Numerics
 from models.packing import Packing
-from models.ports import Parameters, hook_width
+from models.ports import Module, Parameters, hook_width
 from models.positions import MEAN_POSITION, Positions
+from models.self_attention import WithinRows
 
 SiteKey = tuple[str, int | None]  # hook point, layer
 Rows = Iterator[tuple[Site, np.ndarray]]
@@ -42,22 +43,6 @@ RESIDUAL_BOUND, OTHER_BOUND = 1e-5, 5e-5
 
 GROUP_BYTES = 512 << 20  # of rows that are computed in one pass and held at once
 _VALUES_AT_ONCE = 1 << 20  # that row errors are taken of
-
-# Where these models of Hugging Face's have each hook point: a module, and what of it. Others need a table of
-# their own: some give the same names to other things (Gemma's post_attention_layernorm is no pre-norm).
-_MAPPED = frozenset(("qwen2", "qwen3", "llama", "mistral"))
-_MODULES: Mapping[str, tuple[str, Literal["input", "output"]]] = {
-    "embeddings": ("embed_tokens", "output"),
-    "residual_before": ("layers.{i}", "input"),
-    "attention_out": ("layers.{i}.self_attn", "output"),
-    "after_attention": ("layers.{i}.post_attention_layernorm", "input"),
-    "ffn_gate": ("layers.{i}.mlp.gate_proj", "output"),
-    "ffn_up": ("layers.{i}.mlp.up_proj", "output"),
-    "ffn_hidden": ("layers.{i}.mlp.down_proj", "input"),
-    "ffn_out": ("layers.{i}.mlp", "output"),
-    "after_block": ("layers.{i}", "output"),
-    "final_norm": ("norm", "output"),
-}
 
 
 class Reference(Protocol):
@@ -164,10 +149,11 @@ def grouped(sites: Iterable[Site], rows: int) -> Iterator[list[Site]]:
 class HuggingFace:
     """Hugging Face's model on the CPU, read through forward hooks."""
 
-    def __init__(self, model: Any, name: str) -> None:
+    def __init__(self, model: Any, name: str, modules: Mapping[str, Module]) -> None:
         self.name = name
         self.versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers")}
         self._model = model
+        self._modules = modules
 
     def rows(self, sample: Wanted, sites: Sequence[Site]) -> Rows:
         for group in grouped(sites, sample.count):
@@ -192,7 +178,7 @@ class HuggingFace:
         return found
 
     def _hook(self, site: Site, keep: Callable[[SiteKey, Any], None]) -> Any:
-        path, side = _MODULES[site.hook]
+        path, side = self._modules[site.hook]
         module = self._model.get_submodule(path.format(i=site.layer))
         if side == "output":
             return module.register_forward_hook(lambda _, args, result: keep(site.key, result))
@@ -208,20 +194,19 @@ def _open_torch(model: OpenModel, sites: Sequence[Site], weights: str, dtype: st
     """
     import torch
 
-    if model.config.model_type not in _MAPPED:
-        tell(f"where the hook points are in Hugging Face's {model.config.model_type} is not known here")
-        return None
     layers = _blocks_of(sites, model.config.num_hidden_layers)
     name = _name("Hugging Face transformers", weights, dtype)
+    if adapter := model.checkpoint.adapter:
+        tell(f"the weights are merged with the adapter {adapter} by jax_extract")
     ways = (
         (_load_theirs, "", "its weights are read by jax_extract"),
         (_load_ours, ", weights read by jax_extract", "the reference is our own forward"),
     )
-    for load, whose, instead in ways:
+    for load, whose, instead in ways[1:] if adapter else ways:
         try:
             with _silence():
                 loaded = load(model, layers, getattr(torch, weights)).to(getattr(torch, dtype))
-                return HuggingFace(loaded, name + whose)
+                return HuggingFace(loaded, name + whose, model.port.modules(model.config))
         except Exception as error:  # noqa: BLE001 (whatever a library of models raises, there is another reference)
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             tell(f"transformers does not load this model{whose} ({reason.rstrip('.')}), so {instead}")
@@ -244,7 +229,7 @@ def _load_theirs(model: OpenModel, layers: int, dtype: Any) -> Any:
     from transformers import AutoConfig, AutoModel
 
     # Safetensors only, and no code of the folder's: nothing is run. This attention never holds tokens x tokens values.
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "attn_implementation": "sdpa"}
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "attn_implementation": _attention(model)}
     options["trust_remote_code"] = False
     path = Path(model.checkpoint.source).expanduser()
     if path.suffix == ".gguf":
@@ -257,9 +242,15 @@ def _load_theirs(model: OpenModel, layers: int, dtype: Any) -> Any:
     loaded, info = AutoModel.from_pretrained(source, output_loading_info=True, **options)
     if lacking := sorted([*info["missing_keys"], *info["mismatched_keys"]]):
         raise ValueError(f"it did not find {lacking[0]!r}")  # and would compute with random numbers in its place
-    del loaded.layers[layers:]
+    blocks = model.port.modules(model.config)["after_block"][0].removesuffix(".{i}")
+    del loaded.get_submodule(blocks)[layers:]
     loaded.config.num_hidden_layers = layers
     return loaded.eval()
+
+
+def _attention(model: OpenModel) -> str:
+    """The one of torch's that never holds tokens x tokens values, unless it would leave out what the model asks for."""
+    return "sdpa" if model.config.attention.soft_cap is None else "eager"
 
 
 def _load_ours(model: OpenModel, layers: int, dtype: Any) -> Any:
@@ -269,11 +260,12 @@ def _load_ours(model: OpenModel, layers: int, dtype: Any) -> Any:
 
     fields = dict(model.checkpoint.config)
     config = _without_upper_blocks(AutoConfig.for_model(fields.pop("model_type"), **fields), layers)
-    loaded = AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    loaded = AutoModel.from_config(config, dtype=dtype, attn_implementation=_attention(model)).eval()
     stored = model.checkpoint.names()
     with torch.no_grad():
         for name, parameter in loaded.named_parameters():
-            values = model.checkpoint.read(f"model.{name}" if f"model.{name}" in stored else name)
+            whole = model.port.prefix + name
+            values = model.checkpoint.read(whole if whole in stored else name)
             parameter.copy_(torch.from_numpy(values.astype(np.float32)))
     return loaded
 
@@ -338,7 +330,8 @@ class OwnForward:
         def forward(params: Parameters, tokens: jax.Array) -> dict[str, jax.Array]:
             packing = Packing(jnp.full((1, 1), tokens.shape[1], jnp.int32), tokens.shape[1])
             taps = Taps.start(plan, blocks, packing, widths)
-            return port.forward(config, params, tokens, taps, Numerics("float32"), lambda _, whole: whole).buffers
+            attention, numerics = WithinRows(packing.positions), Numerics("float32")
+            return port.forward(config, params, tokens, taps, attention, numerics, lambda _, whole: whole)[0].buffers
 
         return forward
 

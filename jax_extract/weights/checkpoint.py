@@ -40,8 +40,18 @@ class Checkpoint(Protocol):
         ...
 
     @property
+    def adapter(self) -> str | None:
+        """What is merged into it, as the user named it."""
+        ...
+
+    @property
     def config(self) -> dict[str, Any]:
         """config.json, or what it would be."""
+        ...
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """generation_config.json; empty where there is none."""
         ...
 
     def names(self) -> frozenset[str]: ...
@@ -75,7 +85,7 @@ def open_checkpoint(model_path: str, revision: str | None = None) -> Checkpoint:
         from jax_extract.weights.gguf import GgufCheckpoint
 
         return GgufCheckpoint(path)
-    if _HUB_ID.fullmatch(model_path):
+    if is_hub_id(model_path):
         from jax_extract.weights.hub import download
 
         folder, commit = download(model_path, revision)
@@ -84,6 +94,11 @@ def open_checkpoint(model_path: str, revision: str | None = None) -> Checkpoint:
         f"model {model_path!r} was not found; give a Hugging Face folder, a .gguf file, "
         "or a hub id of the form OWNER/NAME"
     )
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether it is spelled OWNER/NAME."""
+    return bool(_HUB_ID.fullmatch(text))
 
 
 @dataclass(frozen=True)
@@ -100,19 +115,15 @@ class _Stored:
         return np.dtype(_DTYPES[self.dtype])
 
 
-class SafetensorsCheckpoint:
-    """A Hugging Face folder with config.json and one or several safetensors files."""
+class SafetensorsFiles:
+    """The tensors of one or several files in a folder."""
 
-    def __init__(self, folder: Path, source: str, revision: str | None = None) -> None:
-        self.source = source
-        self.revision = revision
-        self._folder = folder
-        self.config = _read_json(folder / "config.json")
+    def __init__(self, paths: Iterable[Path]) -> None:
         self._tensors: dict[str, _Stored] = {}
-        for path in _weight_files(folder):
+        for path in paths:
             for name, stored in _read_header(path).items():
                 if name in self._tensors:
-                    raise UserError(f"tensor {name!r} is in two files of {folder}; keep one set of weights there")
+                    raise UserError(f"tensor {name!r} is in two files of {path.parent}; keep one set of weights there")
                 self._tensors[name] = stored
 
     def names(self) -> frozenset[str]:
@@ -142,6 +153,21 @@ class SafetensorsCheckpoint:
             total.update(f"{name} {stored.dtype} {list(stored.shape)}\n".encode())
             total.update(self.read(name).reshape(-1).view(np.uint8).data)
         return f"sha256:{total.hexdigest()}"
+
+
+class SafetensorsCheckpoint(SafetensorsFiles):
+    """A Hugging Face folder with config.json and one or several safetensors files."""
+
+    adapter: str | None = None
+
+    def __init__(self, folder: Path, source: str, revision: str | None = None) -> None:
+        self.source = source
+        self.revision = revision
+        self._folder = folder
+        self.config = read_json(folder / "config.json")
+        said = folder / "generation_config.json"
+        self.generation = read_json(said) if said.is_file() else {}
+        super().__init__(_weight_files(folder))
 
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -182,7 +208,7 @@ def _read_header(path: Path) -> dict[str, _Stored]:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        listed = _read_json(index).get("weight_map", {})
+        listed = read_json(index).get("weight_map", {})
         if not isinstance(listed, dict):
             raise UserError(f"{index} has no weight_map from tensors to files; download it again")
         names = sorted({str(name) for name in listed.values()})
@@ -201,7 +227,8 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a file of a model's folder holds; UserError where there is none."""
     if not path.is_file():
         raise UserError(f"{path.name} is missing from {path.parent}; a Hugging Face model folder has one")
     try:

@@ -102,6 +102,8 @@ class GgufCheckpoint:
         self._metadata, stored = read_header(self._bytes, self.source)
         _refuse_unknown_metadata(self._metadata, self.source)
         self.config = _config(self._metadata, stored, self.source)
+        self.generation: dict[str, Any] = {}
+        self.adapter: str | None = None
         self._tensors = _by_hugging_face_name(stored, self.config, self.source)
         _refuse_unreadable_encodings(self._tensors, self.source)
 

@@ -9,7 +9,6 @@ a block that will not run is read. Anything missing, misshapen or not understood
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,19 +25,21 @@ from models.ports import Parameters, Port, TensorSource
 
 _ALIGNMENT = 64
 _MOST_READERS = 8  # each holds one layer of one parameter beside what the devices hold
-_PREFIX = "model."  # of all tensors but the head, absent where only the base model was saved
 
 
 class Weights:
     """The tensors of one checkpoint that a run needs, checked against the port before anything is read."""
 
-    def __init__(self, checkpoint: Checkpoint, port: Port, config: Any, num_blocks: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, port: Port, config: Any, num_blocks: int, head: bool = False) -> None:
+        """With `head`, those of the language-model head too."""
         self.checkpoint = checkpoint
         self.num_blocks = num_blocks
         self._port = port
         self._config = config
-        self._sources = port.sources(config)
-        self._names = _stored_names(checkpoint, port, config, self._sources)
+        self._head = head
+        self._names = _stored_names(checkpoint, port, config, head)
+        wanted = {dotted(path) for path, _ in jax.tree_util.tree_leaves_with_path(self.structure("float32"))}
+        self._sources = {path: source for path, source in port.sources(config).items() if path in wanted}
 
     def tensor_names(self) -> list[str]:
         """Stored names of the tensors that will be loaded."""
@@ -51,13 +52,13 @@ class Weights:
 
     def provenance(self) -> str:
         """`hub:<commit>` where the hub vouches for the content, else a checksum of the tensors loaded."""
-        if self.checkpoint.revision:
+        if self.checkpoint.revision and not self.checkpoint.adapter:
             return f"hub:{self.checkpoint.revision}"
         return self.checkpoint.digest(self.tensor_names())
 
     def structure(self, dtype: str) -> Parameters:
         """The parameters as shapes."""
-        return parameter_shapes(self._port, self._config, self.num_blocks, dtype)
+        return parameter_shapes(self._port, self._config, self.num_blocks, dtype, self._head)
 
     def shapes(self, mesh: Mesh, dtype: str, layout: Layout = Layout.GATHERED) -> Parameters:
         """What `load` gives, without values: enough to compile with while the values are read."""
@@ -95,13 +96,18 @@ class Weights:
             first, last = max(start, offset), min(stop, offset + rows)
             if first < last:
                 stored = self._names[template.replace("{i}", str(layer))]
-                out[first - start : last - start] = self.checkpoint.read(stored, slice(first - offset, last - offset))
+                wanted = slice(first - offset, last - offset)
+                if source.transposed:
+                    values = self.checkpoint.read(stored)[:, wanted].T
+                else:
+                    values = self.checkpoint.read(stored, wanted)
+                out[first - start : last - start] = values
             offset += rows
 
 
-def parameter_shapes(port: Port, config: Any, num_blocks: int, dtype: str) -> Parameters:
-    """The parameters of so many blocks, and of what is around them, as shapes."""
-    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: port.structure(config, num_blocks, dtype))))
+def parameter_shapes(port: Port, config: Any, num_blocks: int, dtype: str, head: bool = False) -> Parameters:
+    """The parameters of so many blocks, and of what is around them, as shapes; with `head`, those of the head too."""
+    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: port.structure(config, num_blocks, dtype, head))))
 
 
 def laid_out(structure: Parameters, mesh: Mesh, layout: Layout) -> Parameters:
@@ -121,21 +127,24 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def _stored_names(
-    checkpoint: Checkpoint, port: Port, config: Any, sources: Mapping[str, TensorSource]
-) -> dict[str, str]:
+def _stored_names(checkpoint: Checkpoint, port: Port, config: Any, head: bool) -> dict[str, str]:
     """Canonical tensor name -> the name in this file; refuses missing, unknown and misshapen tensors."""
     stored = checkpoint.names()
-    prefix = _PREFIX if any(name.startswith(_PREFIX) for name in stored) else ""
-    structure = parameter_shapes(port, config, config.num_hidden_layers, "float32")
+    prefix = port.prefix if any(name.startswith(port.prefix) for name in stored) else ""
+    structure = parameter_shapes(port, config, config.num_hidden_layers, "float32", head)
     shapes = {dotted(path): value.shape for path, value in jax.tree_util.tree_leaves_with_path(structure)}
     names: dict[str, str] = {}
-    for path, source in sources.items():
+    unused = set(port.unused_tensors(config))
+    for path, source in port.sources(config).items():
+        if path not in shapes:
+            unused.update(source.names)
+            continue
         for template, rows in zip(source.names, source.rows, strict=True):
             expected = (rows, *shapes[path][2 if source.per_layer else 1 :])
+            expected = expected[::-1] if source.transposed else expected
             for layer in range(config.num_hidden_layers) if source.per_layer else (0,):
                 name = template.replace("{i}", str(layer))
-                names[name] = prefix + name.removeprefix(_PREFIX)
+                names[name] = prefix + name.removeprefix(port.prefix) if name.startswith(port.prefix) else name
                 if names[name] not in stored:
                     raise UserError(
                         f"the weights of {checkpoint.source} lack {names[name]!r}; the checkpoint is incomplete"
@@ -145,7 +154,7 @@ def _stored_names(
                         f"{names[name]!r} in {checkpoint.source} has shape {shape} where config.json means {expected}; "
                         "weights and configuration do not belong together"
                     )
-    ignored = {prefix + n.removeprefix(_PREFIX) for n in port.unused_tensors(config)} | port.unused_tensors(config)
+    ignored = unused | {prefix + name.removeprefix(port.prefix) for name in unused}
     if unknown := sorted(stored - set(names.values()) - ignored):
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise UserError(

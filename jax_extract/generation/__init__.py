@@ -1,0 +1,1 @@
+"""Answers: greedy and sampled decoding on a mesh, and what becomes of the answers to ARC tasks."""

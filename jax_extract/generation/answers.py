@@ -1,0 +1,183 @@
+"""Answers, and the files that keep them: one a batch, whole or not there, so that a killed command goes on.
+
+In: prompts as token ids. Out: `Answer`s by sample, and `answers/batch_000001.jsonl` and so on in the place of the run,
+each line one answer. Which prompts are in which batch depends on the input and the frozen settings alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from jax_extract.errors import UserError, damage_is_told
+from jax_extract.inputs.tokenize import TokenizedSample
+from jax_extract.store.ledger import to_json
+from jax_extract.store.storage.verbs import Storage
+
+FOLDER = "answers"
+NUMERICS = "numerics"  # the setting that a resumption may change, where the user allows it
+SETTINGS_FILE = f"{FOLDER}/settings.json"
+ANSWERS_FILE, SUBMISSION_FILE, SCORE_FILE = DERIVED = ("answers.jsonl", "submission.json", "score.json")
+
+_BATCH = re.compile(r"batch_\d{6,}\.jsonl")
+_SHORTEST = 64  # columns of a batch of prompts
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to one prompt.
+
+    Attributes:
+      sample_index, sample_id: of the prompt.
+      prompt_tokens: how many tokens it has.
+      token_ids: of the answer, the token that ended it included.
+      ended: whether the model ended it; else it was as long as it may be.
+      text: the answer's, without special tokens.
+    """
+
+    sample_index: int
+    sample_id: str
+    prompt_tokens: int
+    token_ids: tuple[int, ...]
+    ended: bool
+    text: str
+
+    def to_line(self) -> str:
+        return json.dumps(asdict(self)) + "\n"  # ASCII alone: some characters of others end a line
+
+    @classmethod
+    def of_line(cls, line: str) -> Answer:
+        fields = json.loads(line)
+        return cls(**{**fields, "token_ids": tuple(fields["token_ids"])})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that are answered together.
+
+    Attributes:
+      number: from 1.
+      columns: room for the longest of the prompts; one of few numbers, as each is compiled for.
+    """
+
+    number: int
+    samples: tuple[TokenizedSample, ...]
+    columns: int
+
+    @property
+    def name(self) -> str:
+        return f"{FOLDER}/batch_{self.number:06d}.jsonl"
+
+
+def batches_of(samples: Sequence[TokenizedSample], size: int, most_columns: int) -> list[Batch]:
+    """Batches of `size` prompts of about one length, the longest first; what does not fit memory shows at once.
+
+    Args:
+      most_columns: that a batch may have: a prompt is no longer.
+    """
+    ordered = sorted(samples, key=lambda sample: (-sample.length, sample.sample_index))
+    return [
+        Batch(i // size + 1, tuple(some), min(most_columns, _columns(some[0].length)))
+        for i in range(0, len(ordered), size)
+        if (some := ordered[i : i + size])
+    ]
+
+
+def _columns(length: int) -> int:
+    """A power of two or the number halfway to the next, so that few numbers are compiled for."""
+    columns = _SHORTEST
+    while columns < length:
+        columns = columns * 3 // 2 if columns & (columns - 1) == 0 else columns // 3 * 4
+    return columns
+
+
+class AnswerFiles:
+    """The answers that are there already, and those that are added."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def settings(self) -> dict[str, Any] | None:
+        """With which the answers here are given; None where there are none yet."""
+        if not self._storage.exists(SETTINGS_FILE):
+            return None
+        with damage_is_told(self._storage.where(SETTINGS_FILE), "remove the folder to begin anew"):
+            return dict(json.loads(self._storage.read(SETTINGS_FILE)))
+
+    def start(self, settings: Mapping[str, Any], allow_numeric_change: bool) -> None:
+        """Keeps the settings; UserError where answers are here that were given with others."""
+        self._storage.make(FOLDER)
+        self._storage.require_plain(FOLDER)
+        try:
+            self._storage.write(SETTINGS_FILE, to_json(settings))
+        except FileExistsError:
+            there = self.settings() or {}
+            may_differ = {NUMERICS} if allow_numeric_change else set()
+            if differing := [name for name in settings if there.get(name) != settings[name] and name not in may_differ]:
+                raise UserError(
+                    f"{self._storage.where(FOLDER)} holds answers of another run: their {differing[0]} is "
+                    f"{there.get(differing[0])!r:.60} and not {settings[differing[0]]!r:.60}; choose another "
+                    "--activations_dir, or remove them with --overwrite"
+                ) from None
+
+    def read(self, batch: Batch) -> list[Answer] | None:
+        """None where the batch is still to be answered."""
+        try:
+            content = self._storage.read(batch.name)
+        except FileNotFoundError:
+            return None
+        with damage_is_told(self._storage.where(batch.name), "remove it, and its prompts are answered again"):
+            found = [Answer.of_line(line) for line in content.decode("utf-8").splitlines()]
+            if [answer.sample_id for answer in found] != [sample.sample_id for sample in batch.samples]:
+                raise ValueError("it holds answers to other prompts")
+        return found
+
+    def write(self, batch: Batch, answers: list[Answer]) -> list[Answer]:
+        """Returns those that are there now: another worker's, where it was faster."""
+        try:
+            self._storage.write(batch.name, "".join(answer.to_line() for answer in answers).encode())
+        except FileExistsError:
+            return self.read(batch) or answers
+        return answers
+
+    def erase(self) -> None:
+        """Removes answers and what was derived from them, and nothing else; the settings last.
+
+        Raises:
+          UserError: the folder is a link.
+        """
+        if not self._storage.exists(SETTINGS_FILE):
+            return
+        self._storage.require_plain(FOLDER)
+        for name in self._storage.entries(FOLDER):
+            if _BATCH.fullmatch(name):
+                self._storage.delete(f"{FOLDER}/{name}")
+        for name in (*DERIVED, SETTINGS_FILE):
+            self._storage.delete(name)
+
+    def put(self, name: str, content: bytes | None) -> None:
+        """What can be derived from the answers again; None where there is nothing of the kind."""
+        if content is None:
+            self._storage.delete(name)
+        else:
+            self._storage.replace(name, content)
+
+
+def inputs_digest(samples: Sequence[TokenizedSample]) -> str:
+    """`sha256:…` over the names and token ids of the prompts, in order."""
+    total = hashlib.sha256()
+    for sample in samples:
+        total.update(json.dumps([sample.sample_id, sample.length]).encode())
+        total.update(np.ascontiguousarray(sample.token_ids, "<i4").data)
+    return f"sha256:{total.hexdigest()}"
+
+
+def in_order(answers: Mapping[int, Answer]) -> Iterator[Answer]:
+    """As the input was."""
+    return (answers[index] for index in sorted(answers))

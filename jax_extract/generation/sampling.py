@@ -1,0 +1,65 @@
+"""Which token comes next: the likeliest one, or one drawn.
+
+In: logits. Out: token ids. What is drawn for a sample depends on the seed, the sample's place in the input and the
+step alone: never on the batch, the mesh or the other samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jax_extract.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+      temperature: logits are divided by it; 0 takes the likeliest token.
+      top_k: only so many of the likeliest tokens; None for all.
+      top_p: only the likeliest tokens that together have this probability (Holtzman et al., "The Curious Case of
+        Neural Text Degeneration", 2020, section 3.1); None for all.
+      seed: of everything drawn.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def check(self) -> None:
+        """UserError where a value makes no sense, or would be without effect."""
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"--temperature {self.temperature} must be 0 (the likeliest token) or a positive number")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"--top_k {self.top_k} must be at least 1; leave it out for all tokens")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p {self.top_p} must be above 0 and at most 1; leave it out for all tokens")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
+            raise UserError("--top_k and --top_p choose among tokens that are drawn; add --temperature 1, or another")
+
+    def choose(self, logits: Array, samples: Array, step: Array) -> Array:
+        """int32 [b] of logits float32 [b, vocab]; `samples` int32 [b] are places in the input, `step` a scalar."""
+        if self.temperature == 0:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        logits = self.restricted(logits / jnp.float32(self.temperature))
+        keys = jax.vmap(lambda sample: jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), sample), step))
+        return jax.vmap(jax.random.categorical)(keys(samples), logits).astype(jnp.int32)
+
+    def restricted(self, logits: Array) -> Array:
+        """logits [b, vocab] with minus infinity in the place of tokens that are not drawn from; k before p."""
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            least = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        if self.top_p is not None and self.top_p < 1:
+            ordered = jnp.sort(logits, axis=-1, descending=True)
+            shares = jax.nn.softmax(ordered, axis=-1)
+            before = jnp.cumsum(shares, axis=-1) - shares  # the likeliest one has none before it, and always stays
+            least = jnp.min(jnp.where(before < self.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        return logits

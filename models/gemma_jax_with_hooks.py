@@ -1,0 +1,375 @@
+"""Gemma 1, 2 and 3 (text) with hook points: scaled embeddings, norms centred at one, capped logits, norms behind.
+
+In: a Hugging Face config.json, sharded parameters, token ids, taps. Out: taps with the captured activations. Gemma 2
+and 3 have a norm behind attention and one behind the feed-forward network: `attention_out` and `ffn_out` are what is
+added to the stream, so they lie behind it. Gemma 2 caps attention's logits, Gemma 3 norms queries and keys; both
+alternate layers with a sliding window and layers that see all, which Gemma 3 rotates with different bases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from models import hf_config
+from models.decoder import Carry, run_blocks
+from models.errors import UserError
+from models.feed_forward import gated
+from models.head import head_logits
+from models.hf_config import size
+from models.hooks import GATED, HookPoints, Taps
+from models.layers import ACTIVATIONS, Numerics, Rotary, embed, rms_norm, rotate, split_heads
+from models.ports import Gather, Module, Parameters, Port, TensorSource
+from models.self_attention import AttentionRule, SelfAttention
+
+MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
+_GEMMA3_PATTERN = 6  # every sixth layer sees all
+_GELU = ACTIVATIONS["gelu_pytorch_tanh"]
+
+
+@dataclass(frozen=True)
+class GemmaConfig:
+    """Shape and variant of one model; sizes in values, positions in tokens.
+
+    Attributes (beyond config.json's own names):
+      rotary: of layers that see all.
+      local_rotary: of layers with a sliding window.
+      query_scale: what logits are multiplied by.
+      soft_cap: of attention's logits; None where there is none.
+      head_soft_cap: of the head's logits; None where there is none.
+      norms_behind: whether attention and the feed-forward network have a norm behind them.
+      qk_norm: RMS norm over each query and key head before the rotation.
+      windows: per layer, how many positions a query sees, itself included; 0 where it sees all.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rotary: Rotary
+    local_rotary: Rotary
+    query_scale: float
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 8_192
+    soft_cap: float | None = None
+    head_soft_cap: float | None = None
+    norms_behind: bool = False
+    qk_norm: bool = False
+    windows: tuple[int, ...] = ()
+    tie_word_embeddings: bool = True
+    model_type: str = "gemma"
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}; grouped-query attention needs whole groups"
+            )
+
+    @property
+    def query_rows(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_rows(self) -> int:
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def attention(self) -> AttentionRule:
+        return AttentionRule(self.query_scale, self.soft_cap, self.windows)
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> GemmaConfig:
+        """Reads config.json in the spelling of transformers 4 or 5; UserError on anything not understood."""
+        return _from_hf(config)
+
+    @classmethod
+    def gemma_2b(cls) -> GemmaConfig:
+        return cls(256_000, 2_048, 16_384, 18, 8, 1, 256, Rotary(1e4), Rotary(1e4), 256**-0.5)
+
+    @classmethod
+    def gemma_7b(cls) -> GemmaConfig:
+        return cls(256_000, 3_072, 24_576, 28, 16, 16, 256, Rotary(1e4), Rotary(1e4), 256**-0.5)
+
+    @classmethod
+    def gemma2_2b(cls) -> GemmaConfig:
+        base = cls(256_000, 2_304, 9_216, 26, 8, 4, 256, Rotary(1e4), Rotary(1e4), 256**-0.5, model_type="gemma2")
+        return replace(base, soft_cap=50.0, head_soft_cap=30.0, norms_behind=True, windows=(4_096, 0) * 13)
+
+    @classmethod
+    def gemma3_1b(cls) -> GemmaConfig:
+        base = cls(262_144, 1_152, 6_912, 26, 4, 1, 256, Rotary(1e6), Rotary(1e4), 256**-0.5, 1e-6, 32_768)
+        windows = tuple(512 if (layer + 1) % _GEMMA3_PATTERN else 0 for layer in range(26))
+        return replace(base, norms_behind=True, qk_norm=True, windows=windows, model_type="gemma3_text")
+
+
+# ---------------------------------------------------------------------------------------- parameters
+
+
+class Blocks(nnx.Module):
+    """Parameters of all blocks, stacked on a leading layer axis; matrices are [layers, out, in]."""
+
+    def __init__(self, config: GemmaConfig, layers: int, dtype: str) -> None:
+        d, f = config.hidden_size, config.intermediate_size
+
+        def parameter(*shape: int) -> nnx.Param[Array]:
+            return nnx.Param(jnp.zeros((layers, *shape), dtype))
+
+        self.attention_norm = parameter(d)
+        self.qkv = parameter(config.query_rows + 2 * config.key_rows, d)
+        self.attention_output = parameter(d, config.query_rows)
+        self.ffn_norm = parameter(d)
+        self.gate_up = parameter(2 * f, d)
+        self.down = parameter(d, f)
+        if config.norms_behind:
+            self.after_attention_norm = parameter(d)
+            self.after_ffn_norm = parameter(d)
+        if config.qk_norm:
+            self.query_norm = parameter(config.head_dim)
+            self.key_norm = parameter(config.head_dim)
+
+
+class Gemma(nnx.Module):
+    """The model: embedding [vocab, d], stacked blocks, final norm [d]; and, if asked for, the head [vocab, d]."""
+
+    def __init__(self, config: GemmaConfig, layers: int, dtype: str, head: bool = False) -> None:
+        self.embedding = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
+        self.blocks = Blocks(config, layers, dtype)
+        self.final_norm = nnx.Param(jnp.zeros((config.hidden_size,), dtype))
+        if head and not config.tie_word_embeddings:
+            self.head = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
+
+
+def sources(config: GemmaConfig) -> dict[str, TensorSource]:
+    """Parameter path -> its tensors in a Hugging Face checkpoint."""
+    d, f, q, k = config.hidden_size, config.intermediate_size, config.query_rows, config.key_rows
+
+    def block(rows: dict[str, int]) -> TensorSource:
+        return TensorSource(tuple(f"model.layers.{{i}}.{name}.weight" for name in rows), tuple(rows.values()))
+
+    table = {
+        "embedding": TensorSource(("model.embed_tokens.weight",), (config.vocab_size,)),
+        "final_norm": TensorSource(("model.norm.weight",), (d,)),
+        "blocks.attention_norm": block({"input_layernorm": d}),
+        "blocks.qkv": block({"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": k}),
+        "blocks.attention_output": block({"self_attn.o_proj": d}),
+        "blocks.gate_up": block({"mlp.gate_proj": f, "mlp.up_proj": f}),
+        "blocks.down": block({"mlp.down_proj": d}),
+    }
+    if not config.tie_word_embeddings:
+        table["head"] = TensorSource(("lm_head.weight",), (config.vocab_size,))
+    if config.norms_behind:
+        table["blocks.after_attention_norm"] = block({"post_attention_layernorm": d})
+        table["blocks.ffn_norm"] = block({"pre_feedforward_layernorm": d})
+        table["blocks.after_ffn_norm"] = block({"post_feedforward_layernorm": d})
+    else:
+        table["blocks.ffn_norm"] = block({"post_attention_layernorm": d})
+    if config.qk_norm:
+        table["blocks.query_norm"] = block({"self_attn.q_norm": config.head_dim})
+        table["blocks.key_norm"] = block({"self_attn.k_norm": config.head_dim})
+    return table
+
+
+def unused_tensors(config: GemmaConfig) -> frozenset[str]:
+    """A second copy of a head that is the embedding."""
+    return frozenset({"lm_head.weight"})
+
+
+# ------------------------------------------------------------------------------------------- forward
+
+
+def forward(
+    config: GemmaConfig,
+    params: Parameters,
+    tokens: Array,
+    taps: Taps,
+    attention: SelfAttention,
+    numerics: Numerics,
+    gather: Gather,
+) -> tuple[Taps, SelfAttention]:
+    """Runs `taps.num_blocks` blocks over rows of samples; see `Port.forward`."""
+    with jax.named_scope("embeddings"):
+        x = embed(gather("embedding", params["embedding"]), tokens) * jnp.float32(config.hidden_size**0.5)
+    x, taps = taps.visit("embeddings", None, x)
+    everywhere, nearby = (
+        rotary.tables(attention.positions, config.head_dim) for rotary in (config.rotary, config.local_rotary)
+    )
+
+    def one(p: Parameters, x: Array, taps: Taps, attention: SelfAttention, layer: Array) -> Carry:
+        sees_all = config.attention.window_of(layer) == 0
+        tables = jax.tree.map(lambda wide, near: jnp.where(sees_all, wide, near), everywhere, nearby)
+        return block(config, p, x, taps, attention, layer, tables, numerics)
+
+    x, taps, attention = run_blocks(one, x, taps, attention, params["blocks"], gather)
+    if taps.plan.needs_final_norm:
+        _, taps = taps.visit("final_norm", None, _norm(config, x, gather("final_norm", params["final_norm"])))
+    return taps, attention
+
+
+def logits(config: GemmaConfig, params: Parameters, x: Array, numerics: Numerics, gather: Gather) -> Array:
+    """x float32 [b, t, d] of `final_norm` -> float32 [b, t, vocab]."""
+    return head_logits(params, x, numerics, gather, config.head_soft_cap)
+
+
+def block(
+    config: GemmaConfig,
+    p: Parameters,
+    x: Array,
+    taps: Taps,
+    attention: SelfAttention,
+    layer: Array,
+    tables: tuple[Array, Array],
+    numerics: Numerics,
+) -> Carry:
+    """One decoder block on the residual stream x, float32 [b, t, d]; `p` holds this layer's parameters."""
+    x, taps = taps.visit("residual_before", layer, x)
+    with jax.named_scope("attention"):
+        qkv = numerics.linear(_norm(config, x, p["attention_norm"]), p["qkv"])
+        query, key, value = split_heads(qkv, config.num_attention_heads, config.num_key_value_heads)
+        if config.qk_norm:
+            query, key = _norm(config, query, p["query_norm"]), _norm(config, key, p["key_norm"])
+        query, key = rotate(query, tables), rotate(key, tables)
+        mixed, attention = attention.attend(config.attention, layer, query, key, value, numerics)
+        update = numerics.linear(mixed, p["attention_output"])
+        if config.norms_behind:
+            update = _norm(config, update, p["after_attention_norm"])
+    update, taps = taps.visit("attention_out", layer, update)
+    x, taps = taps.visit("after_attention", layer, x + update)
+    with jax.named_scope("ffn"):
+        update, taps = gated(p, _norm(config, x, p["ffn_norm"]), taps, layer, _GELU, numerics)
+        if config.norms_behind:
+            update = _norm(config, update, p["after_ffn_norm"])
+    update, taps = taps.visit("ffn_out", layer, update)
+    x, taps = taps.visit("after_block", layer, x + update)
+    return x, taps, attention
+
+
+def _norm(config: GemmaConfig, x: Array, weight: Array) -> Array:
+    """RMS norm whose stored weight is what it adds to one; the sum is taken in float32, as the weights may not be."""
+    return rms_norm(x, weight.astype(jnp.float32) + jnp.float32(1), config.rms_norm_eps)
+
+
+# ------------------------------------------------------------------------------------- configuration
+
+_FIELDS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "rms_norm_eps max_position_embeddings tie_word_embeddings hidden_act hidden_activation attention_bias "
+    "query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping sliding_window sliding_window_pattern "
+    "_sliding_window_pattern sliding_window_size layer_types rope_local_base_freq use_bidirectional_attention "
+    "cache_implementation"
+).split()
+_TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu")  # releases of Gemma 1 say gelu and mean its approximation
+
+
+# What a field that is absent means, as transformers reads it; null is none.
+_ABSENT = {
+    "gemma": {},
+    "gemma2": {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4_096},
+    "gemma3_text": {"sliding_window": 4_096},
+}
+
+
+def _from_hf(config: Mapping[str, Any]) -> GemmaConfig:
+    model_type = hf_config.require_model_type(config, MODEL_TYPES)
+    config = {**_ABSENT[model_type], **config}
+    hf_config.refuse_unknown(config, (*_FIELDS, *hf_config.ROPE_FIELDS))
+    for key in ("hidden_act", "hidden_activation"):
+        hf_config.require(config, key, _TANH_GELU if model_type == "gemma" else _TANH_GELU[:2], _TANH_GELU[0])
+    hf_config.require(config, "attention_bias", (False,), False)
+    hf_config.require(config, "use_bidirectional_attention", (False,), False)
+    layers, head_dim = size(config, "num_hidden_layers"), size(config, "head_dim", default=256)
+    rotary, local_rotary = _rotaries(config)
+    return GemmaConfig(
+        vocab_size=size(config, "vocab_size"),
+        hidden_size=size(config, "hidden_size"),
+        intermediate_size=size(config, "intermediate_size"),
+        num_hidden_layers=layers,
+        num_attention_heads=size(config, "num_attention_heads"),
+        num_key_value_heads=size(config, "num_key_value_heads"),
+        head_dim=head_dim,
+        rotary=rotary,
+        local_rotary=local_rotary,
+        query_scale=(head_dim if model_type == "gemma" else hf_config.positive(config, "query_pre_attn_scalar", 256.0))
+        ** -0.5,
+        rms_norm_eps=hf_config.positive(config, "rms_norm_eps", 1e-6),
+        max_position_embeddings=size(config, "max_position_embeddings"),
+        soft_cap=_cap(config, "attn_logit_softcapping") if model_type == "gemma2" else None,
+        head_soft_cap=_cap(config, "final_logit_softcapping"),
+        norms_behind=model_type != "gemma",
+        qk_norm=model_type == "gemma3_text",
+        windows=_windows(config, layers),
+        tie_word_embeddings=hf_config.switch(config, "tie_word_embeddings", True),
+        model_type=model_type,
+    )
+
+
+def _cap(config: Mapping[str, Any], key: str) -> float | None:
+    return None if config.get(key) is None else hf_config.positive(config, key)
+
+
+def _rotaries(config: Mapping[str, Any]) -> tuple[Rotary, Rotary]:
+    """Of layers that see all, and of layers with a sliding window; Gemma 3 has a set of parameters for each."""
+    if config["model_type"] != "gemma3_text":
+        rotary = hf_config.rotary(config)
+        return rotary, rotary
+    named = config.get("rope_parameters") or {}
+    wide = {**(config.get("rope_scaling") or {}), **(named.get("full_attention") or {})}
+    near = named.get("sliding_attention") or {}
+    return (
+        hf_config.rotary_of(wide, config.get("rope_theta"), 1_000_000.0),
+        hf_config.rotary_of(near, config.get("rope_local_base_freq"), 10_000.0),
+    )
+
+
+def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    """Where config.json has no `layer_types`: every second layer of Gemma 2, all but every sixth of Gemma 3."""
+    if config["model_type"] == "gemma":
+        return ()
+    hf_config.require(config, "sliding_window_size", (config["sliding_window"],), None)
+    pattern = 2
+    if config["model_type"] == "gemma3_text":
+        given = next((k for k in ("sliding_window_pattern", "_sliding_window_pattern") if config.get(k)), None)
+        pattern = size(config, given) if given else _GEMMA3_PATTERN
+    return hf_config.sliding_windows(config, layers, [(layer + 1) % pattern != 0 for layer in range(layers)])
+
+
+def _hook_points(config: GemmaConfig) -> HookPoints:
+    return GATED
+
+
+def _modules(config: GemmaConfig) -> dict[str, Module]:
+    behind = config.norms_behind  # else the norm of that name lies before the feed-forward network
+    return {
+        "embeddings": ("embed_tokens", "output"),
+        "residual_before": ("layers.{i}", "input"),
+        "attention_out": ("layers.{i}.post_attention_layernorm" if behind else "layers.{i}.self_attn", "output"),
+        "after_attention": (f"layers.{{i}}.{'pre_feedforward' if behind else 'post_attention'}_layernorm", "input"),
+        "ffn_gate": ("layers.{i}.mlp.gate_proj", "output"),
+        "ffn_up": ("layers.{i}.mlp.up_proj", "output"),
+        "ffn_hidden": ("layers.{i}.mlp.down_proj", "input"),
+        "ffn_out": ("layers.{i}.post_feedforward_layernorm" if behind else "layers.{i}.mlp", "output"),
+        "after_block": ("layers.{i}", "output"),
+        "final_norm": ("norm", "output"),
+    }
+
+
+PORT = Port(
+    config=GemmaConfig.from_hf,
+    hook_points=_hook_points,
+    structure=Gemma,
+    sources=sources,
+    unused_tensors=unused_tensors,
+    forward=forward,
+    logits=logits,
+    prefix="model.",
+    modules=_modules,
+)

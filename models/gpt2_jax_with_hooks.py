@@ -1,0 +1,289 @@
+"""GPT-2 with hook points: learned positions, layer norms with biases, an ungated feed-forward network.
+
+In: a Hugging Face config.json, sharded parameters, token ids, taps. Out: taps with the captured activations. The
+checkpoint keeps its matrices as [in, out], and they are turned when they are loaded. `embeddings` is what enters
+block 0, so positions are in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from models import hf_config
+from models.decoder import Carry, run_blocks
+from models.errors import UserError
+from models.feed_forward import ungated
+from models.head import head_logits
+from models.hf_config import size, switch
+from models.hooks import UNGATED, HookPoints, Taps
+from models.layers import ACTIVATIONS, Numerics, embed, layer_norm, split_heads
+from models.ports import Gather, Module, Parameters, Port, TensorSource
+from models.self_attention import AttentionRule, SelfAttention
+
+MODEL_TYPES = ("gpt2",)
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """Shape and variant of one model; sizes in values, positions in tokens.
+
+    Attributes (beyond what config.json calls n_embd and so on):
+      scaled: whether logits are divided by the root of a head's width.
+      scaled_by_layer: whether they are divided by the layer's number too, counted from 1.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int = 1_024
+    layer_norm_eps: float = 1e-5
+    activation: str = "gelu_new"
+    scaled: bool = True
+    scaled_by_layer: bool = False
+    tie_word_embeddings: bool = True
+    model_type: str = "gpt2"
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(f"n_embd {self.hidden_size} is not a multiple of n_head {self.num_attention_heads}")
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_rows(self) -> int:
+        return self.hidden_size
+
+    @property
+    def attention(self) -> AttentionRule:
+        return AttentionRule(scale=None if self.scaled else 1.0)
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> GPT2Config:
+        """Reads config.json; UserError on anything not understood."""
+        return _from_hf(config)
+
+    @classmethod
+    def small(cls) -> GPT2Config:
+        return cls(50_257, 768, 3_072, 12, 12)
+
+    @classmethod
+    def medium(cls) -> GPT2Config:
+        return cls(50_257, 1_024, 4_096, 24, 16)
+
+    @classmethod
+    def large(cls) -> GPT2Config:
+        return cls(50_257, 1_280, 5_120, 36, 20)
+
+    @classmethod
+    def xl(cls) -> GPT2Config:
+        return cls(50_257, 1_600, 6_400, 48, 25)
+
+
+# ---------------------------------------------------------------------------------------- parameters
+
+
+class Blocks(nnx.Module):
+    """Parameters of all blocks, stacked on a leading layer axis; matrices are [layers, out, in]."""
+
+    def __init__(self, config: GPT2Config, layers: int, dtype: str) -> None:
+        d, f = config.hidden_size, config.intermediate_size
+
+        def parameter(*shape: int) -> nnx.Param[Array]:
+            return nnx.Param(jnp.zeros((layers, *shape), dtype))
+
+        self.attention_norm, self.attention_norm_bias = parameter(d), parameter(d)
+        self.qkv, self.qkv_bias = parameter(3 * d, d), parameter(3 * d)
+        self.attention_output, self.attention_output_bias = parameter(d, d), parameter(d)
+        self.ffn_norm, self.ffn_norm_bias = parameter(d), parameter(d)
+        self.up, self.up_bias = parameter(f, d), parameter(f)
+        self.down, self.down_bias = parameter(d, f), parameter(d)
+
+
+class GPT2(nnx.Module):
+    """The model: embedding [vocab, d], positions [n, d], stacked blocks, final norm [d]; if asked for, the head."""
+
+    def __init__(self, config: GPT2Config, layers: int, dtype: str, head: bool = False) -> None:
+        d = config.hidden_size
+        self.embedding = nnx.Param(jnp.zeros((config.vocab_size, d), dtype))
+        self.position_embedding = nnx.Param(jnp.zeros((config.max_position_embeddings, d), dtype))
+        self.blocks = Blocks(config, layers, dtype)
+        self.final_norm = nnx.Param(jnp.zeros((d,), dtype))
+        self.final_norm_bias = nnx.Param(jnp.zeros((d,), dtype))
+        if head and not config.tie_word_embeddings:
+            self.head = nnx.Param(jnp.zeros((config.vocab_size, d), dtype))
+
+
+def sources(config: GPT2Config) -> dict[str, TensorSource]:
+    """Parameter path -> its tensors in a Hugging Face checkpoint."""
+    d, f = config.hidden_size, config.intermediate_size
+
+    def one(name: str, rows: int, transposed: bool = False) -> TensorSource:
+        return TensorSource((f"transformer.{name}",), (rows,), transposed)
+
+    table = {
+        "embedding": one("wte.weight", config.vocab_size),
+        "position_embedding": one("wpe.weight", config.max_position_embeddings),
+        "final_norm": one("ln_f.weight", d),
+        "final_norm_bias": one("ln_f.bias", d),
+    }
+    if not config.tie_word_embeddings:
+        table["head"] = TensorSource(("lm_head.weight",), (config.vocab_size,))
+    for ours, theirs, rows in (
+        ("qkv", "attn.c_attn", 3 * d),
+        ("attention_output", "attn.c_proj", d),
+        ("up", "mlp.c_fc", f),
+        ("down", "mlp.c_proj", d),
+    ):
+        table[f"blocks.{ours}"] = one(f"h.{{i}}.{theirs}.weight", rows, transposed=True)
+        table[f"blocks.{ours}_bias"] = one(f"h.{{i}}.{theirs}.bias", rows)
+    for ours, theirs in (("attention_norm", "ln_1"), ("ffn_norm", "ln_2")):
+        table[f"blocks.{ours}"] = one(f"h.{{i}}.{theirs}.weight", d)
+        table[f"blocks.{ours}_bias"] = one(f"h.{{i}}.{theirs}.bias", d)
+    return table
+
+
+def unused_tensors(config: GPT2Config) -> frozenset[str]:
+    """A second copy of a head that is the embedding, and the causal masks that old checkpoints store."""
+    layers = range(config.num_hidden_layers)
+    return frozenset(
+        {"lm_head.weight"} | {f"transformer.h.{i}.attn.{name}" for i in layers for name in ("bias", "masked_bias")}
+    )
+
+
+# ------------------------------------------------------------------------------------------- forward
+
+
+def forward(
+    config: GPT2Config,
+    params: Parameters,
+    tokens: Array,
+    taps: Taps,
+    attention: SelfAttention,
+    numerics: Numerics,
+    gather: Gather,
+) -> tuple[Taps, SelfAttention]:
+    """Runs `taps.num_blocks` blocks over rows of samples; see `Port.forward`."""
+    with jax.named_scope("embeddings"):
+        x = embed(gather("embedding", params["embedding"]), tokens)
+        x = x + embed(gather("position_embedding", params["position_embedding"]), attention.positions)
+    x, taps = taps.visit("embeddings", None, x)
+
+    def one(p: Parameters, x: Array, taps: Taps, attention: SelfAttention, layer: Array) -> Carry:
+        return block(config, p, x, taps, attention, layer, numerics)
+
+    x, taps, attention = run_blocks(one, x, taps, attention, params["blocks"], gather)
+    if taps.plan.needs_final_norm:
+        weight, bias = (gather(name, params[name]) for name in ("final_norm", "final_norm_bias"))
+        _, taps = taps.visit("final_norm", None, layer_norm(x, weight, bias, config.layer_norm_eps))
+    return taps, attention
+
+
+def logits(config: GPT2Config, params: Parameters, x: Array, numerics: Numerics, gather: Gather) -> Array:
+    """x float32 [b, t, d] of `final_norm` -> float32 [b, t, vocab]."""
+    return head_logits(params, x, numerics, gather)
+
+
+def block(
+    config: GPT2Config,
+    p: Parameters,
+    x: Array,
+    taps: Taps,
+    attention: SelfAttention,
+    layer: Array,
+    numerics: Numerics,
+) -> Carry:
+    """One decoder block on the residual stream x, float32 [b, t, d]; `p` holds this layer's parameters."""
+    x, taps = taps.visit("residual_before", layer, x)
+    with jax.named_scope("attention"):
+        normed = layer_norm(x, p["attention_norm"], p["attention_norm_bias"], config.layer_norm_eps)
+        heads = config.num_attention_heads
+        query, key, value = split_heads(numerics.linear(normed, p["qkv"], p["qkv_bias"]), heads, heads)
+        if config.scaled_by_layer:
+            query = query / (layer + 1).astype(jnp.float32)
+        mixed, attention = attention.attend(config.attention, layer, query, key, value, numerics)
+        update = numerics.linear(mixed, p["attention_output"], p["attention_output_bias"])
+    update, taps = taps.visit("attention_out", layer, update)
+    x, taps = taps.visit("after_attention", layer, x + update)
+    with jax.named_scope("ffn"):
+        normed = layer_norm(x, p["ffn_norm"], p["ffn_norm_bias"], config.layer_norm_eps)
+        update, taps = ungated(p, normed, taps, layer, ACTIVATIONS[config.activation], numerics)
+    update, taps = taps.visit("ffn_out", layer, update)
+    x, taps = taps.visit("after_block", layer, x + update)
+    return x, taps, attention
+
+
+# ------------------------------------------------------------------------------------- configuration
+
+_FIELDS = (
+    "vocab_size n_positions n_ctx n_embd n_layer n_head n_inner activation_function layer_norm_epsilon "
+    "scale_attn_weights scale_attn_by_inverse_layer_idx reorder_and_upcast_attn add_cross_attention "
+    "tie_word_embeddings resid_pdrop embd_pdrop attn_pdrop summary_type summary_use_proj summary_activation "
+    "summary_proj_to_labels summary_first_dropout n_special predict_special_tokens"
+).split()
+
+
+def _from_hf(config: Mapping[str, Any]) -> GPT2Config:
+    hf_config.require_model_type(config, MODEL_TYPES)
+    hf_config.refuse_unknown(config, _FIELDS)
+    hf_config.require(config, "add_cross_attention", (False,), False)
+    hf_config.require(config, "activation_function", tuple(ACTIVATIONS), "gelu_new")
+    d = size(config, "n_embd")
+    return GPT2Config(
+        vocab_size=size(config, "vocab_size"),
+        hidden_size=d,
+        intermediate_size=size(config, "n_inner", default=4 * d),
+        num_hidden_layers=size(config, "n_layer"),
+        num_attention_heads=size(config, "n_head"),
+        max_position_embeddings=size(config, "n_positions"),
+        layer_norm_eps=hf_config.positive(config, "layer_norm_epsilon", 1e-5),
+        activation=config.get("activation_function") or "gelu_new",
+        scaled=switch(config, "scale_attn_weights", True),
+        scaled_by_layer=switch(config, "scale_attn_by_inverse_layer_idx"),
+        tie_word_embeddings=switch(config, "tie_word_embeddings", True),
+    )
+
+
+def _hook_points(config: GPT2Config) -> HookPoints:
+    return {**UNGATED, "embeddings": None}  # positions are in
+
+
+def _modules(config: GPT2Config) -> dict[str, Module]:
+    return {
+        "embeddings": ("drop", "output"),
+        "residual_before": ("h.{i}", "input"),
+        "attention_out": ("h.{i}.attn", "output"),
+        "after_attention": ("h.{i}.ln_2", "input"),
+        "ffn_up": ("h.{i}.mlp.c_fc", "output"),
+        "ffn_hidden": ("h.{i}.mlp.c_proj", "input"),
+        "ffn_out": ("h.{i}.mlp", "output"),
+        "after_block": ("h.{i}", "output"),
+        "final_norm": ("ln_f", "output"),
+    }
+
+
+PORT = Port(
+    config=GPT2Config.from_hf,
+    hook_points=_hook_points,
+    structure=GPT2,
+    sources=sources,
+    unused_tensors=unused_tensors,
+    forward=forward,
+    logits=logits,
+    prefix="transformer.",
+    modules=_modules,
+)

@@ -1,0 +1,163 @@
+"""A Hugging Face config.json, read field by field; what is not understood is refused by name.
+
+In: config.json as a dictionary, in the spelling of transformers 4 or 5. Out: checked values, or one sentence that
+names the field, what it holds and what was expected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from models.errors import UserError
+from models.layers import Rotary
+
+Config = Mapping[str, Any]
+
+# Fields that say nothing about the forward pass, or only about parts it does not have (head, dropout,
+# cache, initialisation, generation).
+_HARMLESS = frozenset(
+    (
+        "architectures auto_map _name_or_path transformers_version torch_dtype dtype use_cache bos_token_id "
+        "eos_token_id pad_token_id initializer_range attention_dropout model_type output_attentions "
+        "output_hidden_states return_dict chunk_size_feed_forward is_encoder_decoder is_decoder id2label label2id "
+        "problem_type finetuning_task task_specific_params unsloth_version unsloth_fixed transformers.js_config "
+        "_attn_implementation gradient_checkpointing output_past _num_labels"
+    ).split()
+)
+_ROPE_FIELDS = {
+    "default": {"rope_theta"},
+    "linear": {"rope_theta", "factor"},
+    "llama3": {
+        "rope_theta",
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    },
+}
+ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def require_model_type(config: Config, family: Sequence[str]) -> str:
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in family:
+        raise UserError(f"model_type {model_type!r} is not of this family: {', '.join(family)}")
+    return model_type
+
+
+def refuse_unknown(config: Config, understood: Iterable[str]) -> None:
+    """UserError where a field that is set is neither understood nor known to leave the mathematics alone."""
+    known = _HARMLESS.union(understood)
+    if unknown := sorted(key for key, value in config.items() if key not in known and value is not None):
+        raise UserError(
+            f"config.json has {', '.join(map(repr, unknown))}, which this port does not understand and which "
+            "may change the mathematics; remove the field if it does not, or ask for support"
+        )
+
+
+def size(config: Config, key: str, default: int | None = None) -> int:
+    value = default if config.get(key) is None else config[key]
+    if value is None:
+        raise UserError(f"config.json lacks {key!r}; it must be a complete Hugging Face file")
+    if type(value) is not int or not 1 <= value < 2**31:
+        raise UserError(f"config.json has {key} {_shown(value)}; it must be a whole number of at least 1")
+    return value
+
+
+def positive(config: Config, key: str, default: float | None = None) -> float:
+    value = default if config.get(key) is None else config[key]
+    if value is None:
+        raise UserError(f"config.json lacks {key!r}; it must be a complete Hugging Face file")
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise UserError(f"config.json has {key} {_shown(value)}; it must be a positive number")
+    return float(value)
+
+
+def switch(config: Config, key: str, default: bool = False) -> bool:
+    value = config.get(key)
+    if value not in (None, True, False):
+        raise UserError(f"config.json has {key} {_shown(value)}; it must be true or false")
+    return default if value is None else bool(value)
+
+
+def require(config: Config, key: str, accepted: tuple[Any, ...], default: Any) -> None:
+    """UserError where a field is set to something that the port does not compute."""
+    value = config.get(key, default)
+    if value is not None and value not in accepted:
+        raise UserError(f"config.json asks for {key} {value!r}; this port computes {', '.join(map(repr, accepted))}")
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:40]
+
+
+# ------------------------------------------------------------------------------------------- rotations
+
+
+def rotary(config: Config, default_theta: float = 10_000.0) -> Rotary:
+    """From `rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling` (transformers 4)."""
+    scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    scaling.pop("partial_rotary_factor", None)
+    return rotary_of(scaling, config.get("rope_theta"), default_theta)
+
+
+def rotary_of(parameters: Config, theta: Any, default_theta: float) -> Rotary:
+    """From one set of rope parameters; `theta` is what config.json says of it elsewhere."""
+    scaling = dict(parameters)
+    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
+    scaling.pop("type", None)
+    if kind not in _ROPE_FIELDS:
+        raise UserError(f"unsupported rope type {kind!r} in config.json; supported: {', '.join(_ROPE_FIELDS)}")
+    if unknown := sorted(set(scaling) - _ROPE_FIELDS[kind]):
+        raise UserError(f"rope type {kind!r} in config.json has {', '.join(unknown)}, which is not understood")
+    theta = next((t for t in (scaling.pop("rope_theta", None), theta) if t is not None), default_theta)
+    if missing := sorted(_ROPE_FIELDS[kind] - {"rope_theta"} - set(scaling)):
+        raise UserError(f"rope type {kind!r} in config.json lacks {', '.join(missing)}")
+    base = positive({"rope_theta": theta}, "rope_theta")
+    if kind == "default":
+        return Rotary(base)
+    factor = positive(scaling, "factor")
+    if kind == "linear":
+        return Rotary(base, "linear", factor)
+    low, high = positive(scaling, "low_freq_factor"), positive(scaling, "high_freq_factor")
+    if high <= low:
+        raise UserError(f"config.json has high_freq_factor {high}, which must be above low_freq_factor {low}")
+    return Rotary(base, "llama3", factor, low, high, size(scaling, "original_max_position_embeddings"))
+
+
+def rotated_width(config: Config, head_dim: int, default: float = 1.0, key: str = "partial_rotary_factor") -> int:
+    """How many values of a head are rotated, from the share that config.json names."""
+    said = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    share = said.get("partial_rotary_factor")
+    share = positive({key: config.get(key) if share is None else share}, key, default)
+    width = int(head_dim * share)
+    if share > 1 or width == 0 or width % 2:
+        raise UserError(
+            f"config.json has {key} {share:g}, which rotates {width} of a head's {head_dim} values; it must be an even "
+            f"number from 2 to {head_dim}"
+        )
+    return width
+
+
+# -------------------------------------------------------------------------------------- sliding windows
+
+
+def sliding_windows(config: Config, layers: int, sliding: Sequence[bool]) -> tuple[int, ...]:
+    """Per layer, how many positions a query sees, itself included, 0 for all; empty where no layer has a window.
+
+    Args:
+      sliding: which layers have one where config.json has no `layer_types`.
+    """
+    if types := config.get("layer_types"):
+        if strange := sorted(set(types) - set(_LAYER_TYPES)):
+            raise UserError(f"config.json has the layer type {strange[0]!r}; known: {', '.join(_LAYER_TYPES)}")
+        sliding = [kind == "sliding_attention" for kind in types]
+    if len(sliding) < layers:
+        raise UserError(f"config.json names {len(sliding)} layer_types for {layers} layers")
+    if config.get("sliding_window") is None or not any(sliding[:layers]):
+        return ()
+    window = size(config, "sliding_window")
+    return tuple(window if slides else 0 for slides in sliding[:layers])

@@ -1,0 +1,294 @@
+"""Phi-1, Phi-1.5 and Phi-2 with hook points: parallel blocks behind one norm, partial rotation.
+
+In: a Hugging Face config.json, sharded parameters, token ids, taps. Out: taps with the captured activations.
+Attention and the feed-forward network read the same normed stream, and both add to it, so there is no stream
+between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from models import hf_config
+from models.decoder import Carry, run_blocks
+from models.errors import UserError
+from models.feed_forward import ungated
+from models.head import head_logits
+from models.hf_config import size, switch
+from models.hooks import UNGATED, HookPoints, Taps
+from models.layers import ACTIVATIONS, Numerics, Rotary, embed, layer_norm, rotate, split_heads
+from models.ports import Gather, Module, Parameters, Port, TensorSource
+from models.self_attention import AttentionRule, SelfAttention
+
+MODEL_TYPES = ("phi",)
+
+
+@dataclass(frozen=True)
+class PhiConfig:
+    """Shape and variant of one model; sizes in values, positions in tokens.
+
+    Attributes (beyond config.json's own names):
+      rotated: how many values of each head are rotated.
+      qk_norm: layer norm over each query and key head before the rotation.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rotary: Rotary
+    rotated: int
+    layer_norm_eps: float = 1e-5
+    max_position_embeddings: int = 2_048
+    activation: str = "gelu_new"
+    qk_norm: bool = False
+    tie_word_embeddings: bool = False
+    model_type: str = "phi"
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}; grouped-query attention needs whole groups"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_rows(self) -> int:
+        return self.hidden_size
+
+    @property
+    def key_rows(self) -> int:
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def attention(self) -> AttentionRule:
+        return AttentionRule()
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> PhiConfig:
+        """Reads config.json in the spelling of transformers 4 or 5; UserError on anything not understood."""
+        return _from_hf(config)
+
+    @classmethod
+    def phi_1_5(cls) -> PhiConfig:
+        return cls(51_200, 2_048, 8_192, 24, 32, 32, Rotary(1e4), 32)
+
+    @classmethod
+    def phi_2(cls) -> PhiConfig:
+        return cls(51_200, 2_560, 10_240, 32, 32, 32, Rotary(1e4), 32)
+
+
+# ---------------------------------------------------------------------------------------- parameters
+
+
+class Blocks(nnx.Module):
+    """Parameters of all blocks, stacked on a leading layer axis; matrices are [layers, out, in]."""
+
+    def __init__(self, config: PhiConfig, layers: int, dtype: str) -> None:
+        d, f = config.hidden_size, config.intermediate_size
+        qkv = config.query_rows + 2 * config.key_rows
+
+        def parameter(*shape: int) -> nnx.Param[Array]:
+            return nnx.Param(jnp.zeros((layers, *shape), dtype))
+
+        self.norm, self.norm_bias = parameter(d), parameter(d)
+        self.qkv, self.qkv_bias = parameter(qkv, d), parameter(qkv)
+        self.attention_output, self.attention_output_bias = parameter(d, config.query_rows), parameter(d)
+        self.up, self.up_bias = parameter(f, d), parameter(f)
+        self.down, self.down_bias = parameter(d, f), parameter(d)
+        if config.qk_norm:
+            self.query_norm, self.query_norm_bias = parameter(config.head_dim), parameter(config.head_dim)
+            self.key_norm, self.key_norm_bias = parameter(config.head_dim), parameter(config.head_dim)
+
+
+class Phi(nnx.Module):
+    """The model: embedding [vocab, d], stacked blocks, final norm [d]; and, if asked for, the head [vocab, d]."""
+
+    def __init__(self, config: PhiConfig, layers: int, dtype: str, head: bool = False) -> None:
+        d = config.hidden_size
+        self.embedding = nnx.Param(jnp.zeros((config.vocab_size, d), dtype))
+        self.blocks = Blocks(config, layers, dtype)
+        self.final_norm = nnx.Param(jnp.zeros((d,), dtype))
+        self.final_norm_bias = nnx.Param(jnp.zeros((d,), dtype))
+        if head:
+            self.head_bias = nnx.Param(jnp.zeros((config.vocab_size,), dtype))
+        if head and not config.tie_word_embeddings:
+            self.head = nnx.Param(jnp.zeros((config.vocab_size, d), dtype))
+
+
+def sources(config: PhiConfig) -> dict[str, TensorSource]:
+    """Parameter path -> its tensors in a Hugging Face checkpoint."""
+    d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
+    table = {
+        "embedding": TensorSource(("model.embed_tokens.weight",), (config.vocab_size,)),
+        "head_bias": TensorSource(("lm_head.bias",), (config.vocab_size,)),
+    }
+    if not config.tie_word_embeddings:
+        table["head"] = TensorSource(("lm_head.weight",), (config.vocab_size,))
+    for kind, suffix in (("weight", ""), ("bias", "_bias")):
+        table[f"final_norm{suffix}"] = TensorSource((f"model.final_layernorm.{kind}",), (d,))
+        for ours, rows in {
+            "norm": {"input_layernorm": d},
+            "qkv": {
+                "self_attn.q_proj": config.query_rows,
+                "self_attn.k_proj": config.key_rows,
+                "self_attn.v_proj": config.key_rows,
+            },
+            "attention_output": {"self_attn.dense": d},
+            "up": {"mlp.fc1": f},
+            "down": {"mlp.fc2": d},
+            **(
+                {"query_norm": {"self_attn.q_layernorm": h}, "key_norm": {"self_attn.k_layernorm": h}}
+                if config.qk_norm
+                else {}
+            ),
+        }.items():
+            names = tuple(f"model.layers.{{i}}.{name}.{kind}" for name in rows)
+            table[f"blocks.{ours}{suffix}"] = TensorSource(names, tuple(rows.values()))
+    return table
+
+
+def unused_tensors(config: PhiConfig) -> frozenset[str]:
+    """A second copy of a head that is the embedding."""
+    return frozenset({"lm_head.weight"})
+
+
+# ------------------------------------------------------------------------------------------- forward
+
+
+def forward(
+    config: PhiConfig,
+    params: Parameters,
+    tokens: Array,
+    taps: Taps,
+    attention: SelfAttention,
+    numerics: Numerics,
+    gather: Gather,
+) -> tuple[Taps, SelfAttention]:
+    """Runs `taps.num_blocks` blocks over rows of samples; see `Port.forward`."""
+    with jax.named_scope("embeddings"):
+        x = embed(gather("embedding", params["embedding"]), tokens)
+    x, taps = taps.visit("embeddings", None, x)
+    tables = config.rotary.tables(attention.positions, config.rotated)
+
+    def one(p: Parameters, x: Array, taps: Taps, attention: SelfAttention, layer: Array) -> Carry:
+        return block(config, p, x, taps, attention, layer, tables, numerics)
+
+    x, taps, attention = run_blocks(one, x, taps, attention, params["blocks"], gather)
+    if taps.plan.needs_final_norm:
+        weight, bias = (gather(name, params[name]) for name in ("final_norm", "final_norm_bias"))
+        _, taps = taps.visit("final_norm", None, layer_norm(x, weight, bias, config.layer_norm_eps))
+    return taps, attention
+
+
+def logits(config: PhiConfig, params: Parameters, x: Array, numerics: Numerics, gather: Gather) -> Array:
+    """x float32 [b, t, d] of `final_norm` -> float32 [b, t, vocab]."""
+    return head_logits(params, x, numerics, gather)
+
+
+def block(
+    config: PhiConfig,
+    p: Parameters,
+    x: Array,
+    taps: Taps,
+    attention: SelfAttention,
+    layer: Array,
+    tables: tuple[Array, Array],
+    numerics: Numerics,
+) -> Carry:
+    """One decoder block on the residual stream x, float32 [b, t, d]; `p` holds this layer's parameters."""
+    x, taps = taps.visit("residual_before", layer, x)
+    normed = layer_norm(x, p["norm"], p["norm_bias"], config.layer_norm_eps)
+    with jax.named_scope("attention"):
+        qkv = numerics.linear(normed, p["qkv"], p["qkv_bias"])
+        query, key, value = split_heads(qkv, config.num_attention_heads, config.num_key_value_heads)
+        if config.qk_norm:
+            query = layer_norm(query, p["query_norm"], p["query_norm_bias"], config.layer_norm_eps)
+            key = layer_norm(key, p["key_norm"], p["key_norm_bias"], config.layer_norm_eps)
+        query, key = rotate(query, tables), rotate(key, tables)
+        mixed, attention = attention.attend(config.attention, layer, query, key, value, numerics)
+        update = numerics.linear(mixed, p["attention_output"], p["attention_output_bias"])
+    update, taps = taps.visit("attention_out", layer, update)
+    x = x + update
+    with jax.named_scope("ffn"):
+        update, taps = ungated(p, normed, taps, layer, ACTIVATIONS[config.activation], numerics)
+    update, taps = taps.visit("ffn_out", layer, update)
+    x, taps = taps.visit("after_block", layer, x + update)
+    return x, taps, attention
+
+
+# ------------------------------------------------------------------------------------- configuration
+
+_FIELDS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "layer_norm_eps max_position_embeddings hidden_act qk_layernorm tie_word_embeddings resid_pdrop embd_pdrop"
+).split()
+
+
+def _from_hf(config: Mapping[str, Any]) -> PhiConfig:
+    hf_config.require_model_type(config, MODEL_TYPES)
+    hf_config.refuse_unknown(config, (*_FIELDS, *hf_config.ROPE_FIELDS))
+    hf_config.require(config, "hidden_act", tuple(ACTIVATIONS), "gelu_new")
+    hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
+    return PhiConfig(
+        vocab_size=size(config, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=size(config, "intermediate_size"),
+        num_hidden_layers=size(config, "num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=size(config, "num_key_value_heads", default=heads),
+        rotary=hf_config.rotary(config),
+        rotated=hf_config.rotated_width(config, hidden // heads, 0.5),
+        layer_norm_eps=hf_config.positive(config, "layer_norm_eps", 1e-5),
+        max_position_embeddings=size(config, "max_position_embeddings"),
+        activation=config.get("hidden_act") or "gelu_new",
+        qk_norm=switch(config, "qk_layernorm"),
+        tie_word_embeddings=switch(config, "tie_word_embeddings"),
+    )
+
+
+def _hook_points(config: PhiConfig) -> HookPoints:
+    return {hook: alias for hook, alias in UNGATED.items() if hook != "after_attention"}
+
+
+def _modules(config: PhiConfig) -> dict[str, Module]:
+    return {
+        "embeddings": ("embed_tokens", "output"),
+        "residual_before": ("layers.{i}", "input"),
+        "attention_out": ("layers.{i}.self_attn", "output"),
+        "ffn_up": ("layers.{i}.mlp.fc1", "output"),
+        "ffn_hidden": ("layers.{i}.mlp.fc2", "input"),
+        "ffn_out": ("layers.{i}.mlp", "output"),
+        "after_block": ("layers.{i}", "output"),
+        "final_norm": ("final_layernorm", "output"),
+    }
+
+
+PORT = Port(
+    config=PhiConfig.from_hf,
+    hook_points=_hook_points,
+    structure=Phi,
+    sources=sources,
+    unused_tensors=unused_tensors,
+    forward=forward,
+    logits=logits,
+    prefix="model.",
+    modules=_modules,
+)

@@ -1,0 +1,92 @@
+"""Causal self-attention of a block, whoever computes it: blocks of queries anywhere, a kernel where there is one.
+
+In: queries, keys and values of a layer, rotated. Out: what attention mixes. Dimension letters: b batch, t tokens,
+g key/value heads, r query heads per key/value head, h head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from models.accelerated_attention import kernel_attention
+from models.attention import causal_attention
+from models.layers import Numerics
+
+
+@dataclass(frozen=True)
+class AttentionRule:
+    """What an architecture asks of attention, besides causality.
+
+    Attributes:
+      scale: of the logits; None is 1 / sqrt(h).
+      soft_cap: logits x become soft_cap * tanh(x / soft_cap); None leaves them.
+      windows: per layer, how many positions a query sees, itself included, 0 for all; empty where no layer has one.
+    """
+
+    scale: float | None = None
+    soft_cap: float | None = None
+    windows: tuple[int, ...] = ()
+
+    def window_of(self, layer: Array) -> Array:
+        """int32 scalar; 0 where the layer sees all."""
+        return jnp.asarray(self.windows or (0,), jnp.int32)[layer if self.windows else 0]
+
+
+class SelfAttention(Protocol):
+    """Attends for one layer after the other, and may remember keys and values between them."""
+
+    @property
+    def positions(self) -> Array:
+        """int32 [b, t]: of each token in its sample; 0 for padding."""
+        ...
+
+    def attend(
+        self, rule: AttentionRule, layer: Array, query: Array, key: Array, value: Array, numerics: Numerics
+    ) -> tuple[Array, Self]:
+        """query float32 [b, t, g * r, h], key and value [b, t, g, h] -> float32 [b, t, g * r * h]."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WithinRows:
+    """Every token sees the tokens of its own sample that lie before it in its row."""
+
+    positions: Array
+
+    def attend(
+        self, rule: AttentionRule, layer: Array, query: Array, key: Array, value: Array, numerics: Numerics
+    ) -> tuple[Array, WithinRows]:
+        scale = query.shape[-1] ** -0.5 if rule.scale is None else rule.scale
+        query = query * jnp.float32(scale)
+        if numerics.attention == "blockwise":
+            reach = self.positions
+            if any(rule.windows):
+                window = rule.window_of(layer)
+                reach = jnp.where(window == 0, reach, jnp.minimum(reach, window - 1))
+            mixed = causal_attention(query, key, value, reach=reach, numerics=numerics, soft_cap=rule.soft_cap)
+            return mixed, self
+        kernels = [
+            partial(
+                kernel_attention,
+                positions=self.positions,
+                window=window or None,
+                numerics=numerics,
+                soft_cap=rule.soft_cap,
+            )
+            for window in _distinct(rule.windows)
+        ]
+        chosen = jnp.sum(jnp.asarray(_distinct(rule.windows)[:-1], jnp.int32) < rule.window_of(layer))
+        return jax.lax.switch(chosen, kernels, query, key, value), self
+
+
+def _distinct(windows: Sequence[int]) -> list[int]:
+    """Ascending: a kernel is compiled for each."""
+    return sorted(set(windows)) or [0]

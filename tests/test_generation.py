@@ -1,0 +1,384 @@
+"""Answers are those of Hugging Face, whatever the batch, the mesh and the interruptions, and go where they should."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from gcs_server import running
+from small_run import make_model, run_cli, write_arc, write_jsonl
+from test_parity import SHORT_FAMILIES
+from test_processes import program
+from tiny_models import random_ids, reference, row_errors, text_of, tiny_folder, tiny_model
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+
+from jax_extract import open_activations
+from jax_extract.config import ExtractConfig
+from jax_extract.errors import UserError
+from jax_extract.generation import arc
+from jax_extract.generation.answers import Answer, batches_of
+from jax_extract.generation.command import infer
+from jax_extract.generation.sampling import Sampling
+from jax_extract.inputs.arc import arc_samples, read_tasks
+from jax_extract.inputs.arc_augment import Augmentation
+from jax_extract.inputs.arc_encoders import ENCODERS, grid_encoder
+from jax_extract.inputs.tokenize import TokenizedSample
+from jax_extract.store.storage.opening import open_storage
+from jax_extract.terminal import Terminal
+
+NEAR_TIE = 1e-4  # of the two largest logits: below it, either token is right
+NEW_TOKENS = 64
+LENGTHS = (3, 1, 40, 90, 17)
+
+
+def write_texts(path: Path, sequences: Sequence[np.ndarray]) -> Path:
+    rows = ({"id": f"s{i}", "text": text_of(sequence)} for i, sequence in enumerate(sequences))
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def generated(model: Path, inputs: Path, out: Path, *, extracts: bool = False, **options: Any) -> list[dict[str, Any]]:
+    """The lines of answers.jsonl."""
+    given = {"max_new_tokens": NEW_TOKENS, "model_path": str(model), "tasks_file": str(inputs), **options}
+    infer(ExtractConfig(**given, activations_dir=str(out)), extracts=extracts, terminal=Terminal(silent=True))
+    return [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+
+
+def assert_greedy(family: str, prompt: np.ndarray, answer: Sequence[int], stop: int) -> None:
+    """Each token is the one with Hugging Face's largest logit, or nearly as large a one."""
+    whole = torch.from_numpy(np.concatenate([prompt, answer]).astype(np.int64))[None]
+    with torch.inference_mode():
+        logits = tiny_model(family)(whole, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    best = logits.max(dim=-1).values
+    chosen = logits.gather(1, torch.tensor(list(answer))[:, None])[:, 0]
+    assert (best - chosen <= NEAR_TIE).all(), (family, (best - chosen).max())
+    assert stop not in answer[:-1]
+
+
+@pytest.mark.parametrize("family", SHORT_FAMILIES)
+def test_greedy_answers_are_those_of_hugging_face(family: str, tmp_path: Path) -> None:
+    prompts = random_ids(LENGTHS, seed=3)
+    answers = generated(tiny_folder(family), write_texts(tmp_path / "t.jsonl", prompts), tmp_path / "run", batch_size=3)
+    assert [answer["sample_id"] for answer in answers] == [f"s{i}" for i in range(len(prompts))]
+    stop = 94  # the tiny tokenizer's end
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert len(answer["token_ids"]) == NEW_TOKENS or (answer["ended"] and answer["token_ids"][-1] == stop)
+        assert_greedy(family, prompt, answer["token_ids"], stop)
+
+
+def test_an_answer_depends_on_neither_batch_nor_mesh_nor_company(tmp_path: Path) -> None:
+    """With sampling, too: what is drawn for a sample is its own."""
+    prompts = write_texts(tmp_path / "t.jsonl", random_ids((5, 60, 33, 7, 90, 20), seed=5))
+    options = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "seed": 7, "max_new_tokens": 24}
+    model = tiny_folder("qwen2_window")
+    runs = [
+        generated(model, prompts, tmp_path / str(number), **options, **shape)
+        for number, shape in enumerate(({"batch_size": 1}, {"batch_size": 4}, {"batch_size": 8}))
+    ]
+    assert runs[0] == runs[1] == runs[2]
+    other = generated(model, prompts, tmp_path / "other", **{**options, "seed": 8})
+    assert [a["token_ids"] for a in other] != [a["token_ids"] for a in runs[0]]
+    done = run_cli(
+        *(
+            "--model_path",
+            model,
+            "--tasks_file",
+            prompts,
+            "--activations_dir",
+            tmp_path / "mesh",
+            "--mesh_shape",
+            "2,2",
+        ),
+        *(word for name, value in options.items() for word in (f"--{name}", value)),
+        cwd=tmp_path,
+        env={"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+    )
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "mesh" / "answers.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == runs[0]
+
+
+def test_a_killed_command_goes_on_and_answers_nothing_twice(tmp_path: Path) -> None:
+    model = tiny_folder("llama")
+    prompts = write_texts(tmp_path / "t.jsonl", random_ids((30, 12, 50, 44, 9), seed=2))
+    whole = generated(model, prompts, tmp_path / "whole", max_new_tokens=8, batch_size=2)
+    generated(model, prompts, tmp_path / "run", max_new_tokens=8, batch_size=2)
+    folder = tmp_path / "run" / "answers"
+    batches = sorted(folder.glob("batch_*.jsonl"))
+    assert len(batches) == 3
+    kept = batches[0].stat().st_mtime_ns
+    batches[1].unlink()
+    (tmp_path / "run" / "answers.jsonl").unlink()
+    # Another batch size is not that of the run, whose batches stay what they were.
+    assert generated(model, prompts, tmp_path / "run", max_new_tokens=8, batch_size=4) == whole
+    assert batches[0].stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"max_new_tokens": 9}, "max_new_tokens"),
+        ({"temperature": 1.0}, "sampling"),
+        ({"dtype": "bfloat16"}, "dtype"),
+    ],
+)
+def test_answers_of_another_request_are_never_mixed(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    prompts = write_texts(tmp_path / "t.jsonl", random_ids((6, 9)))
+    generated(tiny_folder("llama"), prompts, tmp_path / "run", max_new_tokens=8)
+    with pytest.raises(UserError, match=rf"answers of another run: their {said}"):
+        generated(tiny_folder("llama"), prompts, tmp_path / "run", **{"max_new_tokens": 8, **change})
+    again = generated(
+        tiny_folder("llama"), prompts, tmp_path / "run", **{"max_new_tokens": 8, **change}, overwrite=True
+    )
+    assert len(again) == 2
+
+
+@pytest.mark.parametrize("family", ["qwen2_tied", "gpt2", "gemma2"])
+def test_activations_of_answers_are_those_that_hugging_face_computes(family: str, tmp_path: Path) -> None:
+    prompts = random_ids((12, 40, 3), seed=9)
+    inputs = write_texts(tmp_path / "t.jsonl", prompts)
+    options = {"positions": "all", "layers_to_extract": (0, 3), "max_new_tokens": 11}
+    answers = generated(tiny_folder(family), inputs, tmp_path / "run", extracts=True, capture_answers=True, **options)
+    run = open_activations(tmp_path / "run")
+    for prompt, answer in zip(prompts, answers, strict=True):
+        whole = np.concatenate([prompt, answer["token_ids"]]).astype(np.int32)
+        sample = run.sample(answer["sample_id"])
+        np.testing.assert_array_equal(sample.token_ids, whole)
+        truth = reference(tiny_model(family), whole, layers=(0, 3))
+        for layer in (0, 3):
+            assert row_errors(sample.get(layer), truth["after_block", layer]).max() <= 1e-5
+    alone = generated(tiny_folder(family), inputs, tmp_path / "prompts", extracts=True, **options)
+    assert alone == answers
+    run = open_activations(tmp_path / "prompts")
+    assert [len(run.sample(f"s{i}").token_ids) for i in range(len(prompts))] == list(map(len, prompts))
+
+
+def test_two_hosts_answer_as_one_does_and_extract_behind_it(tmp_path: Path) -> None:
+    model, inputs = make_model(tmp_path / "tiny", layers=2), write_jsonl(tmp_path / "in.jsonl", LENGTHS)
+    options = {"max_new_tokens": 9, "batch_size": 1, "temperature": 0.7, "capture_answers": True}
+    alone = generated(model, inputs, tmp_path / "alone", extracts=True, **options)
+    words = ["--model_path", model, "--tasks_file", inputs, "--activations_dir", tmp_path / "together"]
+    program([*map(str, words), *(str(w) for name, value in options.items() for w in (f"--{name}", value))], 2, 2)
+    lines = (tmp_path / "together" / "answers.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == alone
+    runs = [open_activations(tmp_path / name) for name in ("alone", "together")]
+    for sample_id in runs[0].sample_ids:
+        ours, theirs = (run.sample(sample_id).token_ids for run in runs)
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_independent_workers_share_the_answers_and_leave_none_out(tmp_path: Path) -> None:
+    model, inputs = make_model(tmp_path / "tiny", layers=2), write_jsonl(tmp_path / "in.jsonl", LENGTHS)
+    options = {"max_new_tokens": 5, "batch_size": 2}
+    alone = generated(model, inputs, tmp_path / "alone", **options)
+    for worker in (1, 0):  # the first one finds nobody else at work, and answers all
+        shared = generated(model, inputs, tmp_path / "shared", worker_id=worker, num_workers=2, **options)
+        assert shared == alone
+
+
+def test_answers_and_activations_go_into_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = make_model(tmp_path / "tiny", layers=2), write_jsonl(tmp_path / "in.jsonl", LENGTHS)
+    with running() as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        server.make_bucket("answers")
+        config = ExtractConfig(
+            model_path=str(model),
+            tasks_file=str(inputs),
+            max_new_tokens=5,
+            capture_answers=True,
+            activations_dir="gs://answers/run",
+        )
+        for _ in range(2):  # the second time everything is there
+            infer(config, terminal=Terminal(silent=True))
+        lines = open_storage("gs://answers/run").read("answers.jsonl").decode().splitlines()
+        found = open_activations("gs://answers/run").sample_ids
+    assert [json.loads(line)["sample_id"] for line in lines] == found
+
+
+# ------------------------------------------------------------------------------------------- choosing
+
+
+def test_what_may_be_drawn_is_what_hugging_face_draws_from() -> None:
+    logits = np.random.default_rng(0).normal(0, 3, (6, 50)).astype(np.float32)
+    for top_k, top_p in ((5, None), (None, 0.7), (9, 0.5), (None, 1e-6), (80, 0.99)):
+        ours = Sampling(1.0, top_k, top_p).restricted(jnp.asarray(logits))
+        theirs = torch.from_numpy(logits)
+        if top_k:
+            theirs = TopKLogitsWarper(top_k)(None, theirs)
+        if top_p:
+            theirs = TopPLogitsWarper(top_p)(None, theirs)
+        np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(theirs.numpy()))
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]], jnp.float32))
+    draw = jax.vmap(lambda step: Sampling(0.5).choose(logits, jnp.zeros(1, jnp.int32), step)[0])
+    drawn = np.bincount(np.asarray(draw(jnp.arange(20_000, dtype=jnp.int32))), minlength=4) / 20_000
+    squared = np.array([0.5, 0.3, 0.15, 0.05]) ** 2  # half the temperature squares what is likely
+    np.testing.assert_allclose(drawn, squared / squared.sum(), atol=0.015)
+
+
+# -------------------------------------------------------------------------------------------- batches
+
+
+def test_batches_hold_every_prompt_once_and_few_widths() -> None:
+    lengths = np.random.default_rng(0).integers(1, 4_000, 500)
+    samples = [TokenizedSample(i, f"s{i}", np.zeros(n, np.int32), int(n), {}) for i, n in enumerate(lengths)]
+    batches = batches_of(samples, 16, 3_999)
+    assert sorted(s.sample_index for batch in batches for s in batch.samples) == list(range(500))
+    assert all(max(s.length for s in batch.samples) <= batch.columns <= 3_999 for batch in batches)
+    assert len({batch.columns for batch in batches}) <= 14
+    assert [batch.number for batch in batches] == list(range(1, len(batches) + 1))
+
+
+# ------------------------------------------------------------------------------------------------ ARC
+
+
+@pytest.mark.parametrize("encoder", sorted(ENCODERS))
+def test_a_grid_is_found_at_the_beginning_of_an_answer(encoder: str) -> None:
+    code = grid_encoder(encoder)
+    grid = np.array([[0, 1, 2], [9, 8, 7]], np.int8)
+    text = code.encode(grid)
+    for answer in (text, f"\n{text}\n", f"{text}\n\ninput:\n{text}", f"{text}\nand so on"):
+        np.testing.assert_array_equal(code.find(answer), grid)
+    for nothing in ("", "no grid", f"The answer is {text}", "\n\n"):
+        assert code.find(nothing) is None
+
+
+def test_predictions_of_augmented_prompts_are_turned_back_and_vote(tmp_path: Path) -> None:
+    tasks = read_tasks(write_arc(tmp_path / "arc.json", tasks=1))
+    ((_, solution),) = tasks["task000"].test
+    samples = list(arc_samples(tasks, n_samples=6, seed=1))
+    wrong = "00\n00"
+    predictions = []
+    for number, sample in enumerate(samples):
+        right = solution
+        if "augmentation" in sample.meta:
+            right = Augmentation.from_json(sample.meta["augmentation"]).apply_grid(solution)
+        text = wrong if number == 0 else "?" if number == 1 else grid_encoder("digits").encode(right)
+        predictions.append((("task000", 0), arc.predicted_grid(text, sample.meta)))
+    tried = arc.attempts(predictions)
+    np.testing.assert_array_equal(tried["task000", 0][0], solution)
+    assert arc.submission(tried, tasks) == {
+        "task000": [{"attempt_1": solution.tolist(), "attempt_2": [[0, 0], [0, 0]]}]
+    }
+    counted = arc.score(tried, arc.known_solutions(tasks, None))
+    assert (counted.inputs, counted.right, counted.right_at_once, counted.tasks_right) == (1, 1, 1, 1)
+    none = arc.attempts([(("task000", 0), None)])
+    assert arc.submission(none, tasks) == {"task000": [{"attempt_1": [[0]], "attempt_2": [[0]]}]}
+    assert arc.score(none, arc.known_solutions(tasks, None)).without_grid == 1
+
+
+def test_answers_to_arc_tasks_become_a_submission_and_a_score(tmp_path: Path) -> None:
+    model, tasks = make_model(tmp_path / "tiny", layers=2), write_arc(tmp_path / "arc.json")
+    done = run_cli(
+        *("generate", "--model_path", model, "--tasks_file", tasks, "--max_new_tokens", 6),
+        *("--activations_dir", tmp_path / "run"),
+        cwd=tmp_path,
+        script=None,
+    )
+    assert done.returncode == 0, done.stderr
+    submission = json.loads((tmp_path / "run" / "submission.json").read_text())
+    assert list(submission) == [f"task{i:03d}" for i in range(4)]
+    assert all(set(attempts[0]) == {"attempt_1", "attempt_2"} for attempts in submission.values())
+    assert json.loads((tmp_path / "run" / "score.json").read_text())["inputs"] == 4
+    assert "of 4 test inputs right" in done.stdout
+
+
+def test_solutions_may_be_in_a_file_of_their_own(tmp_path: Path) -> None:
+    tasks = write_arc(tmp_path / "arc.json", tasks=2)
+    content = json.loads(tasks.read_text())
+    solutions = {}
+    for task_id, task in content.items():
+        solutions[task_id] = [pair.pop("output") for pair in task["test"]]
+    (tmp_path / "challenges.json").write_text(json.dumps(content))
+    (tmp_path / "solutions.json").write_text(json.dumps(solutions))
+    bare = read_tasks(tmp_path / "challenges.json")
+    assert arc.known_solutions(bare, None) == {}
+    known = arc.known_solutions(bare, tmp_path / "solutions.json")
+    assert {asked: grid.tolist() for asked, grid in known.items()} == {
+        (task_id, 0): grids[0] for task_id, grids in solutions.items()
+    }
+    (tmp_path / "wrong.json").write_text('{"task000": [[[11]]]}')
+    with pytest.raises(UserError, match=r"wrong.json is no file of solutions"):
+        arc.known_solutions(bare, tmp_path / "wrong.json")
+
+
+# ------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_new_tokens": 0}, r"--max_new_tokens 0 must be from 1"),
+        ({"max_new_tokens": 600}, r"leaves no room for a prompt"),
+        ({"max_new_tokens": None, "temperature": 1.0}, r"--temperature is about answers"),
+        ({"top_k": 5}, r"add --temperature"),
+        ({"temperature": -1.0}, r"--temperature -1.0 must be 0"),
+        ({"temperature": 1.0, "top_p": 1.5}, r"--top_p 1.5 must be above 0"),
+        ({"temperature": 1.0, "top_k": 0}, r"--top_k 0 must be at least 1"),
+        ({"solutions_file": "x.json"}, r"is for ARC tasks"),
+        ({"chat_template": True}, r"this model's tokenizer has none"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    inputs = write_texts(tmp_path / "t.jsonl", random_ids((5,)))
+    with pytest.raises(UserError, match=said):
+        generated(tiny_folder("llama"), inputs, tmp_path / "run", **options)
+
+
+def test_a_damaged_batch_of_answers_is_named_with_its_mend(tmp_path: Path) -> None:
+    inputs = write_texts(tmp_path / "t.jsonl", random_ids((5, 8)))
+    generated(tiny_folder("llama"), inputs, tmp_path / "run", max_new_tokens=4)
+    path = tmp_path / "run" / "answers" / "batch_000001.jsonl"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(UserError, match=r"batch_000001.jsonl is damaged .* answered again"):
+        generated(tiny_folder("llama"), inputs, tmp_path / "run", max_new_tokens=4)
+
+
+def test_overwriting_answers_removes_them_and_nothing_of_the_user(tmp_path: Path) -> None:
+    inputs, run = write_texts(tmp_path / "t.jsonl", random_ids((5, 8))), tmp_path / "run"
+    (run / "answers").mkdir(parents=True)
+    note = run / "answers" / "note.txt"
+    note.write_text("mine")
+    generated(tiny_folder("llama"), inputs, run, max_new_tokens=4, overwrite=True)
+    (run / "score.json").write_text("{}")
+    generated(tiny_folder("llama"), inputs, run, max_new_tokens=5, overwrite=True)
+    assert note.read_text() == "mine" and not (run / "score.json").exists()
+
+
+def test_a_line_of_answers_is_one_line_whatever_the_model_says() -> None:
+    answer = Answer(0, "a\u2028b\ud800", 1, (1, 2), True, "x\u2029\x85y\nz")
+    line = answer.to_line()
+    assert line.encode().decode().splitlines() == [line[:-1]]
+    assert Answer.of_line(line) == answer
+
+
+def test_a_run_of_another_request_is_refused_before_anything_is_answered(tmp_path: Path) -> None:
+    inputs = write_texts(tmp_path / "t.jsonl", random_ids((5, 8)))
+    generated(tiny_folder("llama"), inputs, tmp_path / "run", extracts=True, layers_to_extract=(1,), max_new_tokens=4)
+    shutil.rmtree(tmp_path / "run" / "answers")
+    with pytest.raises(UserError, match=r"holds another run"):
+        generated(
+            tiny_folder("llama"), inputs, tmp_path / "run", extracts=True, layers_to_extract=(2,), max_new_tokens=4
+        )
+    assert not (tmp_path / "run" / "answers").exists()
+
+
+def test_a_kaggle_file_without_solutions_gives_a_submission_and_no_score(tmp_path: Path) -> None:
+    model, tasks = make_model(tmp_path / "tiny", layers=2), write_arc(tmp_path / "arc.json", tasks=1)
+    content = json.loads(tasks.read_text())
+    del content["task000"]["test"][0]["output"]
+    tasks.write_text(json.dumps(content))
+    generated(model, tasks, tmp_path / "run", max_new_tokens=4)
+    assert (tmp_path / "run" / "submission.json").exists()
+    assert not (tmp_path / "run" / "score.json").exists()

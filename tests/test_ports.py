@@ -1,0 +1,97 @@
+"""Configurations as their makers released them are read; what a port does not compute is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from jax_extract.errors import UserError
+from models.registry import port_for
+
+# What the configurations of released models say beyond what today's transformers writes.
+GPT2_MEDIUM = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "attn_pdrop": 0.1,
+    "embd_pdrop": 0.1,
+    "resid_pdrop": 0.1,
+    "layer_norm_epsilon": 1e-05,
+    "n_ctx": 1024,
+    "n_embd": 1024,
+    "n_head": 16,
+    "n_layer": 24,
+    "n_positions": 1024,
+    "n_special": 0,
+    "predict_special_tokens": True,
+    "summary_activation": None,
+    "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": True,
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+    "vocab_size": 50257,
+}
+PYTHIA = {
+    "model_type": "gpt_neox",
+    "hidden_act": "gelu",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 2048,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 0.25,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "use_parallel_residual": True,
+    "vocab_size": 50304,
+}
+GEMMA2 = {
+    "model_type": "gemma2",
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "rope_theta": 10000.0,
+    "vocab_size": 256000,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (GPT2_MEDIUM, {"head_dim": 64, "intermediate_size": 4096, "tie_word_embeddings": True}),
+        (PYTHIA, {"rotated": 32, "parallel": True, "attention_bias": True}),
+        # What is absent is what transformers takes for it.
+        (GEMMA2, {"soft_cap": 50.0, "head_soft_cap": 30.0, "windows": (4096, 0) * 13}),
+        ({**GEMMA2, "attn_logit_softcapping": None, "final_logit_softcapping": None}, {"soft_cap": None}),
+        ({**GEMMA2, "sliding_window": 512, "sliding_window_size": 512}, {"windows": (512, 0) * 13}),
+    ],
+)
+def test_released_configurations_are_read(config: dict[str, Any], expected: dict[str, Any]) -> None:
+    found = port_for(config).config(config)
+    assert {name: getattr(found, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({**GPT2_MEDIUM, "activation_function": "quick_gelu"}, r"'quick_gelu'; this port computes 'silu', .*'relu'"),
+        ({**GPT2_MEDIUM, "add_cross_attention": True}, r"add_cross_attention True"),
+        ({**GPT2_MEDIUM, "made_up": 1}, r"has 'made_up', which this port does not understand"),
+        ({**PYTHIA, "rotary_pct": 0.01}, r"rotates 1 of a head's 128 values"),
+        ({**GEMMA2, "sliding_window": 512, "sliding_window_size": 256}, r"sliding_window_size 256"),
+        ({**PYTHIA, "num_attention_heads": 7, "rotary_pct": 1.0}, r"2048 is not a multiple of num_attention_heads 7"),
+        ({**GEMMA2, "model_type": "gemma9"}, r"unsupported architecture 'gemma9' \(the nearest is 'gemma"),
+    ],
+)
+def test_what_a_port_does_not_compute_is_refused_by_name(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        port_for(config).config(config)

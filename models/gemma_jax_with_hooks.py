@@ -84,6 +84,10 @@ class GemmaConfig:
         return self.num_key_value_heads * self.head_dim
 
     @property
+    def parallel(self) -> bool:
+        return False
+
+    @property
     def attention(self) -> AttentionRule:
         return AttentionRule(self.query_scale, self.soft_cap, self.windows)
 

@@ -69,6 +69,10 @@ class GPT2Config:
         return self.hidden_size
 
     @property
+    def parallel(self) -> bool:
+        return False
+
+    @property
     def attention(self) -> AttentionRule:
         return AttentionRule(scale=None if self.scaled else 1.0)
 

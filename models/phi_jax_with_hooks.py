@@ -78,6 +78,10 @@ class PhiConfig:
         return self.num_key_value_heads * self.head_dim
 
     @property
+    def parallel(self) -> bool:
+        return True
+
+    @property
     def attention(self) -> AttentionRule:
         return AttentionRule()
 

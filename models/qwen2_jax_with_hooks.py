@@ -79,6 +79,10 @@ class Qwen2Config:
         return self.num_key_value_heads * self.head_dim
 
     @property
+    def parallel(self) -> bool:
+        return False
+
+    @property
     def attention(self) -> AttentionRule:
         return AttentionRule(windows=self.windows)
 

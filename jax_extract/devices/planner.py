@@ -37,6 +37,7 @@ class ModelCounts:
       other_matrices: of those that every step needs once, such as the embedding.
       vector_values: in vectors, which every device keeps.
       widest: values a token has in the widest product of a block.
+      held: values a token has in the products of a block that are held at once: parallel blocks hold two.
       d_model, d_ff, query_width: values a token has.
       heads, key_heads: of attention.
       value_bytes: of a stored parameter.
@@ -47,6 +48,7 @@ class ModelCounts:
     other_matrices: tuple[tuple[int, int], ...]
     vector_values: int
     widest: int
+    held: int
     d_model: int
     d_ff: int
     query_width: int
@@ -68,12 +70,14 @@ class ModelCounts:
                 vectors += math.prod(value.shape)
             else:
                 (in_block if stacked else outside).append(shape)
+        widest = max((outputs for outputs, _ in in_block), default=0)
         return cls(
             blocks=blocks,
             block_matrices=tuple(in_block),
             other_matrices=tuple(outside),
             vector_values=vectors,
-            widest=max((outputs for outputs, _ in in_block), default=0),
+            widest=widest,
+            held=widest + config.parallel * (config.query_rows + 2 * config.num_key_value_heads * config.head_dim),
             d_model=config.hidden_size,
             d_ff=config.intermediate_size,
             query_width=config.query_rows,
@@ -303,8 +307,8 @@ def _working_bytes(request: Request, gathered_blocks: float, gathered_others: fl
     """Temporaries: the embedding while it is looked up, or two gathered blocks and a block's widest activations."""
     counts, tokens = request.counts, request.tokens
     stream = tokens * counts.d_model * _FLOAT32
-    widest = tokens * (counts.widest * _FLOAT32 + counts.d_ff * counts.value_bytes)
-    return stream + max(gathered_others, gathered_blocks + widest + stream)
+    held = tokens * (counts.held * _FLOAT32 + counts.d_ff * counts.value_bytes)
+    return stream + max(gathered_others, gathered_blocks + held + stream)
 
 
 def _activation_traffic(request: Request) -> float:

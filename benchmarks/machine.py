@@ -63,7 +63,8 @@ class Watch:
 
     def share_of_others(self) -> float:
         """Of all processors together, from 0 to 1."""
-        return self.read()[2] / (os.cpu_count() or 1)
+        # The system counts in hundredths of a second: of a shorter time it may say more than there was.
+        return min(1.0, self.read()[2] / (os.cpu_count() or 1))
 
     def _now(self) -> tuple[float, float, float]:
         return time.perf_counter(), busy_seconds(), time.process_time()

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from models.layers import Numerics
+from models.layers import Numerics, soft_capped
 
 QUERY_ROWS = 128  # of a block: enough for products near their peak
 KEY_ROWS = 64  # of a unit, in which a block's keys are counted: few are multiplied that nobody sees
@@ -39,7 +39,7 @@ def causal_attention(
       reach: int32 [b, t], how many tokens back each one sees, besides itself: its position in its sample, or less
         under a sliding window.
       numerics: of the two products; the softmax is float32.
-      soft_cap: logits x become soft_cap * tanh(x / soft_cap) (Gemma 2, 2024, section 2); None leaves them.
+      soft_cap: of the logits; None leaves them.
 
     Returns:
       float32 [b, t, g * r * h].
@@ -80,10 +80,7 @@ def causal_attention(
         visible = (back >= 0) & (back <= jax.lax.dynamic_slice_in_dim(reach, start, size, axis=1)[:, :, None])
         # Kept whole, mask and weights are passes over less memory than XLA's own fusion makes of them.
         mask = jax.lax.optimization_barrier(jnp.where(visible, jnp.float32(0), jnp.float32(-jnp.inf)))
-        logits = numerics.einsum("bgrth,bgsh->bgrts", rows, keys)
-        if soft_cap is not None:
-            logits = jnp.float32(soft_cap) * jnp.tanh(logits / jnp.float32(soft_cap))
-        logits = logits + mask[:, None, None]
+        logits = soft_capped(numerics.einsum("bgrth,bgsh->bgrts", rows, keys), soft_cap) + mask[:, None, None]
         weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)).astype(numerics.dtype)
         weights = jax.lax.optimization_barrier(weights)
         # The sum of what is multiplied, so that rounded weights still add up to one.

@@ -1,7 +1,7 @@
 """What every decoder does around its blocks: they are scanned, a layer's parameters whole only while it runs.
 
-In: a block, the stream that enters the first one, taps, attention, stacked parameters. Out: the stream that leaves
-the last one that runs, and taps and attention as the blocks left them.
+In: a block, the final norm, the stream that enters the first block, taps, attention, parameters of the blocks. Out:
+taps filled, and attention with what it remembers.
 """
 
 from __future__ import annotations
@@ -23,10 +23,16 @@ Carry = tuple[Array, Taps, SelfAttention]
 Block = Callable[[Parameters, Array, Taps, SelfAttention, Array], Carry]
 
 
-def run_blocks(
-    block: Block, x: Array, taps: Taps, attention: SelfAttention, blocks: Parameters | list[Parameters], gather: Gather
-) -> Carry:
-    """Runs `taps.num_blocks` blocks.
+def run_decoder(
+    block: Block,
+    final_norm: Callable[[Array], Array],
+    x: Array,
+    taps: Taps,
+    attention: SelfAttention,
+    blocks: Parameters | list[Parameters],
+    gather: Gather,
+) -> tuple[Taps, SelfAttention]:
+    """Runs `taps.num_blocks` blocks on the stream x, float32 [b, t, d], and the final norm where it is wanted.
 
     Args:
       blocks: their parameters, stacked on a leading layer axis; or a list with those of each. A list is compiled layer
@@ -37,6 +43,7 @@ def run_blocks(
         shards, layer = xs
         return block(gather("blocks", shards), *carry, layer), None
 
+    x, taps = taps.visit("embeddings", None, x)
     n = taps.num_blocks
     carry = (x, taps, attention)
     if isinstance(blocks, list):
@@ -50,4 +57,6 @@ def run_blocks(
     # The input of the block after the last one that runs is the output of that one.
     if n in dict(taps.plan.layers).get("residual_before", ()):
         x, taps = taps.visit("residual_before", jnp.int32(n), x)
-    return x, taps, attention
+    if taps.plan.needs_final_norm:
+        _, taps = taps.visit("final_norm", None, final_norm(x))
+    return taps, attention

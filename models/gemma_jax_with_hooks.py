@@ -17,14 +17,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from models import hf_config
-from models.decoder import Carry, run_blocks
-from models.errors import UserError
+from models import head, hf_config
+from models.decoder import Carry, run_decoder
 from models.feed_forward import gated
-from models.head import head_logits
 from models.hf_config import size
 from models.hooks import GATED, HookPoints, Taps
-from models.layers import ACTIVATIONS, Numerics, Rotary, embed, rms_norm, rotate, split_heads
+from models.layers import ACTIVATIONS, Numerics, Rotary, embed, rms_norm, rotate, soft_capped, split_heads
 from models.ports import Gather, Module, Parameters, Port, TensorSource
 from models.self_attention import AttentionRule, SelfAttention
 
@@ -69,11 +67,7 @@ class GemmaConfig:
     model_type: str = "gemma"
 
     def __post_init__(self) -> None:
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}; grouped-query attention needs whole groups"
-            )
+        hf_config.require_whole_heads(0, self.num_attention_heads, self.num_key_value_heads)
 
     @property
     def query_rows(self) -> int:
@@ -145,11 +139,11 @@ class Blocks(nnx.Module):
 class Gemma(nnx.Module):
     """The model: embedding [vocab, d], stacked blocks, final norm [d]; and, if asked for, the head [vocab, d]."""
 
-    def __init__(self, config: GemmaConfig, layers: int, dtype: str, head: bool = False) -> None:
+    def __init__(self, config: GemmaConfig, layers: int, dtype: str, with_head: bool = False) -> None:
         self.embedding = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
         self.blocks = Blocks(config, layers, dtype)
         self.final_norm = nnx.Param(jnp.zeros((config.hidden_size,), dtype))
-        if head and not config.tie_word_embeddings:
+        if with_head and not config.tie_word_embeddings:
             self.head = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
 
 
@@ -203,7 +197,6 @@ def forward(
     """Runs `taps.num_blocks` blocks over rows of samples; see `Port.forward`."""
     with jax.named_scope("embeddings"):
         x = embed(gather("embedding", params["embedding"]), tokens) * jnp.float32(config.hidden_size**0.5)
-    x, taps = taps.visit("embeddings", None, x)
     everywhere, nearby = (
         rotary.tables(attention.positions, config.head_dim) for rotary in (config.rotary, config.local_rotary)
     )
@@ -213,15 +206,15 @@ def forward(
         tables = jax.tree.map(lambda wide, near: jnp.where(sees_all, wide, near), everywhere, nearby)
         return block(config, p, x, taps, attention, layer, tables, numerics)
 
-    x, taps, attention = run_blocks(one, x, taps, attention, params["blocks"], gather)
-    if taps.plan.needs_final_norm:
-        _, taps = taps.visit("final_norm", None, _norm(config, x, gather("final_norm", params["final_norm"])))
-    return taps, attention
+    def final_norm(x: Array) -> Array:
+        return _norm(config, x, gather("final_norm", params["final_norm"]))
+
+    return run_decoder(one, final_norm, x, taps, attention, params["blocks"], gather)
 
 
 def logits(config: GemmaConfig, params: Parameters, x: Array, numerics: Numerics, gather: Gather) -> Array:
     """x float32 [b, t, d] of `final_norm` -> float32 [b, t, vocab]."""
-    return head_logits(params, x, numerics, gather, config.head_soft_cap)
+    return soft_capped(head.logits(config, params, x, numerics, gather), config.head_soft_cap)
 
 
 def block(

@@ -16,11 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from models import hf_config
-from models.decoder import Carry, run_blocks
-from models.errors import UserError
+from models import head, hf_config
+from models.decoder import Carry, run_decoder
 from models.feed_forward import ungated
-from models.head import head_logits
 from models.hf_config import size, switch
 from models.hooks import UNGATED, HookPoints, Taps
 from models.layers import ACTIVATIONS, Numerics, embed, layer_norm, split_heads
@@ -53,8 +51,7 @@ class GPT2Config:
     model_type: str = "gpt2"
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise UserError(f"n_embd {self.hidden_size} is not a multiple of n_head {self.num_attention_heads}")
+        hf_config.require_whole_heads(self.hidden_size, self.num_attention_heads, self.num_key_value_heads)
 
     @property
     def num_key_value_heads(self) -> int:
@@ -121,14 +118,14 @@ class Blocks(nnx.Module):
 class GPT2(nnx.Module):
     """The model: embedding [vocab, d], positions [n, d], stacked blocks, final norm [d]; if asked for, the head."""
 
-    def __init__(self, config: GPT2Config, layers: int, dtype: str, head: bool = False) -> None:
+    def __init__(self, config: GPT2Config, layers: int, dtype: str, with_head: bool = False) -> None:
         d = config.hidden_size
         self.embedding = nnx.Param(jnp.zeros((config.vocab_size, d), dtype))
         self.position_embedding = nnx.Param(jnp.zeros((config.max_position_embeddings, d), dtype))
         self.blocks = Blocks(config, layers, dtype)
         self.final_norm = nnx.Param(jnp.zeros((d,), dtype))
         self.final_norm_bias = nnx.Param(jnp.zeros((d,), dtype))
-        if head and not config.tie_word_embeddings:
+        if with_head and not config.tie_word_embeddings:
             self.head = nnx.Param(jnp.zeros((config.vocab_size, d), dtype))
 
 
@@ -185,21 +182,15 @@ def forward(
     with jax.named_scope("embeddings"):
         x = embed(gather("embedding", params["embedding"]), tokens)
         x = x + embed(gather("position_embedding", params["position_embedding"]), attention.positions)
-    x, taps = taps.visit("embeddings", None, x)
 
     def one(p: Parameters, x: Array, taps: Taps, attention: SelfAttention, layer: Array) -> Carry:
         return block(config, p, x, taps, attention, layer, numerics)
 
-    x, taps, attention = run_blocks(one, x, taps, attention, params["blocks"], gather)
-    if taps.plan.needs_final_norm:
+    def final_norm(x: Array) -> Array:
         weight, bias = (gather(name, params[name]) for name in ("final_norm", "final_norm_bias"))
-        _, taps = taps.visit("final_norm", None, layer_norm(x, weight, bias, config.layer_norm_eps))
-    return taps, attention
+        return layer_norm(x, weight, bias, config.layer_norm_eps)
 
-
-def logits(config: GPT2Config, params: Parameters, x: Array, numerics: Numerics, gather: Gather) -> Array:
-    """x float32 [b, t, d] of `final_norm` -> float32 [b, t, vocab]."""
-    return head_logits(params, x, numerics, gather)
+    return run_decoder(one, final_norm, x, taps, attention, params["blocks"], gather)
 
 
 def block(
@@ -287,7 +278,7 @@ PORT = Port(
     sources=sources,
     unused_tensors=unused_tensors,
     forward=forward,
-    logits=logits,
+    logits=head.logits,
     prefix="transformer.",
     modules=_modules,
 )

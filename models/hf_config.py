@@ -90,6 +90,17 @@ def require(config: Config, key: str, accepted: tuple[Any, ...], default: Any) -
         raise UserError(f"config.json asks for {key} {value!r}; this port computes {', '.join(map(repr, accepted))}")
 
 
+def require_whole_heads(width: int, heads: int, key_heads: int) -> None:
+    """UserError where heads do not divide the stream (`width`, 0 where they need not), or groups are not whole."""
+    if width % heads:
+        raise UserError(f"the width {width} is not a multiple of the {heads} heads that config.json has")
+    if heads % key_heads:
+        raise UserError(
+            f"num_attention_heads {heads} is not a multiple of num_key_value_heads {key_heads}; grouped-query "
+            "attention needs whole groups"
+        )
+
+
 def _shown(value: Any) -> str:
     return repr(value)[:40]
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from models.layers import Numerics
+from models.layers import Numerics, soft_capped
 from models.self_attention import AttentionRule, WithinRows
 
 # Of all layers: stacked on a leading axis, or a list with those of each, as the parameters are given.
@@ -100,9 +100,7 @@ class Decoding:
         b, groups, columns, width = keys.shape
         scale = width**-0.5 if rule.scale is None else rule.scale
         query = (query * jnp.float32(scale)).reshape(b, groups, -1, width)
-        logits = numerics.einsum("bgrh,bgnh->bgrn", query, keys)
-        if rule.soft_cap is not None:
-            logits = jnp.float32(rule.soft_cap) * jnp.tanh(logits / jnp.float32(rule.soft_cap))
+        logits = soft_capped(numerics.einsum("bgrh,bgnh->bgrn", query, keys), rule.soft_cap)
         visible = self._visible(columns, rule.window_of(layer))[:, None, None]
         logits = jnp.where(visible, logits, jnp.float32(-jnp.inf))
         weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)).astype(numerics.dtype)

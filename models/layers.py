@@ -84,6 +84,11 @@ def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> Array:
     return centred * scale * weight + bias
 
 
+def soft_capped(x: Array, cap: float | None) -> Array:
+    """cap * tanh(x / cap), which leaves small values and never goes beyond the cap (Gemma 2, 2024, section 2)."""
+    return x if cap is None else jnp.float32(cap) * jnp.tanh(x / jnp.float32(cap))
+
+
 # By the names of config.json.
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,

@@ -16,11 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from models import hf_config
-from models.decoder import Carry, run_blocks
-from models.errors import UserError
+from models import head, hf_config
+from models.decoder import Carry, run_decoder
 from models.feed_forward import ungated
-from models.head import head_logits
 from models.hf_config import size, switch
 from models.hooks import UNGATED, HookPoints, Taps
 from models.layers import ACTIVATIONS, Numerics, Rotary, embed, layer_norm, rotate, split_heads
@@ -55,15 +53,7 @@ class PhiConfig:
     model_type: str = "phi"
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise UserError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}; grouped-query attention needs whole groups"
-            )
+        hf_config.require_whole_heads(self.hidden_size, self.num_attention_heads, self.num_key_value_heads)
 
     @property
     def head_dim(self) -> int:
@@ -125,15 +115,15 @@ class Blocks(nnx.Module):
 class Phi(nnx.Module):
     """The model: embedding [vocab, d], stacked blocks, final norm [d]; and, if asked for, the head [vocab, d]."""
 
-    def __init__(self, config: PhiConfig, layers: int, dtype: str, head: bool = False) -> None:
+    def __init__(self, config: PhiConfig, layers: int, dtype: str, with_head: bool = False) -> None:
         d = config.hidden_size
         self.embedding = nnx.Param(jnp.zeros((config.vocab_size, d), dtype))
         self.blocks = Blocks(config, layers, dtype)
         self.final_norm = nnx.Param(jnp.zeros((d,), dtype))
         self.final_norm_bias = nnx.Param(jnp.zeros((d,), dtype))
-        if head:
+        if with_head:
             self.head_bias = nnx.Param(jnp.zeros((config.vocab_size,), dtype))
-        if head and not config.tie_word_embeddings:
+        if with_head and not config.tie_word_embeddings:
             self.head = nnx.Param(jnp.zeros((config.vocab_size, d), dtype))
 
 
@@ -189,22 +179,16 @@ def forward(
     """Runs `taps.num_blocks` blocks over rows of samples; see `Port.forward`."""
     with jax.named_scope("embeddings"):
         x = embed(gather("embedding", params["embedding"]), tokens)
-    x, taps = taps.visit("embeddings", None, x)
     tables = config.rotary.tables(attention.positions, config.rotated)
 
     def one(p: Parameters, x: Array, taps: Taps, attention: SelfAttention, layer: Array) -> Carry:
         return block(config, p, x, taps, attention, layer, tables, numerics)
 
-    x, taps, attention = run_blocks(one, x, taps, attention, params["blocks"], gather)
-    if taps.plan.needs_final_norm:
+    def final_norm(x: Array) -> Array:
         weight, bias = (gather(name, params[name]) for name in ("final_norm", "final_norm_bias"))
-        _, taps = taps.visit("final_norm", None, layer_norm(x, weight, bias, config.layer_norm_eps))
-    return taps, attention
+        return layer_norm(x, weight, bias, config.layer_norm_eps)
 
-
-def logits(config: PhiConfig, params: Parameters, x: Array, numerics: Numerics, gather: Gather) -> Array:
-    """x float32 [b, t, d] of `final_norm` -> float32 [b, t, vocab]."""
-    return head_logits(params, x, numerics, gather)
+    return run_decoder(one, final_norm, x, taps, attention, params["blocks"], gather)
 
 
 def block(
@@ -292,7 +276,7 @@ PORT = Port(
     sources=sources,
     unused_tensors=unused_tensors,
     forward=forward,
-    logits=logits,
+    logits=head.logits,
     prefix="model.",
     modules=_modules,
 )

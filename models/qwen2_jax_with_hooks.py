@@ -19,11 +19,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from models import hf_config
-from models.decoder import Carry, run_blocks
+from models import head, hf_config
+from models.decoder import Carry, run_decoder
 from models.errors import UserError
 from models.feed_forward import gated
-from models.head import head_logits
 from models.hf_config import size, switch
 from models.hooks import GATED, HookPoints, Taps
 from models.layers import Numerics, Rotary, embed, rms_norm, rotate, split_heads
@@ -64,11 +63,7 @@ class Qwen2Config:
     model_type: str = "qwen2"
 
     def __post_init__(self) -> None:
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}; grouped-query attention needs whole groups"
-            )
+        hf_config.require_whole_heads(0, self.num_attention_heads, self.num_key_value_heads)
 
     @property
     def query_rows(self) -> int:
@@ -181,11 +176,11 @@ class Blocks(nnx.Module):
 class Qwen2(nnx.Module):
     """The model: embedding [vocab, d], stacked blocks, final norm [d]; and, if asked for, the head [vocab, d]."""
 
-    def __init__(self, config: Qwen2Config, layers: int, dtype: str, head: bool = False) -> None:
+    def __init__(self, config: Qwen2Config, layers: int, dtype: str, with_head: bool = False) -> None:
         self.embedding = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
         self.blocks = Blocks(config, layers, dtype)
         self.final_norm = nnx.Param(jnp.zeros((config.hidden_size,), dtype))
-        if head and not config.tie_word_embeddings:
+        if with_head and not config.tie_word_embeddings:
             self.head = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
 
 
@@ -257,22 +252,15 @@ def forward(
     """Runs `taps.num_blocks` blocks over rows of samples; see `Port.forward`."""
     with jax.named_scope("embeddings"):
         x = embed(gather("embedding", params["embedding"]), tokens)
-    x, taps = taps.visit("embeddings", None, x)
     tables = config.rotary.tables(attention.positions, config.head_dim)
 
     def one(p: Parameters, x: Array, taps: Taps, attention: SelfAttention, layer: Array) -> Carry:
         return block(config, p, x, taps, attention, layer, tables, numerics)
 
-    x, taps, attention = run_blocks(one, x, taps, attention, params["blocks"], gather)
-    if taps.plan.needs_final_norm:
-        x = rms_norm(x, gather("final_norm", params["final_norm"]), config.rms_norm_eps)
-        _, taps = taps.visit("final_norm", None, x)
-    return taps, attention
+    def final_norm(x: Array) -> Array:
+        return rms_norm(x, gather("final_norm", params["final_norm"]), config.rms_norm_eps)
 
-
-def logits(config: Qwen2Config, params: Parameters, x: Array, numerics: Numerics, gather: Gather) -> Array:
-    """x float32 [b, t, d] of `final_norm` -> float32 [b, t, vocab]."""
-    return head_logits(params, x, numerics, gather)
+    return run_decoder(one, final_norm, x, taps, attention, params["blocks"], gather)
 
 
 def block(
@@ -393,7 +381,7 @@ PORT = Port(
     sources=sources,
     unused_tensors=unused_tensors,
     forward=forward,
-    logits=logits,
+    logits=head.logits,
     prefix="model.",
     modules=_modules,
 )

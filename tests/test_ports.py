@@ -88,7 +88,7 @@ def test_released_configurations_are_read(config: dict[str, Any], expected: dict
         ({**GPT2_MEDIUM, "made_up": 1}, r"has 'made_up', which this port does not understand"),
         ({**PYTHIA, "rotary_pct": 0.01}, r"rotates 1 of a head's 128 values"),
         ({**GEMMA2, "sliding_window": 512, "sliding_window_size": 256}, r"sliding_window_size 256"),
-        ({**PYTHIA, "num_attention_heads": 7, "rotary_pct": 1.0}, r"2048 is not a multiple of num_attention_heads 7"),
+        ({**PYTHIA, "num_attention_heads": 7, "rotary_pct": 1.0}, r"width 2048 is not a multiple of the 7 heads"),
         ({**GEMMA2, "model_type": "gemma9"}, r"unsupported architecture 'gemma9' \(the nearest is 'gemma"),
     ],
 )

@@ -26,10 +26,13 @@ class Terminal:
 
     def __init__(self, silent: bool = False) -> None:
         self._silent = silent
+        self._told: dict[str, str] = {}
 
     def line(self, label: str, text: str) -> None:
-        if self._silent:
+        """Nothing where it was the last that was told under this label: one command may come by twice."""
+        if self._silent or self._told.get(label) == text:
             return
+        self._told[label] = text
         try:
             print(f"{label:<{_LABEL}}{text}", flush=True)
         except BrokenPipeError:  # the reader has gone, as in `… | head -1`: the work goes on without words

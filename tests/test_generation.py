@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from gcs_server import running
-from small_run import make_model, run_cli, write_arc, write_jsonl
+from small_run import environment, make_model, run_cli, write_arc, write_jsonl
 from test_parity import SHORT_FAMILIES
 from test_processes import program
 from tiny_models import random_ids, reference, row_errors, text_of, tiny_folder, tiny_model
@@ -24,7 +28,7 @@ from jax_extract import open_activations
 from jax_extract.config import ExtractConfig
 from jax_extract.errors import UserError
 from jax_extract.generation import arc
-from jax_extract.generation.answers import Answer, batches_of
+from jax_extract.generation.answers import Answer, AnswerFiles, Batch, batches_of, own_first
 from jax_extract.generation.command import infer
 from jax_extract.generation.sampling import Sampling
 from jax_extract.inputs.arc import arc_samples, read_tasks
@@ -106,20 +110,65 @@ def test_an_answer_depends_on_neither_batch_nor_mesh_nor_company(tmp_path: Path)
     assert [json.loads(line) for line in lines] == runs[0]
 
 
-def test_a_killed_command_goes_on_and_answers_nothing_twice(tmp_path: Path) -> None:
-    model = tiny_folder("llama")
-    prompts = write_texts(tmp_path / "t.jsonl", random_ids((30, 12, 50, 44, 9), seed=2))
+# The command, which sends itself a signal when a batch of answers was written.
+STOPPED = """
+import os, sys, time
+from jax_extract.cli import main
+from jax_extract.generation.answers import AnswerFiles
+
+write, number, count = AnswerFiles.write, int(sys.argv.pop(1)), int(sys.argv.pop(1))
+
+def stopping(files, batch, answers):
+    if batch.number == count + 1:
+        os.kill(os.getpid(), number)
+        time.sleep(30)
+    return write(files, batch, answers)
+
+AnswerFiles.write = stopping
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "said"),
+    [
+        (signal.SIGKILL, -signal.SIGKILL, ""),
+        (signal.SIGTERM, 143, "stopped by SIGTERM: 2 batches of this session answered; run the same command again"),
+        (signal.SIGINT, 130, "interrupted; what is committed is safe: run the same command again"),
+    ],
+)
+def test_a_stopped_command_goes_on_and_answers_nothing_twice(
+    sent: signal.Signals, code: int, said: str, tmp_path: Path
+) -> None:
+    model = make_model(tmp_path / "tiny", layers=2)
+    prompts = write_jsonl(tmp_path / "in.jsonl", (30, 12, 50, 44, 9, 20))
     whole = generated(model, prompts, tmp_path / "whole", max_new_tokens=8, batch_size=2)
-    generated(model, prompts, tmp_path / "run", max_new_tokens=8, batch_size=2)
-    folder = tmp_path / "run" / "answers"
-    batches = sorted(folder.glob("batch_*.jsonl"))
-    assert len(batches) == 3
-    kept = batches[0].stat().st_mtime_ns
-    batches[1].unlink()
-    (tmp_path / "run" / "answers.jsonl").unlink()
+    words = ["--model_path", model, "--tasks_file", prompts, "--activations_dir", tmp_path / "run"]
+    line = [sys.executable, "-c", STOPPED, int(sent), 2, "generate", *words, "--max_new_tokens", 8, "--batch_size", 2]
+    done = subprocess.run(
+        list(map(str, line)), env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    batches = sorted((tmp_path / "run" / "answers").glob("batch_*.jsonl"))
+    assert [path.name for path in batches] == ["batch_000001.jsonl", "batch_000002.jsonl"]
+    kept = [path.stat().st_mtime_ns for path in batches]
     # Another batch size is not that of the run, whose batches stay what they were.
     assert generated(model, prompts, tmp_path / "run", max_new_tokens=8, batch_size=4) == whole
-    assert batches[0].stat().st_mtime_ns == kept
+    assert [path.stat().st_mtime_ns for path in batches] == kept
+
+
+def test_a_full_disk_is_told_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "tiny", layers=2)
+    prompts = write_jsonl(tmp_path / "in.jsonl", (30, 12, 50, 44, 9, 20))
+    whole = generated(model, prompts, tmp_path / "whole", max_new_tokens=200)
+    words = ["generate", "--model_path", model, "--tasks_file", prompts, "--activations_dir", tmp_path / "run"]
+    words += ["--max_new_tokens", 200]
+    done = run_cli(*words, cwd=tmp_path, script=None, largest_file=3_000)
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(r"error: .*(too large|No space|full).*\n", done.stderr.splitlines(keepends=True)[-1])
+    assert sorted(path.name for path in (tmp_path / "run" / "answers").iterdir()) == ["settings.json"]
+    assert generated(model, prompts, tmp_path / "run", max_new_tokens=200) == whole
 
 
 @pytest.mark.parametrize(
@@ -177,11 +226,32 @@ def test_two_hosts_answer_as_one_does_and_extract_behind_it(tmp_path: Path) -> N
 
 def test_independent_workers_share_the_answers_and_leave_none_out(tmp_path: Path) -> None:
     model, inputs = make_model(tmp_path / "tiny", layers=2), write_jsonl(tmp_path / "in.jsonl", LENGTHS)
-    options = {"max_new_tokens": 5, "batch_size": 2}
-    alone = generated(model, inputs, tmp_path / "alone", **options)
-    for worker in (1, 0):  # the first one finds nobody else at work, and answers all
-        shared = generated(model, inputs, tmp_path / "shared", worker_id=worker, num_workers=2, **options)
-        assert shared == alone
+    options = {"max_new_tokens": 5, "batch_size": 2, "num_workers": 2}
+    alone = generated(model, inputs, tmp_path / "alone", max_new_tokens=5, batch_size=2)
+    # The first one finds nobody else at work, and answers all.
+    assert generated(model, inputs, tmp_path / "shared", worker_id=1, **options) == alone
+    answered = {path: path.stat().st_mtime_ns for path in (tmp_path / "shared" / "answers").iterdir()}
+    assert generated(model, inputs, tmp_path / "shared", worker_id=0, **options) == alone
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "shared" / "answers").iterdir()} == answered
+
+
+def test_workers_begin_with_batches_of_their_own_and_help_from_the_other_end() -> None:
+    batches = [Batch(number, (), 64) for number in range(1, 10)]
+    orders = [[batch.number for batch in own_first(batches, worker, 3)] for worker in range(3)]
+    assert [order[:3] for order in orders] == [[3, 6, 9], [1, 4, 7], [2, 5, 8]]
+    assert all(sorted(order) == list(range(1, 10)) for order in orders)
+    # Who is done early takes what its owner comes to last, and no two helpers the same.
+    assert [order[3] for order in orders] == [8, 6, 3]
+
+
+def test_of_two_workers_who_answer_one_batch_the_first_one_counts(tmp_path: Path) -> None:
+    sample = TokenizedSample(0, "s0", np.zeros(3, np.int32), 3, {})
+    batch = Batch(1, (sample,), 64)
+    first, second = ([Answer(0, "s0", 3, (token,), False, "")] for token in (1, 2))
+    files = AnswerFiles(open_storage(str(tmp_path)))
+    files.start({}, allow_numeric_change=False)
+    assert files.write(batch, first) == first
+    assert files.write(batch, second) == first == files.read(batch)
 
 
 def test_answers_and_activations_go_into_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,6 +404,22 @@ def test_mistakes_are_told_in_one_sentence(options: dict[str, Any], said: str, t
     inputs = write_texts(tmp_path / "t.jsonl", random_ids((5,)))
     with pytest.raises(UserError, match=said):
         generated(tiny_folder("llama"), inputs, tmp_path / "run", **options)
+
+
+def test_an_input_without_a_token_is_refused(tmp_path: Path) -> None:
+    inputs = tmp_path / "t.jsonl"
+    inputs.write_text('{"id": "a", "text": ""}\n')
+    with pytest.raises(UserError, match=r"t.jsonl gave no sample with a token"):
+        generated(tiny_folder("llama"), inputs, tmp_path / "run")
+    assert not (tmp_path / "run" / "answers").exists()
+
+
+def test_a_long_prompt_is_cut_so_that_its_answer_fits(tmp_path: Path) -> None:
+    prompt = random_ids((90,), seed=4)[0]
+    inputs = write_texts(tmp_path / "t.jsonl", [prompt])
+    (answer,) = generated(tiny_folder("gpt2"), inputs, tmp_path / "run", max_seq_length=64, max_new_tokens=16)
+    assert answer["prompt_tokens"] == 48
+    assert_greedy("gpt2", prompt[:48], answer["token_ids"], stop=94)
 
 
 def test_a_damaged_batch_of_answers_is_named_with_its_mend(tmp_path: Path) -> None:

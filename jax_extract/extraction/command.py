@@ -68,12 +68,11 @@ def extract_request(
     """What `open_request` has opened; `continued` gives a sample with what follows its prompt."""
     place.require_shared(processes)
     tell_request(job, config, processes.count, terminal)
-    opening = terminal
     while True:
         try:
-            return _Extraction(config, processes, place, source, job, terminal, opening, continued).run()
+            return _Extraction(config, processes, place, source, job, terminal, continued).run()
         except RunStartedMeanwhile:  # another worker was faster: its run is resumed
-            config, opening = dataclasses.replace(config, overwrite=False), Terminal(silent=True)
+            config = dataclasses.replace(config, overwrite=False)
 
 
 def join_processes(config: ExtractConfig) -> Processes:
@@ -122,7 +121,6 @@ class _Extraction:
     """A command on its way from what is asked for and found to a session.
 
     Attributes:
-      opening: hears of the input and the plan; nobody, where they have been told already.
       continued: gives a sample with what follows its prompt, where something does.
     """
 
@@ -132,7 +130,6 @@ class _Extraction:
     source: Source
     job: Job
     terminal: Terminal
-    opening: Terminal
     continued: Continued | None
 
     def run(self) -> dict[str, Any]:
@@ -210,7 +207,7 @@ class _Extraction:
         """
         windows, counts = read()
         if not self.source.finite:
-            tell_input(self.source, counts, self.job, self.opening)
+            tell_input(self.source, counts, self.job, self.terminal)
             stream = iter(windows)
             first = list(itertools.islice(stream, 1))
             require_samples(counts, self.source)
@@ -222,10 +219,10 @@ class _Extraction:
         if found and self.processes.is_first:  # whose inputs must be these, be it finished or not
             for _ in pending_parts(windows, committed, lambda window: keep_in(found, window, counts)):
                 pass
-        tell_input(self.source, counts, self.job, self.opening)
+        tell_input(self.source, counts, self.job, self.terminal)
         parts = [part for window in windows for part in window.parts]
         require_rows(parts, self.job)
-        tell_plan(parts, self.job.mesh.size, self.processes.count, self.opening)
+        tell_plan(parts, self.job.mesh.size, self.processes.count, self.terminal)
         pending = [part for part in parts if part.key not in committed]
         parties = max(self.processes.count, self.config.num_workers or 1)
         sizes = [self.job.bytes_stored(part.samples) for part in pending]

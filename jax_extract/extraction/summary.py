@@ -28,6 +28,15 @@ from models.hooks import CapturePlan
 
 
 def tell_request(job: Job, config: ExtractConfig, processes: int, terminal: Terminal) -> None:
+    tell_model(job, processes, terminal)
+    terminal.line(
+        "capture",
+        f"{captures_text(job.plan)}, as {config.shard_format} "
+        f"into {config.activations_dir}/" + (f", then {config.gcs_bucket}" if config.gcs_bucket else ""),
+    )
+
+
+def tell_model(job: Job, processes: int, terminal: Terminal) -> None:
     model, mesh = job.model.config, job.mesh.shape
     device = job.mesh.devices.flat[0].device_kind
     terminal.line(
@@ -38,11 +47,6 @@ def tell_request(job: Job, config: ExtractConfig, processes: int, terminal: Term
         f"{job.numerics.dtype} on {plural(job.mesh.size, device + ' device')}"
         + (f" of {plural(processes, 'host')}" if processes > 1 else "")
         + f", mesh {mesh['data']},{mesh['model']}",
-    )
-    terminal.line(
-        "capture",
-        f"{captures_text(job.plan)}, as {config.shard_format} "
-        f"into {config.activations_dir}/" + (f", then {config.gcs_bucket}" if config.gcs_bucket else ""),
     )
 
 
@@ -118,7 +122,8 @@ def tell_result(metadata: Mapping[str, Any], statistics: LoopStatistics, place: 
         terminal.line("warning", f"{plural(bad, 'row')} hold infinite or undefined values; see jax-extract inspect")
     if cut := (metadata["input"] or {}).get("truncated_samples"):
         terminal.line(
-            "note", f"{plural(cut, 'sample')} truncated to {metadata['plan_settings']['max_length']:,} tokens"
+            "note",
+            f"{plural(cut, 'sample')} truncated to fit --max_seq_length {metadata['plan_settings']['max_length']:,}",
         )
     terminal.line("read it", f"jax-extract inspect {place}")
 

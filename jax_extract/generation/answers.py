@@ -97,6 +97,17 @@ def _columns(length: int) -> int:
     return columns
 
 
+def own_first(batches: Sequence[Batch], worker: int, workers: int) -> list[Batch]:
+    """An independent worker's own batches, then those of others, from the end and each worker from another one.
+
+    Others answer theirs from the beginning, so that what is met last was left.
+    """
+    own = [batch for batch in batches if batch.number % workers == worker]
+    rest = [batch for batch in reversed(batches) if batch.number % workers != worker]
+    start = len(rest) * worker // workers
+    return [*own, *rest[start:], *rest[:start]]
+
+
 class AnswerFiles:
     """The answers that are there already, and those that are added."""
 

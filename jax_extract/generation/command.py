@@ -34,8 +34,9 @@ from jax_extract.extraction.command import (
     require_samples,
 )
 from jax_extract.extraction.place import Place
+from jax_extract.extraction.preemption import on_preemption
 from jax_extract.extraction.prepare import Job, numerics_fingerprint, with_attention
-from jax_extract.extraction.summary import tell_input
+from jax_extract.extraction.summary import tell_input, tell_model, tell_request
 from jax_extract.generation import arc
 from jax_extract.generation.answers import (
     ANSWERS_FILE,
@@ -48,6 +49,7 @@ from jax_extract.generation.answers import (
     batches_of,
     in_order,
     inputs_digest,
+    own_first,
 )
 from jax_extract.generation.program import NO_TOKEN, STEPS, AnswerProgram
 from jax_extract.generation.sampling import Sampling
@@ -77,6 +79,10 @@ def infer(config: ExtractConfig, *, extracts: bool = True, terminal: Terminal | 
             begin_anew(place, processes)
         elif extracts:
             require_same_run(config, processes, place, job)
+        if extracts:
+            tell_request(job, config, processes.count, terminal)
+        else:
+            tell_model(job, processes.count, terminal)
         answers = _Inference(config, processes, place, source, job, terminal).answers()
         if not extracts:
             return {}
@@ -138,7 +144,8 @@ class _Inference:
         numbers = set(processes.of_first(lambda: [b.number for b in batches if files.read(b) is not None]))
         with processes.together():
             there = {batch.number: self._read(files, batch) for batch in batches if batch.number in numbers}
-        pending = [batch for batch in self._own_first(batches) if batch.number not in there]
+        ordered = own_first(batches, config.worker_id or 0, config.num_workers or 1)
+        pending = [batch for batch in ordered if batch.number not in there]
         if pending:
             self._tell(samples, batches, pending, sampling)
             program = self._program(weights, sampling)
@@ -166,19 +173,6 @@ class _Inference:
         if (answers := files.read(batch)) is None:
             raise UserError(f"{batch.name} is there on the first host and not on this one; give them one place")
         return answers
-
-    def _own_first(self, batches: Sequence[Batch]) -> list[Batch]:
-        """An independent worker's own batches, then those of others, from the end and each worker from another one.
-
-        Others answer theirs from the beginning, so that what is met last was left.
-        """
-        worker, workers = self.config.worker_id, self.config.num_workers
-        if worker is None or workers is None:
-            return list(batches)
-        own = [batch for batch in batches if batch.number % workers == worker]
-        rest = [batch for batch in reversed(batches) if batch.number % workers != worker]
-        start = len(rest) * worker // workers
-        return [*own, *rest[start:], *rest[:start]]
 
     def _settings(
         self, weights: Weights, samples: Sequence[TokenizedSample], sampling: Sampling, found: Mapping[str, Any]
@@ -291,14 +285,22 @@ class _Answerer:
         most = self.inference.config.max_new_tokens or 0
         done: dict[int, list[Answer]] = {}
         total = most * sum(len(batch.samples) for batch in batches)
-        with self.inference.terminal.progress(total, "answer") as bar:
+        processes = self.inference.processes
+
+        def wind_up(_: float) -> str:
+            return f"{plural(len(done), 'batch')} of this session answered"
+
+        with (
+            self.inference.terminal.progress(total, "answer") as bar,
+            on_preemption(wind_up, linger=processes.count > 1 and processes.is_first),
+        ):
             for batch in batches:
                 if (there := self._by_another(batch)) is not None:
                     done[batch.number] = there
                     continue
                 tokens = np.concatenate(list(self._steps(batch, most, bar)), axis=1)[:, :most]
                 answers = [self._answer(s, row) for s, row in zip(batch.samples, tokens, strict=False)]
-                done[batch.number] = self.files.write(batch, answers) if self.inference.processes.is_first else answers
+                done[batch.number] = self.files.write(batch, answers) if processes.is_first else answers
                 bar.total -= sum(most - len(answer.token_ids) for answer in done[batch.number])
         return done
 

@@ -30,7 +30,7 @@ class ExtractConfig:
 
     Attributes:
       model_path: Hugging Face folder, hub id, or .gguf file.
-      adapter: LoRA adapter of that model, by folder or hub id; merged in float32.
+      adapter: LoRA adapter of that model, by folder or hub id (OWNER/NAME or OWNER/NAME@REVISION); merged in float32.
       tasks_file: ARC tasks (.json or a folder), JSONL (.jsonl) or plain text (.txt).
       dataset: Hugging Face dataset instead of a file, by hub name or local path; streamed.
       dataset_config: configuration name of the dataset.

@@ -241,6 +241,20 @@ def test_an_adapter_that_does_not_fit_is_refused(change: str, said: str, lora: P
         prepare.OpenModel.open(str(base), adapter=str(folder))
 
 
+def test_an_adapter_of_the_hub_is_kept_with_its_commit(lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(repo_id: str, revision: str | None) -> tuple[Path, str]:
+        asked.append((repo_id, revision))
+        return lora, "5f0b02c75b57"
+
+    monkeypatch.setattr("jax_extract.weights.hub.download", download)
+    model = prepare.OpenModel.open(str(tiny_folder("llama")), adapter="owner/name")
+    assert model.checkpoint.adapter == "owner/name@5f0b02c75b57"
+    prepare.OpenModel.open(str(tiny_folder("llama")), adapter=model.checkpoint.adapter)
+    assert asked == [("owner/name", None), ("owner/name", "5f0b02c75b57")]
+
+
 def test_nothing_is_written_before_an_adapter_is_refused(lora: Path, tmp_path: Path) -> None:
     inputs = write_texts(tmp_path / "t.jsonl", random_ids((5,)))
     before = snapshot(tmp_path)

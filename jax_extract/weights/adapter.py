@@ -240,14 +240,19 @@ class AdaptedCheckpoint:
 
 
 def open_adapter(base: Checkpoint, adapter: str, port: Port) -> AdaptedCheckpoint:
-    """Finds the adapter, a folder or a hub id; UserError where there is none."""
+    """Finds the adapter: a folder, or a hub id, of a revision or the newest; UserError where there is none."""
     folder = user_path(adapter, "--adapter")
     if not folder.is_dir():
-        if not is_hub_id(adapter):
-            raise UserError(f"adapter {adapter!r} was not found; give its folder, or a hub id of the form OWNER/NAME")
+        hub_id, _, revision = adapter.partition("@")
+        if not is_hub_id(hub_id):
+            raise UserError(
+                f"adapter {adapter!r} was not found; give its folder, or a hub id of the form OWNER/NAME or "
+                "OWNER/NAME@REVISION"
+            )
         from jax_extract.weights.hub import download
 
-        folder, _ = download(adapter, None)
+        folder, commit = download(hub_id, revision or None)
+        adapter = f"{hub_id}@{commit}"  # which finds the same one again, whatever is newest then
     return AdaptedCheckpoint(base, folder, port, adapter)
 
 

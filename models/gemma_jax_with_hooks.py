@@ -271,7 +271,13 @@ _TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu")  # releases of Gemma 1 sa
 _ABSENT = {
     "gemma": {},
     "gemma2": {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4_096},
-    "gemma3_text": {"sliding_window": 4_096},
+    "gemma3_text": {
+        "sliding_window": 4_096,
+        "vocab_size": 262_208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131_072,
+    },
 }
 
 

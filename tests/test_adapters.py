@@ -60,6 +60,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fused qkv": ("gpt_neox", {"target_modules": ["query_key_value", "dense_h_to_4h"], "r": 3}),
     "phi": ("phi", {"target_modules": ["q_proj", "dense", "fc1", "fc2"], "r": 3}),
     "gemma": ("gemma2", {"target_modules": _LLAMA, "r": 3}),
+    "a model with pictures": ("gemma3_with_pictures", {"target_modules": r".*language_model.*(q|o|up)_proj", "r": 3}),
     "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"], "r": 3}),
     "embedding of a tied model": ("qwen2_tied", {"target_modules": ["embed_tokens"], "r": 3}),
     "embedding with dora": ("llama", {"target_modules": ["embed_tokens"], "r": 3, "use_dora": True}),
@@ -122,9 +123,17 @@ def test_logits_are_those_of_peft(case: str, tmp_path: Path) -> None:
     assert row_errors(plain, truth).max() > 100 * BOUND, "the adapter changes nothing"
 
 
-@pytest.mark.parametrize(("family", "modules"), [("llama", _LLAMA), ("gpt2", _GPT2), ("gpt_neox", ["dense"])])
+@pytest.mark.parametrize(
+    ("family", "modules"),
+    [
+        ("llama", _LLAMA),
+        ("gpt2", _GPT2),
+        ("gpt_neox", ["dense"]),
+        ("gemma3_with_pictures", r".*language_model.*q_proj"),
+    ],
+)
 def test_a_run_with_an_adapter_holds_its_rows_and_can_be_verified(
-    family: str, modules: list[str], tmp_path: Path
+    family: str, modules: list[str] | str, tmp_path: Path
 ) -> None:
     base, adapter = tiny_folder(family), tmp_path / "adapter"
     adapted = make_adapter(adapter, base, target_modules=modules, r=4)

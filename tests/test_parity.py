@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from tiny_models import (
@@ -215,6 +217,19 @@ def test_a_tied_checkpoint_without_a_head_loads_and_is_right() -> None:
     sequences = random_ids([1, 50])
     for rows, sequence in zip(extracted(tiny_folder("qwen2_tied"), sequences), sequences, strict=True):
         assert_parity(rows, reference(tiny_model("qwen2_tied"), sequence), "qwen2_tied")
+
+
+def test_the_names_of_transformers_5_are_found_in_a_model_that_reads_pictures(tmp_path: Path) -> None:
+    folder = tiny_folder("gemma3_with_pictures")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    assert any(name.startswith("language_model.model.") for name in tensors)
+    renamed = {name.replace("language_model.model.", "model.language_model."): t for name, t in tensors.items()}
+    safetensors.numpy.save_file(renamed, tmp_path / "model.safetensors", {"format": "pt"})
+    options = {"layers": (0, 5), "hook_points": ("*",), "positions": "all"}
+    texts = [text_of(sequence) for sequence in random_ids([1, 50])]
+    runs = [extract(str(place), texts, **options) for place in (tmp_path, folder)]
+    assert_identical(*([run_rows(run, str(i)) for i in range(2)] for run in runs))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama_biases", "mistral"])

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from jax_extract.errors import UserError
+from jax_extract.weights.text_part import text_config
+from models.layers import Rotary
 from models.registry import port_for
 
 # What the configurations of released models say beyond what today's transformers writes.
@@ -64,6 +66,23 @@ GEMMA2 = {
 }
 
 
+# As the model with pictures has it of its language model.
+GEMMA3_4B = {
+    "model_type": "gemma3",
+    "mm_tokens_per_image": 256,
+    "eos_token_id": [1, 106],
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
+}
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
@@ -73,9 +92,18 @@ GEMMA2 = {
         (GEMMA2, {"soft_cap": 50.0, "head_soft_cap": 30.0, "windows": (4096, 0) * 13}),
         ({**GEMMA2, "attn_logit_softcapping": None, "final_logit_softcapping": None}, {"soft_cap": None}),
         ({**GEMMA2, "sliding_window": 512, "sliding_window_size": 512}, {"windows": (512, 0) * 13}),
+        (
+            GEMMA3_4B,
+            {
+                **{"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
+                **{"windows": ((1_024,) * 5 + (0,)) * 5 + (1_024,) * 4, "max_position_embeddings": 131_072},
+                **{"rotary": Rotary(1e6, "linear", 8.0), "local_rotary": Rotary(1e4), "query_scale": 1 / 16},
+            },
+        ),
     ],
 )
 def test_released_configurations_are_read(config: dict[str, Any], expected: dict[str, Any]) -> None:
+    config = text_config(config)
     found = port_for(config).config(config)
     assert {name: getattr(found, name) for name in expected} == expected
 

@@ -24,6 +24,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
@@ -136,6 +137,14 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma3": lambda: Gemma3TextConfig(
         **_sizes(48, 70, 7, 6, 2, 131), head_dim=10, sliding_window=25, query_pre_attn_scalar=13
     ),
+    "gemma3_with_pictures": lambda: Gemma3Config(
+        text_config=FAMILIES["gemma3"]().to_dict(),
+        vision_config={
+            **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+            **{"image_size": 28, "patch_size": 14},
+        },
+        mm_tokens_per_image=4,
+    ),
     "long": lambda: LlamaConfig(**{**_sizes(36, 44, 2, 6, 2, 131), "max_position_embeddings": 8_192}),
 }
 
@@ -195,8 +204,8 @@ def reference(model: PreTrainedModel, token_ids: np.ndarray, layers: Sequence[in
       layers: only these; None for all.
     """
     rows: Rows = {}
-    base = model.base_model
-    config = json.loads(model.config.to_json_string())
+    base = getattr(model.base_model, "language_model", model.base_model)
+    config = json.loads(base.config.to_json_string())
     port = port_for(config)
     modules = port.modules(port.config(config))
 
@@ -213,7 +222,7 @@ def reference(model: PreTrainedModel, token_ids: np.ndarray, layers: Sequence[in
             lambda module, args, kwargs: keep((name, layer), args or kwargs["hidden_states"]), with_kwargs=True
         )
 
-    chosen = range(model.config.num_hidden_layers) if layers is None else layers
+    chosen = range(base.config.num_hidden_layers) if layers is None else layers
     handles = []
     for name in port.hook_points(port.config(config)):
         for layer in chosen if HOOK_POINTS[name].per_layer else (None,):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_extract.errors import UserError, user_path
+from jax_extract.weights.text_part import text_config
 from models.gemma_jax_with_hooks import GemmaConfig
 from models.gpt2_jax_with_hooks import GPT2Config
 from models.gpt_neox_jax_with_hooks import GPTNeoXConfig
@@ -55,7 +56,7 @@ def open_config(model_path: str, revision: str | None = None) -> tuple[Port, Any
     if model_path.lower() in KNOWN:
         known = KNOWN[model_path.lower()]()
         return PORTS[known.model_type], known
-    config = _hugging_face_config(model_path, revision)
+    config = text_config(_hugging_face_config(model_path, revision))
     port = port_for(config)
     return port, port.config(config)
 

@@ -35,6 +35,7 @@ from jax_extract.inputs.tokenize import Continued, InputCounts, TokenizedSample,
 from jax_extract.store.parts import Site
 from jax_extract.weights.checkpoint import Checkpoint, open_checkpoint
 from jax_extract.weights.load import Weights
+from jax_extract.weights.text_part import text_part
 from models.accelerated_attention import attention_backend
 from models.hooks import HOOK_POINTS, CapturePlan, resolve_hook_points
 from models.layers import Numerics
@@ -60,7 +61,7 @@ class OpenModel:
     def open(cls, model_path: str, revision: str | None = None, adapter: str | None = None) -> OpenModel:
         if not model_path:
             raise UserError("no model was given; pass --model_path with a folder, a hub id or a .gguf file")
-        checkpoint = open_checkpoint(model_path, revision)
+        checkpoint = text_part(open_checkpoint(model_path, revision))
         port = port_for(checkpoint.config)
         if adapter is not None:
             from jax_extract.weights.adapter import open_adapter

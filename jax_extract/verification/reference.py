@@ -238,10 +238,12 @@ def _load_theirs(model: OpenModel, layers: int, dtype: Any) -> Any:
         source = path if path.exists() else model.checkpoint.source
         options["revision"] = model.checkpoint.revision or "main"
         config = AutoConfig.from_pretrained(source, revision=options["revision"], trust_remote_code=False)
-        options["config"] = _without_upper_blocks(config, layers)
+        _without_upper_blocks(config.get_text_config(), layers)
+        options["config"] = config
     loaded, info = AutoModel.from_pretrained(source, output_loading_info=True, **options)
     if lacking := sorted([*info["missing_keys"], *info["mismatched_keys"]]):
         raise ValueError(f"it did not find {lacking[0]!r}")  # and would compute with random numbers in its place
+    loaded = getattr(loaded, "language_model", loaded)  # of a model that reads pictures too
     blocks = model.port.modules(model.config)["after_block"][0].removesuffix(".{i}")
     del loaded.get_submodule(blocks)[layers:]
     loaded.config.num_hidden_layers = layers

@@ -22,6 +22,7 @@ import numpy as np
 
 from jax_extract.errors import UserError, user_path
 from jax_extract.weights.checkpoint import Checkpoint, SafetensorsFiles, is_hub_id, read_json
+from jax_extract.weights.text_part import text_name
 from models.ports import Port
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -193,6 +194,7 @@ class AdaptedCheckpoint:
 
     def _stored(self, name: str, what: str) -> str:
         """The checkpoint's own name of a tensor; some have the model's prefix and some have not."""
+        name = text_name(name) or name
         for candidate in (name, self._prefix + name, name.removeprefix(self._prefix)):
             if candidate in self.names():
                 return candidate

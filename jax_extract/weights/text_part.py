@@ -1,0 +1,68 @@
+"""The language model of a checkpoint that can do more: what reads pictures is left where it lies.
+
+In: a `Checkpoint` whose config.json has a `text_config`. Out: a `Checkpoint` of that part alone, with the names that
+its tensors have where it is released by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jax_extract.weights.checkpoint import Checkpoint
+
+# Whose text goes through the language model as it would through that model alone.
+_WHOLE_TYPES = ("gemma3",)
+_OF_BOTH = ("tie_word_embeddings", "eos_token_id")  # config.json says them once, for the whole
+# As transformers 4 and 5 begin the names of the part; a head has none of its own.
+_PREFIXES = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.": ""}
+_HEAD = "lm_head."
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the language model, which is the whole one where that is all there is."""
+    part = config.get("text_config")
+    if config.get("model_type") not in _WHOLE_TYPES or not isinstance(part, dict):
+        return dict(config)
+    return {**{key: config[key] for key in _OF_BOTH if key in config}, **part}
+
+
+def text_name(name: str) -> str | None:
+    """What a tensor of the whole is called in the part; None where it is of something else."""
+    for prefix, own in _PREFIXES.items():
+        if name.startswith(prefix):
+            return own + name.removeprefix(prefix)
+    return name if name.startswith(_HEAD) else None
+
+
+def text_part(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint itself where it holds a language model and nothing else."""
+    config = text_config(checkpoint.config)
+    return checkpoint if config == checkpoint.config else _TextPart(checkpoint, config)
+
+
+class _TextPart:
+    """A checkpoint of the language model alone."""
+
+    def __init__(self, whole: Checkpoint, config: dict[str, Any]) -> None:
+        self.source, self.revision, self.adapter = whole.source, whole.revision, whole.adapter
+        self.generation, self.config = whole.generation, config
+        self._whole = whole
+        self._stored = {own: name for name in whole.names() if (own := text_name(name)) is not None}
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._whole.shape(self._stored[name])
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        return self._whole.read(self._stored[name], rows)
+
+    def digest(self, names: Iterable[str]) -> str:
+        return self._whole.digest(self._stored[name] for name in names)
+
+    def tokenizer(self) -> Any:
+        return self._whole.tokenizer()

@@ -126,10 +126,12 @@ def ours(job: dict[str, Any]) -> Commands:
     rows, length = prompts.shape
     lengths, places = np.full(rows, length, np.int32), np.arange(rows, dtype=np.int32)
     columns = length + -(-job["new_tokens"] // STEPS) * STEPS
+    slab = prompts.reshape(1, -1), lengths[None], places[None]
 
     def run() -> dict[str, Any]:
         started = time.perf_counter()
-        state, told = program.prompts(prompts, lengths, places, columns), []
+        state, told = program.start(lengths, places, length, columns), []
+        state = program.ready(program.read(state, *slab))
         for _ in range(0, job["new_tokens"], STEPS):
             state, tokens, _ = program.answer(state)
             told.append(tokens)

@@ -306,7 +306,7 @@ def _from_hf(config: Mapping[str, Any]) -> GemmaConfig:
         rms_norm_eps=hf_config.positive(config, "rms_norm_eps", 1e-6),
         max_position_embeddings=size(config, "max_position_embeddings"),
         soft_cap=_cap(config, "attn_logit_softcapping") if model_type == "gemma2" else None,
-        head_soft_cap=_cap(config, "final_logit_softcapping"),
+        head_soft_cap=_cap(config, "final_logit_softcapping") if model_type != "gemma" else None,
         norms_behind=model_type != "gemma",
         qk_norm=model_type == "gemma3_text",
         windows=_windows(config, layers),
@@ -324,9 +324,9 @@ def _rotaries(config: Mapping[str, Any]) -> tuple[Rotary, Rotary]:
     if config["model_type"] != "gemma3_text":
         rotary = hf_config.rotary(config)
         return rotary, rotary
-    named = config.get("rope_parameters") or {}
-    wide = {**(config.get("rope_scaling") or {}), **(named.get("full_attention") or {})}
-    near = named.get("sliding_attention") or {}
+    named = hf_config.mapping(config, "rope_parameters")
+    wide = {**hf_config.mapping(config, "rope_scaling"), **hf_config.mapping(named, "full_attention")}
+    near = hf_config.mapping(named, "sliding_attention")
     return (
         hf_config.rotary_of(wide, config.get("rope_theta"), 1_000_000.0),
         hf_config.rotary_of(near, config.get("rope_local_base_freq"), 10_000.0),
@@ -340,8 +340,7 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     hf_config.require(config, "sliding_window_size", (config["sliding_window"],), None)
     pattern = 2
     if config["model_type"] == "gemma3_text":
-        given = next((k for k in ("sliding_window_pattern", "_sliding_window_pattern") if config.get(k)), None)
-        pattern = size(config, given) if given else _GEMMA3_PATTERN
+        pattern = size(config, "sliding_window_pattern", _GEMMA3_PATTERN)
     return hf_config.sliding_windows(config, layers, [(layer + 1) % pattern != 0 for layer in range(layers)])
 
 

@@ -6,7 +6,7 @@ names the field, what it holds and what was expected.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -71,7 +71,7 @@ def positive(config: Config, key: str, default: float | None = None) -> float:
     value = default if config.get(key) is None else config[key]
     if value is None:
         raise UserError(f"config.json lacks {key!r}; it must be a complete Hugging Face file")
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
         raise UserError(f"config.json has {key} {_shown(value)}; it must be a positive number")
     return float(value)
 
@@ -81,6 +81,14 @@ def switch(config: Config, key: str, default: bool = False) -> bool:
     if value not in (None, True, False):
         raise UserError(f"config.json has {key} {_shown(value)}; it must be true or false")
     return default if value is None else bool(value)
+
+
+def mapping(config: Config, key: str) -> Config:
+    """Of names to values; empty where there is none."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"config.json has {key} {_shown(value)}; it must be a mapping from names to values")
+    return value or {}
 
 
 def require(config: Config, key: str, accepted: tuple[Any, ...], default: Any) -> None:
@@ -110,7 +118,7 @@ def _shown(value: Any) -> str:
 
 def rotary(config: Config, default_theta: float = 10_000.0) -> Rotary:
     """From `rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling` (transformers 4)."""
-    scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    scaling = {**mapping(config, "rope_scaling"), **mapping(config, "rope_parameters")}
     scaling.pop("partial_rotary_factor", None)
     return rotary_of(scaling, config.get("rope_theta"), default_theta)
 
@@ -120,8 +128,8 @@ def rotary_of(parameters: Config, theta: Any, default_theta: float) -> Rotary:
     scaling = dict(parameters)
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     scaling.pop("type", None)
-    if kind not in _ROPE_FIELDS:
-        raise UserError(f"unsupported rope type {kind!r} in config.json; supported: {', '.join(_ROPE_FIELDS)}")
+    if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
+        raise UserError(f"unsupported rope type {_shown(kind)} in config.json; supported: {', '.join(_ROPE_FIELDS)}")
     if unknown := sorted(set(scaling) - _ROPE_FIELDS[kind]):
         raise UserError(f"rope type {kind!r} in config.json has {', '.join(unknown)}, which is not understood")
     theta = next((t for t in (scaling.pop("rope_theta", None), theta) if t is not None), default_theta)
@@ -141,7 +149,7 @@ def rotary_of(parameters: Config, theta: Any, default_theta: float) -> Rotary:
 
 def rotated_width(config: Config, head_dim: int, default: float = 1.0, key: str = "partial_rotary_factor") -> int:
     """How many values of a head are rotated, from the share that config.json names."""
-    said = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    said = {**mapping(config, "rope_scaling"), **mapping(config, "rope_parameters")}
     share = said.get("partial_rotary_factor")
     share = positive({key: config.get(key) if share is None else share}, key, default)
     width = int(head_dim * share)
@@ -162,12 +170,13 @@ def sliding_windows(config: Config, layers: int, sliding: Sequence[bool]) -> tup
     Args:
       sliding: which layers have one where config.json has no `layer_types`.
     """
-    if types := config.get("layer_types"):
-        if strange := sorted(set(types) - set(_LAYER_TYPES)):
-            raise UserError(f"config.json has the layer type {strange[0]!r}; known: {', '.join(_LAYER_TYPES)}")
+    if (types := config.get("layer_types")) is not None:
+        if not isinstance(types, list) or len(types) != layers:
+            raise UserError(f"config.json has layer_types {_shown(types)}; expected a list of {layers}, one a layer")
+        for kind in types:
+            if kind not in _LAYER_TYPES:
+                raise UserError(f"config.json has the layer type {_shown(kind)}; known: {', '.join(_LAYER_TYPES)}")
         sliding = [kind == "sliding_attention" for kind in types]
-    if len(sliding) < layers:
-        raise UserError(f"config.json names {len(sliding)} layer_types for {layers} layers")
     if config.get("sliding_window") is None or not any(sliding[:layers]):
         return ()
     window = size(config, "sliding_window")

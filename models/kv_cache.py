@@ -1,8 +1,9 @@
 """Keys and values that are remembered while a model answers: the prompt at once, then one token a step.
 
 In: queries, keys and values of a layer, rotated. Out: what attention mixes, and the cache with what is new. Every row
-holds one sample. Prompts lie in the first columns, padded on the right to one length, and answers behind them all, so
-that a step writes one column, the same in every row. Dimension letters: b batch, t tokens, n columns, g key/value
+of the cache holds one sample. Prompts lie in the first columns, padded on the right to one length, and answers behind
+them all, so that a step writes one column, the same in every row. Prompts are read in whatever packing, some at a time.
+Dimension letters: b batch, t tokens, n columns, g key/value
 heads, r query heads per key/value head, h head width.
 """
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from models.layers import Numerics, soft_capped
+from models.packing import Packing
 from models.self_attention import AttentionRule, WithinRows
 
 # Of all layers: stacked on a leading axis, or a list with those of each, as the parameters are given.
@@ -36,27 +38,39 @@ class KeyValueCache:
     prompt_lengths: Array
     prompt_columns: Array
 
+    @classmethod
+    def empty(
+        cls, lengths: Array, prompt_columns: Array, shape: tuple[int, int, int, int], dtype: str
+    ) -> KeyValueCache:
+        """Stacked; `shape` is layers, key/value heads, columns, head width."""
+        layers, groups, columns, width = shape
+        nothing = jnp.zeros((layers, lengths.shape[0], groups, columns, width), dtype)
+        return cls(nothing, nothing, lengths, prompt_columns)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Prefill:
-    """Attention within the prompts, whose keys and values are remembered; the cache is stacked.
+    """Attention within prompts, some of a cache's, whose keys and values are remembered; the cache is stacked.
 
     Attributes:
-      positions: int32 [b, prompt_columns], of each token in its prompt; 0 for padding.
+      positions: int32 [b, t], of each token in its prompt; 0 for padding.
+      places: int32 [m, n], where the tokens of each prompt lie among all b * t; beyond a prompt's end, anywhere.
+      rows: int32 [m], of the cache, each prompt's; beyond the last where there is no prompt.
     """
 
     cache: KeyValueCache
     positions: Array
+    places: Array
+    rows: Array
 
     @classmethod
-    def start(
-        cls, positions: Array, lengths: Array, columns: int, layers: int, heads: tuple[int, int], dtype: str
-    ) -> Prefill:
-        """An empty cache of so many columns; `heads` are how many key/value heads there are, and their width."""
-        groups, width = heads
-        empty = jnp.zeros((layers, positions.shape[0], groups, columns, width), dtype)
-        return cls(KeyValueCache(empty, empty, lengths, jnp.int32(positions.shape[1])), positions)
+    def into(cls, cache: KeyValueCache, packing: Packing, rows: Array) -> Prefill:
+        """`rows` int32 [b, samples of a row] of the cache, for the prompts that lie in `packing`."""
+        first = jnp.arange(packing.lengths.shape[0], dtype=jnp.int32)[:, None] * jnp.int32(packing.tokens)
+        starts = (first + packing.ends - packing.lengths).reshape(-1)
+        columns = jnp.arange(_stack(cache.keys).shape[3], dtype=jnp.int32)
+        return cls(cache, packing.positions, starts[:, None] + columns[None], rows.reshape(-1))
 
     def attend(
         self, rule: AttentionRule, layer: Array, query: Array, key: Array, value: Array, numerics: Numerics
@@ -64,10 +78,17 @@ class Prefill:
         mixed, _ = WithinRows(self.positions).attend(rule, layer, query, key, value, numerics)
         cache = dataclasses.replace(
             self.cache,
-            keys=_written(self.cache.keys, key, layer, jnp.int32(0)),
-            values=_written(self.cache.values, value, layer, jnp.int32(0)),
+            keys=self._with(self.cache.keys, key, layer),
+            values=self._with(self.cache.values, value, layer),
         )
         return mixed, dataclasses.replace(self, cache=cache)
+
+    def _with(self, all_layers: PerLayer, new: Array, layer: Array) -> Array:
+        """With new [b, t, g, h] in a layer, a whole row for each prompt; what is behind its end is never looked at."""
+        stack = _stack(all_layers)
+        tokens = new.astype(stack.dtype).reshape(-1, *new.shape[2:])
+        prompts = jnp.take(tokens, self.places, axis=0, mode="clip").transpose(0, 2, 1, 3)
+        return stack.at[layer, self.rows].set(prompts, mode="drop")
 
 
 @jax.tree_util.register_dataclass
@@ -117,6 +138,11 @@ class Decoding:
         real = jnp.where(in_prompt, column < lengths, column <= prompt + self.step)
         position = jnp.where(in_prompt, column, lengths + column - prompt)
         return real & ((window == 0) | (self.positions - position < window))
+
+
+def _stack(all_layers: PerLayer) -> Array:
+    assert not isinstance(all_layers, list), "prompts are read into a stacked cache"
+    return all_layers
 
 
 def apart(cache: KeyValueCache) -> KeyValueCache:

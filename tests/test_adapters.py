@@ -68,6 +68,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "head of a tied model, whole": ("qwen2_tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "embedding whole": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
     "biases": ("llama_biases", {"target_modules": ["q_proj", "up_proj"], "bias": "all"}),
+    "biases, and a head saved whole": (
+        "phi",
+        {"target_modules": ["q_proj"], "bias": "all", "modules_to_save": ["lm_head"]},
+    ),
     "a bias of its own": ("llama_biases", {"target_modules": ["q_proj", "up_proj"], "lora_bias": True}),
 }
 
@@ -198,6 +202,8 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"alpha_pattern": {"q_proj": "16"}}, r"alpha_pattern of 'q_proj' '16'; expected a positive number"),
         ({"lora_alpha": None}, r"lora_alpha None; expected a positive number"),
         ({"r": float("inf")}, r"r inf; expected a positive number"),
+        ({"use_dora": True}, r"lacks a magnitude vector where adapter_config.json has use_dora True"),
+        ({"use_dora": "no"}, r"has use_dora 'no'; expected true or false"),
     ],
 )
 def test_settings_that_cannot_be_merged_are_named(
@@ -213,10 +219,13 @@ def test_settings_that_cannot_be_merged_are_named(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("another model", r"adapts .*, which .* does not have|is of a matrix .* another model's adapter"),
+        ("another model", r"adapts .*, which .* does not have|has factors of shapes .* another model's adapter"),
         ("unknown key", r"holds 'base_model.model.model.layers.0.self_attn.q_proj.lora_C.weight'"),
         ("half of a pair", r"lacks lora_B of model.layers.0.self_attn.q_proj; the adapter is incomplete"),
         ("vocabulary", r"of a model with another vocabulary"),
+        ("no dimension", r"has factors of shapes \(54, 4\) and \(\) and the model's matrix is \(54, 54\)"),
+        ("unasked magnitude", r"has a magnitude vector where adapter_config.json has use_dora False"),
+        ("nothing", r"holds nothing that changes this model"),
         ("magnitude", r"lora_magnitude_vector of .* has shape \(1,\) where \(54,\) is expected"),
         ("no weights", r"there is no adapter_model.safetensors"),
         ("no folder", r"was not found; give its folder"),
@@ -237,6 +246,12 @@ def test_an_adapter_that_does_not_fit_is_refused(change: str, said: str, lora: P
         del tensors[f"{first}B.weight"]
     elif change == "magnitude":
         tensors[f"{first}magnitude_vector"] = np.ones(1, np.float32)
+    elif change == "unasked magnitude":
+        tensors[f"{first}magnitude_vector"] = np.ones(54, np.float32)
+    elif change == "no dimension":
+        tensors[f"{first}A.weight"] = np.array(1, np.float32)
+    elif change == "nothing":
+        tensors = {}
     elif change == "vocabulary":
         tensors["base_model.model.model.embed_tokens.weight"] = np.zeros((140, 54), np.float32)
     safetensors.numpy.save_file(tensors, path)

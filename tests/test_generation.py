@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from gcs_server import running
-from small_run import environment, make_model, run_cli, write_arc, write_jsonl
+from small_run import environment, make_model, run_cli, snapshot, write_arc, write_jsonl
 from test_parity import SHORT_FAMILIES
 from test_processes import program
 from tiny_models import random_ids, reference, row_errors, text_of, tiny_folder, tiny_model
@@ -30,13 +30,16 @@ from jax_extract.errors import UserError
 from jax_extract.generation import arc
 from jax_extract.generation.answers import Answer, AnswerFiles, Batch, batches_of, own_first
 from jax_extract.generation.command import infer
+from jax_extract.generation.reading import readings
 from jax_extract.generation.sampling import Sampling
 from jax_extract.inputs.arc import arc_samples, read_tasks
 from jax_extract.inputs.arc_augment import Augmentation
 from jax_extract.inputs.arc_encoders import ENCODERS, grid_encoder
+from jax_extract.inputs.slabs import PlanSettings
 from jax_extract.inputs.tokenize import TokenizedSample
 from jax_extract.store.storage.opening import open_storage
 from jax_extract.terminal import Terminal
+from models.positions import Positions
 
 NEAR_TIE = 1e-4  # of the two largest logits: below it, either token is right
 NEW_TOKENS = 64
@@ -175,7 +178,7 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(tmp_path: Path) -> Non
     ("change", "said"),
     [
         ({"max_new_tokens": 9}, "max_new_tokens"),
-        ({"temperature": 1.0}, "sampling"),
+        ({"temperature": 1.0}, "temperature is 0.0 and not 1.0"),
         ({"dtype": "bfloat16"}, "dtype"),
     ],
 )
@@ -248,7 +251,7 @@ def test_of_two_workers_who_answer_one_batch_the_first_one_counts(tmp_path: Path
     sample = TokenizedSample(0, "s0", np.zeros(3, np.int32), 3, {})
     batch = Batch(1, (sample,), 64)
     first, second = ([Answer(0, "s0", 3, (token,), False, "")] for token in (1, 2))
-    files = AnswerFiles(open_storage(str(tmp_path)))
+    files = AnswerFiles(open_storage(str(tmp_path)), most_tokens=4, vocab_size=9)
     files.start({}, allow_numeric_change=False)
     assert files.write(batch, first) == first
     assert files.write(batch, second) == first == files.read(batch)
@@ -394,6 +397,8 @@ def test_solutions_may_be_in_a_file_of_their_own(tmp_path: Path) -> None:
         ({"max_new_tokens": None, "temperature": 1.0}, r"--temperature is about answers"),
         ({"top_k": 5}, r"add --temperature"),
         ({"temperature": -1.0}, r"--temperature -1.0 must be 0"),
+        ({"temperature": 1e-38}, r"--temperature 1e-38 must be 0 .* or at least 1e-06"),
+        ({"seed": 2**32}, r"--seed 4294967296 must be from 0 to 4294967295"),
         ({"temperature": 1.0, "top_p": 1.5}, r"--top_p 1.5 must be above 0"),
         ({"temperature": 1.0, "top_k": 0}, r"--top_k 0 must be at least 1"),
         ({"solutions_file": "x.json"}, r"is for ARC tasks"),
@@ -429,6 +434,104 @@ def test_a_damaged_batch_of_answers_is_named_with_its_mend(tmp_path: Path) -> No
     path.write_text(path.read_text()[:-20])
     with pytest.raises(UserError, match=r"batch_000001.jsonl is damaged .* answered again"):
         generated(tiny_folder("llama"), inputs, tmp_path / "run", max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        ({"token_ids": [-5]}, "tokens that the model does not know"),
+        ({"token_ids": [1.5]}, "tokens that the model does not know"),
+        ({"token_ids": [1] * 5}, "none that was written here"),
+        ({"ended": "abc"}, "none that was written here"),
+        ({"sample_index": 9}, "other prompts"),
+        ({"prompt_tokens": 4}, "other prompts"),
+        ({"more": 1}, "is damaged"),
+    ],
+)
+def test_an_edited_answer_is_never_taken_for_the_model_s(edit: dict[str, Any], said: str, tmp_path: Path) -> None:
+    inputs, run = write_texts(tmp_path / "t.jsonl", random_ids((5, 8))), tmp_path / "run"
+    answers = generated(tiny_folder("llama"), inputs, run, max_new_tokens=4)
+    answers.sort(key=lambda answer: -answer["prompt_tokens"])  # as they lie in the batch
+    lines = [json.dumps(answers[0] | edit), json.dumps(answers[1])]
+    (run / "answers" / "batch_000001.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    with pytest.raises(UserError, match=said):
+        generated(tiny_folder("llama"), inputs, run, max_new_tokens=4, extracts=True, capture_answers=True)
+
+
+@pytest.mark.parametrize("value", [0, -1, "x", None, 2.5, [2]])
+def test_a_lying_batch_size_of_answers_is_told(value: object, tmp_path: Path) -> None:
+    inputs, run = write_texts(tmp_path / "t.jsonl", random_ids((5, 8))), tmp_path / "run"
+    generated(tiny_folder("llama"), inputs, run, max_new_tokens=4)
+    path = run / "answers" / "settings.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"samples_per_batch": value}))
+    with pytest.raises(UserError, match=r"settings.json is damaged \(its samples_per_batch is no number of prompts\)"):
+        generated(tiny_folder("llama"), inputs, run, max_new_tokens=4)
+
+
+def test_files_of_the_user_are_neither_removed_nor_written_over(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("submission.json", "score.json", "answers.jsonl"):
+        write_texts(run / name, random_ids((5,)))
+        before = snapshot(run)
+        inputs = run / name if name == "answers.jsonl" else write_texts(tmp_path / "t.jsonl", random_ids((5, 8)))
+        with pytest.raises(UserError, match=rf"{name} is there, and no answers were begun here|is where answers go"):
+            generated(tiny_folder("llama"), inputs, run, max_new_tokens=4, overwrite=name == "score.json")
+        assert {k: v for k, v in snapshot(run).items() if k in before} == before
+        (run / name).unlink()
+
+
+def test_answers_whose_settings_are_gone_are_not_taken_over(tmp_path: Path) -> None:
+    inputs, run = write_texts(tmp_path / "t.jsonl", random_ids((5, 8))), tmp_path / "run"
+    generated(tiny_folder("llama"), inputs, run, max_new_tokens=4)
+    (run / "answers" / "settings.json").unlink()
+    with pytest.raises(UserError, match=r"batch_000001.jsonl is there, and no answers were begun here"):
+        generated(tiny_folder("llama"), inputs, run, max_new_tokens=4, temperature=1.0)
+
+
+def test_answers_under_their_activations_are_not_overwritten_alone(tmp_path: Path) -> None:
+    inputs, run = write_texts(tmp_path / "t.jsonl", random_ids((5, 8))), tmp_path / "run"
+    options = {"max_new_tokens": 4, "temperature": 1.0}
+    generated(tiny_folder("llama"), inputs, run, extracts=True, capture_answers=True, **options)
+    before = snapshot(run)
+    with pytest.raises(UserError, match=r"holds activations of the answers that --overwrite would remove"):
+        generated(tiny_folder("llama"), inputs, run, overwrite=True, seed=2, **options)
+    assert snapshot(run) == before
+
+
+@pytest.mark.parametrize("value", ["abc", {"a": 1}, ["a"], [None], 1.5, True, -1, 10**12])
+def test_an_end_that_is_no_token_is_refused(value: object, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder("llama"), tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    inputs = write_texts(tmp_path / "t.jsonl", random_ids((5, 8)))
+    with pytest.raises(UserError, match=r"generation_config.json of .* has eos_token_id .*; expected a token id"):
+        generated(folder, inputs, tmp_path / "run", max_new_tokens=4)
+
+
+def test_the_smallest_temperature_draws_what_is_likeliest(tmp_path: Path) -> None:
+    inputs = write_texts(tmp_path / "t.jsonl", random_ids((5, 8)))
+    likeliest = generated(tiny_folder("llama"), inputs, tmp_path / "greedy", max_new_tokens=8)
+    assert generated(tiny_folder("llama"), inputs, tmp_path / "run", max_new_tokens=8, temperature=1e-6) == likeliest
+
+
+def test_prompts_are_read_in_few_slabs_with_hardly_any_padding() -> None:
+    lengths = sorted(np.random.default_rng(0).integers(20, 900, 64).tolist(), reverse=True)
+    samples = [TokenizedSample(i, f"s{i}", np.full(n, i, np.int32), n, {}) for i, n in enumerate(lengths)]
+    settings = PlanSettings(8, 8, 2_048, 16, 1_000, Positions("all"), 4, compile_tokens=1_000, packed=True)
+    computed, shapes = 0, set()
+    for reading in readings(batches_of(samples, 16, 1_000), 2, settings):
+        read: dict[int, np.ndarray] = {}
+        for slabs in reading.steps():
+            computed, shapes = computed + slabs.tokens.size, shapes | {slabs.tokens.shape}
+            for i, (row, row_lengths, rows) in enumerate(zip(slabs.tokens, slabs.lengths, slabs.rows, strict=True)):
+                ends = np.cumsum(row_lengths)
+                for start, end, place in zip(ends - row_lengths, ends, rows, strict=True):
+                    if start < end:
+                        read[reading.place(i, int(place))] = row[start:end]
+        for place, prompt in reading.prompts():
+            np.testing.assert_array_equal(read[place], prompt.token_ids)
+    assert computed <= 1.15 * sum(lengths)  # padded to the longest of each batch it is 1.24
+    assert len(shapes) <= 8
 
 
 def test_overwriting_answers_removes_them_and_nothing_of_the_user(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def _changed(**changes: Any) -> dict[str, Any]:
             {"sites": [{**site, "hook": "ffn_up", "width": 48} for site in SITES], "hook_points": ["ffn_up"]},
             "--hook_points was after_block, is now ffn_up",
         ),
-        ({"weights": "sha256:c"}, "--model_path is another model (other weights)"),
+        ({"weights": "sha256:c"}, "--model_path is another model, or --adapter another adapter (other weights)"),
         (
             {"sites": [{**site, "width": 64} for site in SITES], "weights": "sha256:c", "model_type": "llama"},
             "--model_path is another model (other architecture, weights)",

@@ -204,7 +204,7 @@ def test_other_weights_are_refused_with_exit_code_2_and_nothing_changed(
     assert main(["extract", *_words(other, tasks, finished)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
-    assert "--model_path is another model (other weights)" in error
+    assert "--model_path is another model, or --adapter another adapter (other weights)" in error
     assert snapshot(finished) == before
 
 

@@ -183,7 +183,7 @@ def estimate(config: ExtractConfig, terminal: Terminal, processes: Processes | N
     if config.capture_answers:
         raise UserError(
             "--capture_answers cannot be estimated before there are answers; leave it out for an estimate of the "
-            "prompts alone, or raise --n_samples by as much as answers add"
+            "prompts alone: answers add at most --max_new_tokens tokens to each"
         )
     processes = processes or join_processes(config)
     place, source, job = open_request(config, processes)

@@ -295,6 +295,7 @@ def run_of(config: ExtractConfig, job: Job, weights: Weights, settings: PlanSett
             **job.identity(),
             "shard_format": config.shard_format,
             "chat_template": config.chat_template,
+            "answers": config.capture_answers,
             "weights": weights.provenance(),
             "tokenizer_hash": tokenizer_digest(job.model.tokenizer),
             "plan_settings": settings.as_json(),

@@ -21,6 +21,7 @@ from jax_extract.store.ledger import to_json
 from jax_extract.store.storage.verbs import Storage
 
 FOLDER = "answers"
+SIZE = "samples_per_batch"  # the setting that says which prompts are in which batch
 NUMERICS = "numerics"  # the setting that a resumption may change, where the user allows it
 SETTINGS_FILE = f"{FOLDER}/settings.json"
 ANSWERS_FILE, SUBMISSION_FILE, SCORE_FILE = DERIVED = ("answers.jsonl", "submission.json", "score.json")
@@ -55,6 +56,18 @@ class Answer:
     def of_line(cls, line: str) -> Answer:
         fields = json.loads(line)
         return cls(**{**fields, "token_ids": tuple(fields["token_ids"])})
+
+    def require_of(self, prompt: TokenizedSample, most_tokens: int, vocab_size: int) -> None:
+        """ValueError where it is no answer to this prompt: somebody has edited it."""
+        if (self.sample_index, self.sample_id, self.prompt_tokens) != (
+            *(prompt.sample_index, prompt.sample_id),
+            prompt.length,
+        ):
+            raise ValueError("it holds answers to other prompts")
+        if not all(type(token) is int and 0 <= token < vocab_size for token in self.token_ids):
+            raise ValueError(f"the answer to {self.sample_id!r} has tokens that the model does not know")
+        if len(self.token_ids) > most_tokens or type(self.ended) is not bool or type(self.text) is not str:
+            raise ValueError(f"the answer to {self.sample_id!r} is none that was written here")
 
 
 @dataclass(frozen=True)
@@ -111,30 +124,43 @@ def own_first(batches: Sequence[Batch], worker: int, workers: int) -> list[Batch
 class AnswerFiles:
     """The answers that are there already, and those that are added."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, most_tokens: int, vocab_size: int) -> None:
+        """An answer has at most so many tokens, out of a vocabulary of that size."""
         self._storage = storage
+        self._most_tokens = most_tokens
+        self._vocab_size = vocab_size
 
     def settings(self) -> dict[str, Any] | None:
         """With which the answers here are given; None where there are none yet."""
         if not self._storage.exists(SETTINGS_FILE):
             return None
         with damage_is_told(self._storage.where(SETTINGS_FILE), "remove the folder to begin anew"):
-            return dict(json.loads(self._storage.read(SETTINGS_FILE)))
+            found = dict(json.loads(self._storage.read(SETTINGS_FILE)))
+            if type(found[SIZE]) is not int or found[SIZE] < 1:
+                raise ValueError(f"its {SIZE} is no number of prompts")
+            return found
 
     def start(self, settings: Mapping[str, Any], allow_numeric_change: bool) -> None:
-        """Keeps the settings; UserError where answers are here that were given with others."""
+        """Keeps the settings; UserError where answers are here that were given with others, or files of others."""
         self._storage.make(FOLDER)
         self._storage.require_plain(FOLDER)
+        ours = [f"{FOLDER}/{name}" for name in self._storage.entries(FOLDER) if _BATCH.fullmatch(name)]
+        ours += [name for name in DERIVED if self._storage.exists(name)]
+        if ours and not self._storage.exists(SETTINGS_FILE):
+            raise UserError(
+                f"{self._storage.where(ours[0])} is there, and no answers were begun here ({SETTINGS_FILE} is "
+                "missing); move it away, or choose another --activations_dir"
+            )
         try:
             self._storage.write(SETTINGS_FILE, to_json(settings))
         except FileExistsError:
             there = self.settings() or {}
             may_differ = {NUMERICS} if allow_numeric_change else set()
             if differing := [name for name in settings if there.get(name) != settings[name] and name not in may_differ]:
+                name, was, asked = _difference(differing[0], there.get(differing[0]), settings[differing[0]])
                 raise UserError(
-                    f"{self._storage.where(FOLDER)} holds answers of another run: their {differing[0]} is "
-                    f"{there.get(differing[0])!r:.60} and not {settings[differing[0]]!r:.60}; choose another "
-                    "--activations_dir, or remove them with --overwrite"
+                    f"{self._storage.where(FOLDER)} holds answers of another run: their {name} is {was!r:.60} and not "
+                    f"{asked!r:.60}; choose another --activations_dir, or remove them with --overwrite"
                 ) from None
 
     def read(self, batch: Batch) -> list[Answer] | None:
@@ -145,8 +171,8 @@ class AnswerFiles:
             return None
         with damage_is_told(self._storage.where(batch.name), "remove it, and its prompts are answered again"):
             found = [Answer.of_line(line) for line in content.decode("utf-8").splitlines()]
-            if [answer.sample_id for answer in found] != [sample.sample_id for sample in batch.samples]:
-                raise ValueError("it holds answers to other prompts")
+            for answer, prompt in zip(found, batch.samples, strict=True):
+                answer.require_of(prompt, self._most_tokens, self._vocab_size)
         return found
 
     def write(self, batch: Batch, answers: list[Answer]) -> list[Answer]:
@@ -178,6 +204,14 @@ class AnswerFiles:
             self._storage.delete(name)
         else:
             self._storage.replace(name, content)
+
+
+def _difference(name: str, was: Any, asked: Any) -> tuple[str, Any, Any]:
+    """Of two settings, the first value that differs, where they have several."""
+    if isinstance(was, dict) and isinstance(asked, dict):
+        name = next((key for key in asked if was.get(key) != asked[key]), name)
+        return name, was.get(name), asked.get(name)
+    return name, was, asked
 
 
 def inputs_digest(samples: Sequence[TokenizedSample]) -> str:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -40,8 +42,10 @@ from jax_extract.extraction.summary import tell_input, tell_model, tell_request
 from jax_extract.generation import arc
 from jax_extract.generation.answers import (
     ANSWERS_FILE,
+    DERIVED,
     NUMERICS,
     SCORE_FILE,
+    SIZE,
     SUBMISSION_FILE,
     Answer,
     AnswerFiles,
@@ -52,6 +56,7 @@ from jax_extract.generation.answers import (
     own_first,
 )
 from jax_extract.generation.program import NO_TOKEN, STEPS, AnswerProgram
+from jax_extract.generation.reading import Reading, readings
 from jax_extract.generation.sampling import Sampling
 from jax_extract.inputs.arc import ArcTask, read_tasks
 from jax_extract.inputs.sources import Source
@@ -59,6 +64,8 @@ from jax_extract.inputs.tokenize import InputCounts, TokenizedSample, tokenizer_
 from jax_extract.terminal import Terminal, plural, share_text
 from jax_extract.weights.load import Weights
 
+_NO_TOKEN_BEYOND = 2**31
+_FEW_ENDED = 0.5  # of answers
 _SHARE_OF_MEMORY = 0.5  # of a device, that whole parameters may take
 
 
@@ -75,6 +82,11 @@ def infer(config: ExtractConfig, *, extracts: bool = True, terminal: Terminal | 
         place.require_shared(processes)
         if config.capture_answers and not extracts:
             raise UserError("--capture_answers is about activations, which generate does not extract; leave it out")
+        if not extracts and config.overwrite and (run := place.find(processes)) and run.run["identity"].get("answers"):
+            raise UserError(
+                f"{place.storage} holds activations of the answers that --overwrite would remove; choose another "
+                "--activations_dir, or overwrite both with jax-extract extract --capture_answers True"
+            )
         if extracts and config.overwrite:
             begin_anew(place, processes)
         elif extracts:
@@ -129,7 +141,9 @@ class _Inference:
             weights = Weights(
                 self.job.model.checkpoint, self.job.model.port, self.job.model.config, self._layers, head=True
             )
-        files = AnswerFiles(self.place.storage)
+            self._require_own_input()
+        most, model = config.max_new_tokens or 0, self.job.model.config
+        files = AnswerFiles(self.place.storage, most, model.vocab_size)
         if config.overwrite:
             processes.of_first(files.erase)
         found = processes.of_first(files.settings) or {}
@@ -139,7 +153,7 @@ class _Inference:
         processes.require_equal("inputs, model, options or library versions", same, "make them the same on every host")
         processes.of_first(lambda: files.start(settings, config.allow_numeric_change))
         tell_input(self.source, counts, self.job, self.terminal)
-        size = settings["samples_per_batch"]
+        size = settings[SIZE]
         batches = batches_of(samples, size, self.job.prompt_length)
         numbers = set(processes.of_first(lambda: [b.number for b in batches if files.read(b) is not None]))
         with processes.together():
@@ -149,12 +163,27 @@ class _Inference:
         if pending:
             self._tell(samples, batches, pending, sampling)
             program = self._program(weights, sampling)
-            there |= _Answerer(self, program, files, size).run(pending)
+            plans = readings(batches, self.job.mesh.size, self.job.plan_settings(config))
+            by_number = {batch.number: plan for batch, plan in zip(batches, plans, strict=True)}
+            answerer = _Answerer(self, program, files, most)
+            there |= answerer.run([(batch, by_number[batch.number]) for batch in pending])
+            counts = answerer.counts
+        else:
+            counts = _Counts()
         found_answers = {answer.sample_index: answer for some in there.values() for answer in some}
         if processes.is_first:
-            self._conclude(files, found_answers, {sample.sample_index: sample for sample in samples}, tasks, solutions)
+            prompts = {sample.sample_index: sample for sample in samples}
+            self._conclude(files, found_answers, prompts, tasks, solutions, counts)
         processes.meet()
         return found_answers
+
+    def _require_own_input(self) -> None:
+        """UserError where the answers would be written over the input."""
+        given = self.config.tasks_file
+        if given and any(Path(given).resolve() == Path(self.place.storage.where(name)).resolve() for name in DERIVED):
+            raise UserError(
+                f"--tasks_file {given} is where answers go; give another --activations_dir, or move the input"
+            )
 
     @property
     def _layers(self) -> int:
@@ -163,9 +192,17 @@ class _Inference:
     @cached_property
     def stops(self) -> tuple[int, ...]:
         """The tokens that end an answer, as the model says, else its tokenizer."""
-        for said in (self.job.model.checkpoint.generation, self.job.model.checkpoint.config):
-            if (tokens := said.get("eos_token_id")) is not None:
-                return tuple(tokens) if isinstance(tokens, list) else (int(tokens),)
+        checkpoint = self.job.model.checkpoint
+        for where, said in (("generation_config.json", checkpoint.generation), ("config.json", checkpoint.config)):
+            if (found := said.get("eos_token_id")) is None:
+                continue
+            tokens = tuple(found) if isinstance(found, list) else (found,)
+            if not all(type(token) is int and 0 <= token < _NO_TOKEN_BEYOND for token in tokens):
+                raise UserError(
+                    f"{where} of {checkpoint.source} has eos_token_id {found!r:.40}; expected a token id, or a list "
+                    "of them"
+                )
+            return tokens
         end = self.job.model.tokenizer.eos_token_id
         return () if end is None else (int(end),)
 
@@ -187,7 +224,7 @@ class _Inference:
             "stops": list(self.stops),
             "dtype": self.job.numerics.dtype,
             NUMERICS: numerics_fingerprint(with_attention(self.job.numerics, self.job.mesh, self.job.model.config)),
-            "samples_per_batch": found.get("samples_per_batch", self.config.batch_size * self.job.mesh.size),
+            SIZE: found.get(SIZE, self.config.batch_size * self.job.mesh.size),
         }
 
     @refusing_exhaustion()
@@ -240,14 +277,15 @@ class _Inference:
         samples: Mapping[int, TokenizedSample],
         tasks: Mapping[str, ArcTask],
         solutions: arc.Solutions,
+        counts: _Counts,
     ) -> None:
         """Writes what the answers come to, and tells it."""
         files.put(ANSWERS_FILE, "".join(answer.to_line() for answer in in_order(answers)).encode())
         ended = sum(answer.ended for answer in answers.values())
         told = f"{plural(len(answers), 'answer')}, {share_text(ended / len(answers))} ended by the model"
+        told += f"; {counts}" if counts.read else "; all were there already"
+        self._advise(ended / len(answers))
         if self.source.kind != "arc":
-            files.put(SUBMISSION_FILE, None)
-            files.put(SCORE_FILE, None)
             self.terminal.line("answered", f"{told}: {self.place.storage.where(ANSWERS_FILE)}")
             return
         metas = ((answer, samples[answer.sample_index].meta) for answer in in_order(answers))
@@ -264,8 +302,32 @@ class _Inference:
                 "score",
                 f"{score.right} of {plural(score.inputs, 'test input')} right in two attempts "
                 f"({share_text(score.right / score.inputs)}), {score.right_at_once} at once; "
-                f"{score.tasks_right} of {plural(score.tasks, 'task')}; {score.without_grid} without a grid",
+                f"{score.tasks_right} of {plural(score.tasks, 'task')}; {score.without_grid} without a grid"
+                + (
+                    f"; {unknown} without a known solution, not counted"
+                    if (unknown := len(tried) - score.inputs)
+                    else ""
+                ),
             )
+
+    def _advise(self, ended: float) -> None:
+        """Where a chat model was not asked as it was trained to be, it hardly ever ends."""
+        has_template = bool(getattr(self.job.model.tokenizer, "chat_template", None))
+        if has_template and not self.config.chat_template and ended < _FEW_ENDED:
+            self.terminal.line("note", "the model's tokenizer has a chat template; --chat_template True asks with it")
+
+
+@dataclass
+class _Counts:
+    """What was done: tokens of prompts, tokens of answers, seconds."""
+
+    read: int = 0
+    written: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        tokens = f"{plural(self.read, 'token')} read and {self.written:,} written"
+        return f"{tokens} in {self.seconds:.1f} s, compiling included"
 
 
 @dataclass(frozen=True)
@@ -273,59 +335,75 @@ class _Answerer:
     """Answers batches, one after the other.
 
     Attributes:
-      size: prompts of a batch.
+      most: tokens of an answer.
+      counts: so far.
     """
 
     inference: _Inference
     program: AnswerProgram
     files: AnswerFiles
-    size: int
+    most: int
+    counts: _Counts = field(default_factory=_Counts)
 
-    def run(self, batches: Sequence[Batch]) -> dict[int, list[Answer]]:
-        most = self.inference.config.max_new_tokens or 0
+    def run(self, batches: Sequence[tuple[Batch, Reading]]) -> dict[int, list[Answer]]:
         done: dict[int, list[Answer]] = {}
-        total = most * sum(len(batch.samples) for batch in batches)
         processes = self.inference.processes
 
         def wind_up(_: float) -> str:
             return f"{plural(len(done), 'batch')} of this session answered"
 
+        total = sum(prompt.length + self.most for batch, _ in batches for prompt in batch.samples)
+        start = time.monotonic()
         with (
             self.inference.terminal.progress(total, "answer") as bar,
             on_preemption(wind_up, linger=processes.count > 1 and processes.is_first),
         ):
-            for batch in batches:
+            for batch, reading in batches:
                 if (there := self._by_another(batch)) is not None:
+                    bar.total -= sum(prompt.length + self.most for prompt in batch.samples)
                     done[batch.number] = there
                     continue
-                tokens = np.concatenate(list(self._steps(batch, most, bar)), axis=1)[:, :most]
-                answers = [self._answer(s, row) for s, row in zip(batch.samples, tokens, strict=False)]
+                answers = self._answers(batch, reading, bar)
                 done[batch.number] = self.files.write(batch, answers) if processes.is_first else answers
-                bar.total -= sum(most - len(answer.token_ids) for answer in done[batch.number])
+                bar.total -= sum(self.most - len(answer.token_ids) for answer in answers)
+        self.counts.seconds = time.monotonic() - start
         return done
 
     def _by_another(self, batch: Batch) -> list[Answer] | None:
         """What another independent worker has answered meanwhile."""
         return self.files.read(batch) if self.inference.config.worker_id is not None else None
 
+    def _answers(self, batch: Batch, reading: Reading, bar: Any) -> list[Answer]:
+        pieces = list(self._steps(batch, reading, bar))
+        tokens = np.concatenate(pieces, axis=1)[:, : self.most]
+        by_sample = {prompt.sample_index: tokens[place] for place, prompt in reading.prompts()}
+        return [self._answer(prompt, by_sample[prompt.sample_index]) for prompt in batch.samples]
+
     @refusing_exhaustion()
-    def _steps(self, batch: Batch, most: int, bar: Any) -> Iterator[np.ndarray]:
+    def _steps(self, batch: Batch, reading: Reading, bar: Any) -> Iterator[np.ndarray]:
         """int32 [rows, STEPS] until all answers have ended or are as long as they may be."""
-        devices = self.inference.job.mesh.size
-        tokens = np.zeros((-(-self.size // devices) * devices, batch.columns), np.int32)
-        lengths, samples = np.zeros(len(tokens), np.int32), np.zeros(len(tokens), np.int32)
-        for row, sample in enumerate(batch.samples):
-            tokens[row, : sample.length], lengths[row] = sample.token_ids, sample.length
-            samples[row] = sample.sample_index
-        columns = batch.columns + -(-most // STEPS) * STEPS
-        state = self.program.prompts(tokens, lengths, samples, columns)
-        for _ in range(0, most, STEPS):
+        lengths, samples = (np.zeros(reading.devices * reading.rows, np.int32) for _ in range(2))
+        for place, prompt in reading.prompts():
+            lengths[place], samples[place] = prompt.length, prompt.sample_index
+        columns = batch.columns + -(-self.most // STEPS) * STEPS
+        state = self.program.start(lengths, samples, batch.columns, columns)
+        for slabs in reading.steps():
+            state = self.program.read(state, slabs.tokens, slabs.lengths, slabs.rows)
+            jax.block_until_ready(state.token)  # what is told to be read has been
+            self._count(bar, read=int(slabs.lengths.sum()))
+        state = self.program.ready(state)
+        for at in range(0, self.most, STEPS):
             state, told, unfinished = self.program.answer(state)
             piece = np.asarray(told)
-            bar.update(int(np.sum(piece[: len(batch.samples)] != NO_TOKEN)))
+            self._count(bar, written=int(np.sum(piece[:, : self.most - at] != NO_TOKEN)))
             yield piece
             if not int(unfinished):
                 return
+
+    def _count(self, bar: Any, read: int = 0, written: int = 0) -> None:
+        bar.update(read + written)
+        self.counts.read += read
+        self.counts.written += written
 
     def _answer(self, sample: TokenizedSample, row: np.ndarray) -> Answer:
         tokens = tuple(int(token) for token in row[row != NO_TOKEN])

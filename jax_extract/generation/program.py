@@ -1,11 +1,12 @@
-"""The compiled steps of answering: prompts at once, then some tokens of every answer.
+"""The compiled steps of answering: prompts in slabs, then some tokens of every answer.
 
-In: a port, parameters with a head on a mesh, rows of one prompt each. Out: tokens. The bodies are written per device
+In: a port, parameters with a head on a mesh, slabs of prompts. Out: tokens. The bodies are written per device
 (`shard_map`): each device answers its own prompts, and only parameters and the answers themselves cross devices.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -55,7 +56,7 @@ class Answering:
 
 
 class AnswerProgram:
-    """Answers batches of prompts. Compiles once a number of rows and columns."""
+    """Answers batches of prompts. Compiles once a number of rows and columns, and once a shape of slabs."""
 
     def __init__(
         self,
@@ -73,37 +74,53 @@ class AnswerProgram:
         self._model = _Model(port, config, numerics, sampling, tuple(stops), make_gather(specs))
         # A step of one token reads every parameter and computes little: on a CPU, a copy out of a stack would take
         # most of its time. Accelerators read slices where they lie.
-        apart = platform_of(mesh) == "cpu"
+        has_layers_apart = platform_of(mesh) == "cpu"
         self._params = params
-        self._step_params = layers_apart(params, specs, mesh) if apart else params
-        self._specs, self._apart = specs, apart
-        layers = config.num_hidden_layers if apart else None
+        self._step_params = layers_apart(params, specs, mesh) if has_layers_apart else params
+        layers = config.num_hidden_layers if has_layers_apart else None
         step_specs = {**specs, STACKED: [jax.tree.map(_of_a_layer, specs[STACKED])] * layers} if layers else specs
-        self._state_specs = _state_specs(layers)
-        self._answer = jax.jit(
-            self._on_mesh(self._model.answer, (step_specs, self._state_specs), (self._state_specs, P(), P())),
+        stacked, stepped = _state_specs(None), _state_specs(layers)
+        self._start = jax.jit(
+            lambda columns, *given: self._on_mesh(
+                partial(self._model.start, columns), (BATCH_SPEC, BATCH_SPEC, P()), stacked
+            )(*given),
+            static_argnums=0,
+        )
+        self._read = jax.jit(
+            self._on_mesh(self._model.read, (specs, stacked, BATCH_SPEC, BATCH_SPEC, BATCH_SPEC), stacked),
             donate_argnums=1,
         )
-        self._read: dict[int, Any] = {}
+        self._ready = jax.jit(self._on_mesh(_ready, (stacked,), stepped)) if has_layers_apart else lambda state: state
+        self._answer = jax.jit(
+            self._on_mesh(self._model.answer, (step_specs, stepped), (stepped, P(), P())),
+            donate_argnums=1,
+        )
 
-    def prompts(self, tokens: np.ndarray, lengths: np.ndarray, samples: np.ndarray, columns: int) -> Answering:
-        """Reads prompts and chooses the first token of each answer; returns at once.
+    def start(self, lengths: np.ndarray, samples: np.ndarray, prompt_columns: int, columns: int) -> Answering:
+        """Answers none of whose prompts is read yet.
 
         Args:
-          tokens: int32 [devices * rows, prompt columns], padded on the right; the same on every host. The i-th device
-            of the mesh gets the i-th block of rows.
-          lengths: int32 [devices * rows], real tokens; 0 where a row is a dummy.
+          lengths: int32 [devices * rows], real tokens of each prompt, the same on every host; 0 where a row is a dummy.
+            The i-th device of the mesh gets the i-th block of rows.
           samples: int32 [devices * rows], places in the input.
+          prompt_columns: room for a prompt.
           columns: room for a prompt and its answer.
         """
-        if columns not in self._read:
-            read = self._on_mesh(
-                partial(self._model.read, columns=columns, apart_=self._apart),
-                (self._specs, BATCH_SPEC, BATCH_SPEC, BATCH_SPEC),
-                self._state_specs,
-            )
-            self._read[columns] = jax.jit(read)
-        return self._read[columns](self._params, *map(self._put, (tokens, lengths, samples)))
+        return self._start(columns, self._put(lengths), self._put(samples), np.int32(prompt_columns))
+
+    def read(self, state: Answering, tokens: np.ndarray, lengths: np.ndarray, rows: np.ndarray) -> Answering:
+        """Reads some of the prompts and chooses the first token of each answer; returns at once, `state` is used up.
+
+        Args:
+          tokens: int32 [devices * b, t], a slab of each device.
+          lengths: int32 [devices * b, n], real tokens of the prompts that lie in each row, one behind the other.
+          rows: int32 [devices * b, n], of the device's answers, whose prompts these are; one beyond where none is.
+        """
+        return self._read(self._params, state, *map(self._put, (tokens, lengths, rows)))
+
+    def ready(self, state: Answering) -> Answering:
+        """All prompts are read."""
+        return self._ready(state)
 
     def answer(self, state: Answering) -> tuple[Answering, Array, Array]:
         """`STEPS` more tokens of every answer; returns at once.
@@ -134,18 +151,21 @@ class _Model:
     stops: tuple[int, ...]
     gather: Gather
 
-    def read(
-        self, params: Parameters, tokens: Array, lengths: Array, samples: Array, columns: int, apart_: bool
-    ) -> Answering:
-        """Prompts [b, t] into a cache of so many columns; a list of layers where they are to be apart."""
+    def start(self, columns: int, lengths: Array, samples: Array, prompt_columns: Array) -> Answering:
         config = self.config
-        rows = Packing(lengths[:, None], tokens.shape[1])
-        heads = (config.num_key_value_heads, config.head_dim)
-        memory = Prefill.start(rows.positions, lengths, columns, config.num_hidden_layers, heads, self.numerics.dtype)
-        logits, memory = self._logits(params, tokens, rows, memory)
-        cache = apart(memory.cache) if apart_ else memory.cache
-        step = jnp.int32(0)
-        return Answering(cache, self.sampling.choose(logits, samples, step), lengths == 0, samples, step)
+        shape = (config.num_hidden_layers, config.num_key_value_heads, columns, config.head_dim)
+        cache = KeyValueCache.empty(lengths, prompt_columns, shape, self.numerics.dtype)
+        return Answering(cache, jnp.zeros_like(lengths), lengths == 0, samples, jnp.int32(0))
+
+    def read(self, params: Parameters, state: Answering, tokens: Array, lengths: Array, rows: Array) -> Answering:
+        """Prompts [b, t] into the cache, and the first token of their answers."""
+        packing = Packing(lengths, tokens.shape[1])
+        memory = Prefill.into(state.cache, packing, rows)
+        logits, memory = self._logits(params, tokens, packing, memory)
+        rows = rows.reshape(-1)
+        whose = jnp.take(state.samples, rows, mode="clip")
+        first = self.sampling.choose(logits.reshape(rows.size, -1), whose, state.step)
+        return dataclasses.replace(state, cache=memory.cache, token=state.token.at[rows].set(first, mode="drop"))
 
     def answer(self, params: Parameters, state: Answering) -> tuple[Answering, Array, Array]:
         """`STEPS` tokens; how many answers are unfinished is counted over all devices."""
@@ -159,7 +179,7 @@ class _Model:
             finished = state.finished | jnp.isin(state.token, jnp.asarray(self.stops, jnp.int32))
             memory = Decoding(state.cache, state.step)
             logits, memory = self._logits(params, state.token[:, None], one, memory)
-            chosen = self.sampling.choose(logits, state.samples, state.step + 1)
+            chosen = self.sampling.choose(logits[:, 0], state.samples, state.step + 1)
             return Answering(memory.cache, chosen, finished, state.samples, state.step + 1), tokens
 
         # All devices take as many steps, so that parameters can be gathered in each.
@@ -169,12 +189,16 @@ class _Model:
         return state, told, jax.lax.psum(jnp.sum(~state.finished, dtype=jnp.int32), BATCH_AXES)
 
     def _logits(self, params: Parameters, tokens: Array, rows: Packing, memory: Any) -> tuple[Array, Any]:
-        """Of the last token of each row, float32 [b, vocab]."""
+        """Of the last token of each sample, float32 [b, samples of a row, vocab]."""
         config = self.config
         taps = Taps.start(_LAST_ROW, config.num_hidden_layers, rows, {"final_norm": config.hidden_size})
         taps, memory = self.port.forward(config, params, tokens, taps, memory, self.numerics, self.gather)
         normed = taps.buffers["final_norm"][0]
-        return self.port.logits(config, params, normed, self.numerics, self.gather)[:, 0], memory
+        return self.port.logits(config, params, normed, self.numerics, self.gather), memory
+
+
+def _ready(state: Answering) -> Answering:
+    return dataclasses.replace(state, cache=apart(state.cache))
 
 
 def layers_apart(params: Parameters, specs: Parameters, mesh: Mesh) -> Parameters:

@@ -14,6 +14,9 @@ from jax import Array
 
 from jax_extract.errors import UserError
 
+_LARGEST_SEED = 2**32 - 1  # more than that a key does not keep
+_LEAST_TEMPERATURE = 1e-6
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -34,8 +37,12 @@ class Sampling:
 
     def check(self) -> None:
         """UserError where a value makes no sense, or would be without effect."""
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"--temperature {self.temperature} must be 0 (the likeliest token) or a positive number")
+        if self.temperature != 0 and not _LEAST_TEMPERATURE <= self.temperature < float("inf"):
+            raise UserError(
+                f"--temperature {self.temperature} must be 0 (the likeliest token) or at least {_LEAST_TEMPERATURE}"
+            )
+        if not 0 <= self.seed <= _LARGEST_SEED:
+            raise UserError(f"--seed {self.seed} must be from 0 to {_LARGEST_SEED} where answers are drawn")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"--top_k {self.top_k} must be at least 1; leave it out for all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -47,6 +54,8 @@ class Sampling:
         """int32 [b] of logits float32 [b, vocab]; `samples` int32 [b] are places in the input, `step` a scalar."""
         if self.temperature == 0:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        # Below the largest, so that no temperature makes infinity of it.
+        logits = logits - jnp.max(logits, axis=-1, keepdims=True)
         logits = self.restricted(logits / jnp.float32(self.temperature))
         keys = jax.vmap(lambda sample: jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), sample), step))
         return jax.vmap(jax.random.categorical)(keys(samples), logits).astype(jnp.int32)

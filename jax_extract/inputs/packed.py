@@ -41,15 +41,27 @@ def packed_batches(
     if shapes:
         most = settings.most_tokens(settings.max_length)
         split = [_cheapest(itertools.islice(_splits(hand, most), _WAYS), shapes) for hand in hands]
+        filled = _filled(split, shapes)
     else:
-        most = settings.most_tokens(ordered[0].length)
-        split = [next(_splits(hand, most)) for hand in hands]
-        shapes = _choose_shapes([_tokens(slab) for hand in split for slab in hand], settings, more_to_come)
-    filled = [[(_fitting(shapes, _tokens(slab)), [slab]) for slab in hand] for hand in split]
+        shapes, filled = packed_slabs(hands, settings, more_to_come)
     full = len(samples) // settings.rows
     filled = sorted(filled[:full], key=_largest, reverse=True) + filled[full:]
     size = settings.samples_per_batch // settings.rows
     return shapes, [[slab for hand in filled[at : at + size] for slab in hand] for at in range(0, len(filled), size)]
+
+
+def packed_slabs(
+    hands: list[Hand], settings: PlanSettings, more_to_come: bool = False
+) -> tuple[Shapes, list[list[FilledSlab]]]:
+    """Hands as they are given, each in slabs of its own."""
+    most = settings.most_tokens(max(sample.length for hand in hands for sample in hand))
+    split = [next(_splits(hand, most)) for hand in hands]
+    shapes = _choose_shapes([_tokens(slab) for hand in split for slab in hand], settings, more_to_come)
+    return shapes, _filled(split, shapes)
+
+
+def _filled(split: list[list[Hand]], shapes: Shapes) -> list[list[FilledSlab]]:
+    return [[(_fitting(shapes, _tokens(slab)), [slab]) for slab in hand] for hand in split]
 
 
 def _tokens(hand: Iterable[TokenizedSample]) -> int:

@@ -31,6 +31,12 @@ def padded_batches(
     return shapes, [list(_slabs(ordered[at : at + size], shapes)) for at in range(0, len(ordered), size)]
 
 
+def padded_slabs(batches: list[list[TokenizedSample]], settings: PlanSettings) -> tuple[Shapes, list[list[FilledSlab]]]:
+    """Batches as they are given, the longest samples first, each in slabs of its own."""
+    shapes = _choose_shapes([sample.length for batch in batches for sample in batch], settings, more_to_come=False)
+    return shapes, [list(_slabs(batch, shapes)) for batch in batches]
+
+
 def _slabs(batch: list[TokenizedSample], shapes: Shapes) -> Iterator[FilledSlab]:
     first = 0
     while first < len(batch):

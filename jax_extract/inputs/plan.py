@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from jax_extract.inputs.packed import packed_batches
-from jax_extract.inputs.padded import padded_batches
+from jax_extract.inputs.packed import packed_batches, packed_slabs
+from jax_extract.inputs.padded import padded_batches, padded_slabs
 from jax_extract.inputs.slabs import FilledSlab, PlanSettings, Shapes, Slab
 from jax_extract.inputs.tokenize import TokenizedSample
 
@@ -84,6 +84,11 @@ def plan_windows(
         batch += len(batches)
         digest = hashlib.sha256("".join([digest, *(part.digest for part in parts)]).encode()).hexdigest()
         yield Window(number, parts, shapes, digest, not following)
+
+
+def slabs_of(batches: list[list[TokenizedSample]], settings: PlanSettings) -> tuple[Shapes, list[list[FilledSlab]]]:
+    """Batches that somebody else has made, the longest samples first, in slabs; and the shapes that these have."""
+    return (packed_slabs if settings.packed else padded_slabs)(batches, settings)
 
 
 def _parts(batch: int, slabs: list[FilledSlab], settings: PlanSettings) -> Iterator[Part]:

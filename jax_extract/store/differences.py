@@ -14,6 +14,7 @@ _FLAGS = {
     "plan_settings.rows": "--batch_size",
     "plan_settings.slab_tokens": "--slab_tokens",
     "plan_settings.max_length": "--max_seq_length",
+    "answers": "--capture_answers",
     **{name: f"--{name}" for name in ("positions", "capture_dtype", "shard_format", "chat_template", "dtype")},
 }
 # What follows from other keys, which say it better.
@@ -37,7 +38,8 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
         if said:  # which explains this: other layers load other weights
             keys = [key for key in keys if key != "weights"]
     if of_model := [name for key, name in _OF_A_MODEL.items() if key in keys]:
-        said.insert(0, f"--model_path is another model (other {', '.join(of_model)})")
+        adapted = ", or --adapter another adapter" if of_model == ["weights"] else ""
+        said.insert(0, f"--model_path is another model{adapted} (other {', '.join(of_model)})")
     for key in keys:
         if key not in (*_OF_A_MODEL, *_SITES) and not any(reason in keys for reason in _FOLLOWS.get(key, ())):
             said.append(_change(_FLAGS.get(key, key), before.get(key), after.get(key)))

@@ -78,6 +78,8 @@ class AdaptedCheckpoint:
         embeddings = ("embedding", "position_embedding")
         self._turned |= {name for path in embeddings if path in sources for name in sources[path].names}
         self._merged, self._replaced = self._by_stored_name()
+        if not self._merged and not self._replaced:
+            raise UserError(f"{folder / _WEIGHTS} holds nothing that changes this model; save the adapter again")
 
     def names(self) -> frozenset[str]:
         return self._base.names() | set(self._alias)
@@ -180,8 +182,8 @@ class AdaptedCheckpoint:
         replaced: dict[str, str] = {}
         for name in sorted(self._file.names()):
             path = name.removeprefix(_WRAPPER).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-            if "lora_" in path or path.startswith(_TASK_HEADS):
-                continue
+            if "lora_" in path or path.startswith(_TASK_HEADS) or ".original_module." in path:
+                continue  # what a module saved whole has taken the place of is saved too, where biases are
             stored = self._stored(path, path)
             if self._file.shape(name) != self.shape(stored):
                 raise UserError(
@@ -211,8 +213,8 @@ class AdaptedCheckpoint:
         expected = shape[::-1] if self._is_turned(name) else shape
         if len(down) != 2 or len(up) != 2 or (up[0], down[1]) != expected:  # noqa: PLR2004 (matrices)
             raise UserError(
-                f"{module.path} in {self.adapter} is of a matrix {(up[0], down[-1])} and the model's is {expected}; it "
-                "is another model's adapter"
+                f"{module.path} in {self.adapter} has factors of shapes {up} and {down} and the model's matrix is "
+                f"{expected}; it is another model's adapter"
             )
         for part in ("lora_magnitude_vector", "lora_B.bias"):
             if part in module.tensors and self._file.shape(module.tensors[part]) != up[:1]:
@@ -220,6 +222,12 @@ class AdaptedCheckpoint:
                     f"{part} of {module.path} in {self.adapter} has shape {self._file.shape(module.tensors[part])} "
                     f"where {up[:1]} is expected; the adapter is damaged"
                 )
+        has_magnitude, is_dora = "lora_magnitude_vector" in module.tensors, bool(self._settings.get("use_dora"))
+        if has_magnitude != is_dora:
+            raise UserError(
+                f"{module.path} in {self.adapter} {'has' if has_magnitude else 'lacks'} a magnitude vector where "
+                f"{_CONFIG} has use_dora {is_dora}; settings and weights do not belong together"
+            )
         if not down[0] == up[1] == self._rank(module):
             raise UserError(
                 f"{module.path} in {self.adapter} has rank {down[0]} where {_CONFIG} says {self._rank(module)}; "
@@ -274,6 +282,9 @@ def _refuse_other_kinds(settings: Mapping[str, Any], folder: Path) -> None:
             f"the adapter in {folder} has {', '.join(map(repr, strange))}, which cannot be merged here; merge it with "
             "PEFT (merge_and_unload) and give the saved model as --model_path"
         )
+    for key in ("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out"):
+        if settings.get(key) not in (None, True, False):
+            raise UserError(f"{_CONFIG} in {folder} has {key} {settings[key]!r:.40}; expected true or false")
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = settings.get(key) or {}
         if not isinstance(patterns, dict):

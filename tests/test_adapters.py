@@ -268,7 +268,7 @@ def test_an_adapter_that_does_not_fit_is_refused(change: str, said: str, lora: P
 def test_an_adapter_of_the_hub_is_kept_with_its_commit(lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def download(repo_id: str, revision: str | None) -> tuple[Path, str]:
+    def download(repo_id: str, revision: str | None, *_: str) -> tuple[Path, str]:
         asked.append((repo_id, revision))
         return lora, "5f0b02c75b57"
 
@@ -277,6 +277,11 @@ def test_an_adapter_of_the_hub_is_kept_with_its_commit(lora: Path, monkeypatch: 
     assert model.checkpoint.adapter == "owner/name@5f0b02c75b57"
     prepare.OpenModel.open(str(tiny_folder("llama")), adapter=model.checkpoint.adapter)
     assert asked == [("owner/name", None), ("owner/name", "5f0b02c75b57")]
+
+
+def test_an_adapter_given_as_the_model_is_told(lora: Path) -> None:
+    with pytest.raises(UserError, match=r"holds an adapter; give it as --adapter"):
+        prepare.OpenModel.open(str(lora))
 
 
 def test_nothing_is_written_before_an_adapter_is_refused(lora: Path, tmp_path: Path) -> None:

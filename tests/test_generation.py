@@ -322,9 +322,20 @@ def test_a_grid_is_found_at_the_beginning_of_an_answer(encoder: str) -> None:
     grid = np.array([[0, 1, 2], [9, 8, 7]], np.int8)
     text = code.encode(grid)
     for answer in (text, f"\n{text}\n", f"{text}\n\ninput:\n{text}", f"{text}\nand so on"):
-        np.testing.assert_array_equal(code.find(answer), grid)
+        np.testing.assert_array_equal(code.find(answer, True), grid)
     for nothing in ("", "no grid", f"The answer is {text}", "\n\n"):
-        assert code.find(nothing) is None
+        assert code.find(nothing, True) is None
+
+
+@pytest.mark.parametrize("encoder", sorted(ENCODERS))
+def test_an_answer_that_breaks_off_within_a_grid_has_none(encoder: str) -> None:
+    text = grid_encoder(encoder).encode(np.array([[0, 1, 2], [9, 8, 7], [3, 4, 5]], np.int8))
+    meta = {"encoder": encoder}
+    for cut in range(1, len(text)):
+        assert arc.predicted_grid(text[:cut], False, meta) is None, text[:cut]
+    for goes_on in (f"{text}\n\n", f"{text}\nSo"):
+        assert arc.predicted_grid(goes_on, False, meta) is not None
+    assert arc.predicted_grid(text, True, meta) is not None
 
 
 def test_predictions_of_augmented_prompts_are_turned_back_and_vote(tmp_path: Path) -> None:
@@ -338,7 +349,7 @@ def test_predictions_of_augmented_prompts_are_turned_back_and_vote(tmp_path: Pat
         if "augmentation" in sample.meta:
             right = Augmentation.from_json(sample.meta["augmentation"]).apply_grid(solution)
         text = wrong if number == 0 else "?" if number == 1 else grid_encoder("digits").encode(right)
-        predictions.append((("task000", 0), arc.predicted_grid(text, sample.meta)))
+        predictions.append((("task000", 0), arc.predicted_grid(text, True, sample.meta)))
     tried = arc.attempts(predictions)
     np.testing.assert_array_equal(tried["task000", 0][0], solution)
     assert arc.submission(tried, tasks) == {

@@ -24,9 +24,12 @@ Solutions = Mapping[Asked, Grid]
 _NO_GRID = [[0]]  # a submission has to hold one
 
 
-def predicted_grid(text: str, meta: Mapping[str, Any]) -> Grid | None:
-    """The grid that an answer begins with, any augmentation of its task undone; None where it begins with none."""
-    grid = grid_encoder(meta["encoder"]).find(text)
+def predicted_grid(text: str, ended: bool, meta: Mapping[str, Any]) -> Grid | None:
+    """The grid that an answer begins with, any augmentation of its task undone; None where it begins with none.
+
+    An answer that the model did not end may break off within a grid, which is then none.
+    """
+    grid = grid_encoder(meta["encoder"]).find(text, ended)
     if grid is None or "augmentation" not in meta:
         return grid
     return Augmentation.from_json(meta["augmentation"]).invert_grid(grid)

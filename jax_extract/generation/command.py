@@ -290,7 +290,8 @@ class _Inference:
             return
         metas = ((answer, samples[answer.sample_index].meta) for answer in in_order(answers))
         tried = arc.attempts(
-            ((meta["task_id"], meta["test_index"]), arc.predicted_grid(answer.text, meta)) for answer, meta in metas
+            ((meta["task_id"], meta["test_index"]), arc.predicted_grid(answer.text, answer.ended, meta))
+            for answer, meta in metas
         )
         files.put(SUBMISSION_FILE, json.dumps(arc.submission(tried, tasks)).encode())
         self.terminal.line("answered", f"{told}: {self.place.storage.where(SUBMISSION_FILE)}")

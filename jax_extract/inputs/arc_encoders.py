@@ -27,12 +27,13 @@ class GridEncoder:
     Attributes:
       encode: the grid's text, rows from top to bottom, without a final newline.
       decode: the grid of such a text, white space around it ignored; ValueError where it is no grid.
-      find: the grid that an answer begins with, whatever follows it; None where it begins with none.
+      find: (answer, whole) -> the grid that it begins with, whatever follows that; None where it begins with none, or
+        where it is not whole and breaks off so early that its rest could have been more rows.
     """
 
     encode: Callable[[Grid], str]
     decode: Callable[[str], Grid]
-    find: Callable[[str], Grid | None]
+    find: Callable[[str, bool], Grid | None]
 
 
 def grid_encoder(name: str) -> GridEncoder:
@@ -71,16 +72,24 @@ def _decode_symbols(text: str, first: str, gap: str) -> Grid:
     return grid_from_rows(rows)
 
 
-def _find_symbols(text: str, first: str, gap: str) -> Grid | None:
+def _find_symbols(text: str, whole: bool, first: str, gap: str) -> Grid | None:
     """The first lines, as many as have symbols alone and are as long as the first one."""
     symbols = {chr(ord(first) + colour) for colour in range(COLOURS)}
     rows: list[str] = []
-    for line in (line.rstrip() for line in text.lstrip().split("\n")):
+    lines = [line.rstrip() for line in text.lstrip().split("\n")]
+    for line in lines:
         cells = line.split(gap) if gap else list(line)
         if not cells or not symbols.issuperset(cells) or (rows and len(line) != len(rows[0])):
             break
         rows.append(line)
+    if not whole and _may_go_on(lines[len(rows) :], symbols | {gap}, len(lines[0])):
+        return None
     return _grid_or_none(_symbols(first, gap), "\n".join(rows))
+
+
+def _may_go_on(behind: list[str], symbols: set[str], width: int) -> bool:
+    """Whether what stands behind rows of this width can be the beginning of one more."""
+    return not behind or (len(behind) == 1 and len(behind[0]) < width and symbols.issuperset(behind[0]))
 
 
 def _encode_json(grid: Grid) -> str:
@@ -95,7 +104,7 @@ def _decode_json(text: str) -> Grid:
     return grid_from_rows(rows)
 
 
-def _find_json(text: str) -> Grid | None:
+def _find_json(text: str, _: bool) -> Grid | None:
     try:
         _, end = json.JSONDecoder().raw_decode(text.lstrip())
     except (ValueError, RecursionError):

@@ -68,7 +68,9 @@ class Ledger:
     def open(cls, storage: Storage) -> Ledger:
         """Opens an existing run; UserError where there is none or it is of another format version."""
         if not storage.exists(RUN_FILE):
-            raise UserError(f"{storage} holds no run ({RUN_FILE} is missing); give the --activations_dir of one")
+            raise UserError(
+                f"{storage} holds no run ({RUN_FILE} is missing); give the --activations_dir of an extraction"
+            )
         storage.require_plain("_run")
         run = read_json(storage, RUN_FILE)
         if run.get("format_version") != FORMAT_VERSION:

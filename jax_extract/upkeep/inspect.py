@@ -111,9 +111,13 @@ def _inspect_run(run: Run, path: str) -> None:
     print(
         f"  {plural(meta['total_samples'], 'sample')}, {plural(meta['total_tokens'], 'token')}, "
         f"{plural(meta['total_rows'], 'row')} a site (positions {meta['positions']}), {bytes_text(meta['total_bytes'])}"
+        + (", prompts with their answers" if meta.get("answers") else "")
     )
+    everywhere = sorted({site.hook for site in run.sites if site.layer is None}, key=run.hook_points.index)
+    layered = [hook for hook in run.hook_points if hook not in everywhere]
+    captured = [f"{', '.join(layered)} at layers {ranges_text(run.layers)}"] if layered else []
     print(
-        f"  {', '.join(run.hook_points)}" + (f" at layers {ranges_text(run.layers)}" if run.layers else "") + f"; "
+        f"  {'; '.join(captured + everywhere)}; "
         f"computed in {meta['numerics']['dtype']}, stored as {meta['capture_dtype']} in {meta['shard_format']}"
     )
     for place, parts in Counter(str(part.storage) for part in run.parts if isinstance(part, FilePart)).items():

@@ -261,7 +261,7 @@ def open_adapter(base: Checkpoint, adapter: str, port: Port) -> AdaptedCheckpoin
             )
         from jax_extract.weights.hub import download
 
-        folder, commit = download(hub_id, revision or None)
+        folder, commit = download(hub_id, revision or None, "adapter", "--adapter")
         adapter = f"{hub_id}@{commit}"  # which finds the same one again, whatever is newest then
     return AdaptedCheckpoint(base, folder, port, adapter)
 

@@ -75,6 +75,8 @@ def open_checkpoint(model_path: str, revision: str | None = None) -> Checkpoint:
     """Finds out what `model_path` is; UserError where it is nothing that can be read."""
     path = user_path(model_path, "--model_path")
     if path.is_dir():
+        if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+            raise UserError(f"{model_path} holds an adapter; give it as --adapter, and its base model as --model_path")
         if not (path / "config.json").exists() and len(ggufs := sorted(path.glob("*.gguf"))) == 1:
             path = ggufs[0]
         else:

@@ -13,8 +13,11 @@ from jax_extract.errors import UserError
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
-def download(repo_id: str, revision: str | None) -> tuple[Path, str]:
-    """(snapshot folder, commit); uses the local cache first when the hub cannot be reached."""
+def download(repo_id: str, revision: str | None, what: str = "model", flag: str = "--model_path") -> tuple[Path, str]:
+    """(snapshot folder, commit) of a model, or of something else that a flag names.
+
+    The local cache is used first when the hub cannot be reached.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -28,16 +31,14 @@ def download(repo_id: str, revision: str | None) -> tuple[Path, str]:
     try:
         folder = snapshot_download(repo_id, revision=revision, allow_patterns=_WANTED, etag_timeout=5)
     except GatedRepoError:
-        raise UserError(f"model {repo_id!r} is gated; accept its licence on the hub and log in with a token") from None
+        raise UserError(f"{what} {repo_id!r} is gated; accept its licence on the hub and log in with a token") from None
     except RevisionNotFoundError:
-        raise UserError(
-            f"model {repo_id!r} has no revision {revision!r}; leave --revision out for the newest"
-        ) from None
+        raise UserError(f"{what} {repo_id!r} has no revision {revision!r}; leave it out for the newest") from None
     except RepositoryNotFoundError:
-        raise UserError(f"model {repo_id!r} is neither a local folder nor a public model of the hub") from None
+        raise UserError(f"{what} {repo_id!r} is neither a local folder nor public on the hub") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError):
         raise UserError(
-            f"model {repo_id!r} is not a local folder, and the hub cannot be reached from here; "
-            "download it where there is a network and give its folder as --model_path"
+            f"{what} {repo_id!r} is not a local folder, and the hub cannot be reached from here; "
+            f"download it where there is a network and give its folder as {flag}"
         ) from None
     return Path(folder), Path(folder).name

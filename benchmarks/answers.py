@@ -112,10 +112,11 @@ def ours(job: dict[str, Any]) -> Commands:
     import jax
     import numpy as np
 
-    from jax_extract.extraction.prepare import OpenModel, compute_numerics, open_mesh, with_attention
+    from jax_extract.extraction.jax_backend import compute_numerics, open_mesh, with_attention
     from jax_extract.generation.program import STEPS, AnswerProgram
     from jax_extract.generation.sampling import Sampling
     from jax_extract.weights.load import Weights
+    from jax_extract.weights.open_model import OpenModel
 
     model, mesh = OpenModel.open(job["model"]), open_mesh(None)
     numerics = with_attention(compute_numerics(job["dtype"]), mesh, model.config)

@@ -22,6 +22,7 @@ from jax_extract.store.storage.verbs import BUCKET_SCHEME
 from models.hooks import DEFAULT_HOOK_POINT
 
 _LARGEST = 2**31 - 1
+_OF_JAX = ("mesh_shape", "max_new_tokens", "explain", "coordinator_address")
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,13 @@ class ExtractConfig:
       layers_to_extract: layers, counted from 0; by default 10 to 23, or what the model has of them.
       hook_points: where in the block, by name, TransformerLens name or glob.
       positions: which tokens: all, last, mean, first:n, every:k, at:i,j,…
+      backend: jax, or torch for any causal language model that Hugging Face has, by forward hooks, on one device.
+      device: of the torch backend: cpu, cuda or cuda:N; by default the first GPU, if there is one.
       dtype: of the computation; by default bfloat16 on TPU and GPU, float32 on CPU.
       capture_dtype: of the stored values.
-      shard_format: pickle, npz or safetensors.
+      shard_format: pickle, npz, safetensors or pt.
+      one_file_per_layer: everything of a layer in one file, called layer_10.pt (or .pkl …) without a number; for
+        positions that give one row a sample.
       activations_dir: directory or gs://bucket/prefix where the run is written; the same command again resumes it.
       batch_size: sequences per device.
       mesh_shape: DATA,MODEL over all devices; by default all on DATA.
@@ -97,9 +102,12 @@ class ExtractConfig:
     layers_to_extract: tuple[int, ...] | None = None
     hook_points: tuple[str, ...] = (DEFAULT_HOOK_POINT,)
     positions: str = "last"
+    backend: Literal["jax", "torch"] = "jax"
+    device: str | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     capture_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    shard_format: Literal["pickle", "npz", "safetensors"] = "pickle"
+    shard_format: Literal["pickle", "npz", "safetensors", "pt"] = "pickle"
+    one_file_per_layer: bool = False
     activations_dir: str = "activations"
     batch_size: int = 8
     mesh_shape: str | None = None
@@ -124,11 +132,32 @@ class ExtractConfig:
         for field in dataclasses.fields(self):
             _check_type(field.name, getattr(self, field.name))
         check_captures(self)
+        if self.one_file_per_layer and self.positions not in ("last", "mean"):
+            raise UserError(
+                f"--one_file_per_layer is for positions last and mean, which give one row a sample, and not for "
+                f"{self.positions!r}: such files would have no limit; leave it out"
+            )
         if self.host_memory_gb is not None and not 0 < self.host_memory_gb < _LARGEST:
             raise UserError(f"--host_memory_gb {self.host_memory_gb} must be a positive number of gigabytes")
+        self._check_backend()
         self._check_answers()
         self._check_places()
         self._check_processes()
+
+    def _check_backend(self) -> None:
+        if self.backend == "jax":
+            if self.device is not None:
+                raise UserError(f"--device {self.device} is of --backend torch; JAX has its devices by --mesh_shape")
+            return
+        for name in _OF_JAX:
+            if getattr(self, name) not in (None, False):
+                raise UserError(
+                    f"--{name} is of --backend jax, and --backend torch computes on one device; leave it out"
+                )
+        if self.distributed == "on":
+            raise UserError(
+                "--distributed on is of --backend jax; on several GPUs give each a command with --worker_id"
+            )
 
     def _check_answers(self) -> None:
         if self.max_new_tokens is not None:

@@ -1,6 +1,6 @@
 """What a model port gives to the rest: the contract between one architecture's file and its callers.
 
-In: nothing. Out: `TensorSource`, `ModelConfig` and `Port`, the types that weight loading,
+In: nothing. Out: `TensorSource`, `ModelConfig`, `Family` and `Port`, the types that weight loading,
 sharding and the compiled program are written against, so that they know no architecture.
 """
 
@@ -77,18 +77,31 @@ class ModelConfig(Protocol):
 
 
 @dataclass(frozen=True)
-class Port:
-    """One architecture: pure functions over its frozen configuration.
+class Family:
+    """What of an architecture its callers need, whoever computes it.
 
     Attributes:
-      config: config.json as a dictionary -> the port's configuration; refuses what it does not understand.
+      config: config.json as a dictionary -> the configuration; refuses what is not understood.
       hook_points: configuration -> the hook points this architecture has.
+      modules: configuration -> where Hugging Face's base model has each hook point.
+      prefix: of all tensors but the head, absent where only the base model was saved.
+    """
+
+    config: Callable[[Mapping[str, Any]], Any]
+    hook_points: Callable[[Any], HookPoints]
+    modules: Callable[[Any], Mapping[str, Module]]
+    prefix: str
+
+
+@dataclass(frozen=True)
+class Port(Family):
+    """An architecture that is computed here: pure functions over its frozen configuration.
+
+    Attributes:
       structure: (configuration, blocks, dtype, head) -> the NNX module that names and shapes the parameters, those of
         the head among them if asked for; call it under `nnx.eval_shape`.
       sources: (configuration) -> parameter path (dotted) -> where it comes from, the head's included.
       unused_tensors: (configuration) -> names that a checkpoint may have and the forward never reads.
-      prefix: of all tensors but the head, absent where only the base model was saved.
-      modules: (configuration) -> where Hugging Face's base model has each hook point.
       forward: (configuration, parameters, tokens int32 [b, t], taps, attention, numerics, gather) -> taps filled, and
         attention with what it remembers. Runs `taps.num_blocks` blocks, whose parameters `gather` makes whole of this
         device's shards at the moment they are needed; `taps.packing` says whose the tokens are.
@@ -96,15 +109,11 @@ class Port:
         [b, t, vocab], by the head.
     """
 
-    config: Callable[[Mapping[str, Any]], Any]
-    hook_points: Callable[[Any], HookPoints]
     structure: Callable[[Any, int, str, bool], nnx.Module]
     sources: Callable[[Any], Mapping[str, TensorSource]]
     unused_tensors: Callable[[Any], frozenset[str]]
     forward: Callable[[Any, Parameters, Array, Taps, SelfAttention, Numerics, Gather], tuple[Taps, SelfAttention]]
     logits: Callable[[Any, Parameters, Array, Numerics, Gather], Array]
-    prefix: str
-    modules: Callable[[Any], Mapping[str, Module]]
 
 
 def hook_width(config: ModelConfig, width: str) -> int:

@@ -18,10 +18,12 @@ import numpy as np
 
 from jax_extract import extract
 from jax_extract.devices.mesh import make_mesh
-from jax_extract.extraction import prepare
+from jax_extract.extraction import jax_backend
+from jax_extract.extraction.capture import capture_plan
 from jax_extract.extraction.program import CaptureProgram
 from jax_extract.inputs.slabs import SlabShape
 from jax_extract.weights.load import Weights
+from jax_extract.weights.open_model import OpenModel
 
 COLLECTIVE = re.compile(
     r"\b(all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast"
@@ -30,10 +32,10 @@ COLLECTIVE = re.compile(
 ROWS, LENGTH = 2, 32
 
 
-def program_on(model: prepare.OpenModel, mesh: Any) -> tuple[CaptureProgram, Any]:
+def program_on(model: OpenModel, mesh: Any) -> tuple[CaptureProgram, Any]:
     layers = range(model.config.num_hidden_layers)
-    plan = prepare.capture_plan(model, layers, ("*",), "all", "float32")
-    numerics = prepare.compute_numerics("float32")
+    plan = capture_plan(model, layers, ("*",), "all", "float32")
+    numerics = jax_backend.compute_numerics("float32")
     params = Weights(model.checkpoint, model.port, model.config, len(layers)).load(mesh, "float32")
     return CaptureProgram(model.port, model.config, params, plan, mesh, numerics), params
 
@@ -44,9 +46,9 @@ def flops(program: CaptureProgram, rows: int) -> float:
     return float((costs[0] if isinstance(costs, list) else costs)["flops"])
 
 
-def facts_of(model: prepare.OpenModel, shape: str) -> dict[str, Any]:
+def facts_of(model: OpenModel, shape: str) -> dict[str, Any]:
     """How the program lies on the mesh: captures, parameters, work and collectives."""
-    program, params = program_on(model, prepare.open_mesh(shape))
+    program, params = program_on(model, jax_backend.open_mesh(shape))
     one, _ = program_on(model, make_mesh((1, 1), jax.devices()[:1]))
     tokens = np.ones((program.devices * ROWS, LENGTH), np.int32)
     captured = program.run(tokens, np.full((len(tokens), 1), LENGTH, np.int32))
@@ -72,7 +74,7 @@ def facts_of(model: prepare.OpenModel, shape: str) -> dict[str, Any]:
 
 
 def main(folder: str, texts: str, out: str, batch_size: str, *meshes: str) -> None:
-    model = prepare.OpenModel.open(folder)
+    model = OpenModel.open(folder)
     facts: dict[str, Any] = {"devices": len(jax.devices())}
     for shape in meshes:
         run = extract(

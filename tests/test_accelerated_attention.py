@@ -21,7 +21,7 @@ from small_run import make_model, write_config
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.mesh import make_mesh
 from jax_extract.devices.sharding import named, parameter_specs
-from jax_extract.extraction import prepare
+from jax_extract.extraction import jax_backend, prepare
 from jax_extract.extraction.program import capture_function, slab_inputs
 from jax_extract.inputs.slabs import SlabShape
 from models import self_attention
@@ -150,7 +150,7 @@ def test_a_kernel_is_chosen_where_it_computes_the_same_and_what_stands_in_for_it
 
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "platform_of", lambda _: "gpu")
+    monkeypatch.setattr(jax_backend, "platform_of", lambda _: "gpu")
 
 
 @pytest.mark.usefixtures("on_a_gpu")

@@ -26,10 +26,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from jax_extract import open_activations
 from jax_extract.errors import UserError
-from jax_extract.extraction import prepare
+from jax_extract.extraction import jax_backend
 from jax_extract.terminal import Terminal
 from jax_extract.verification.command import verify
 from jax_extract.weights.load import Weights
+from jax_extract.weights.open_model import OpenModel
 from models.hooks import CapturePlan, Taps
 from models.layers import Numerics
 from models.packing import Packing
@@ -97,10 +98,10 @@ def make_adapter(folder: Path, base: Path, **options: Any) -> Any:
 
 def our_logits(base: Path, adapter: Path, token_ids: np.ndarray) -> np.ndarray:
     """float32 [tokens, vocab]"""
-    model = prepare.OpenModel.open(str(base), adapter=str(adapter))
+    model = OpenModel.open(str(base), adapter=str(adapter))
     layers = model.config.num_hidden_layers
     weights = Weights(model.checkpoint, model.port, model.config, layers, head=True)
-    params = weights.load(prepare.open_mesh("1,1"), "float32")
+    params = weights.load(jax_backend.open_mesh("1,1"), "float32")
     rows = Packing(jnp.full((1, 1), len(token_ids), jnp.int32), len(token_ids))
     plan = CapturePlan((("final_norm", ()),), Positions("all"))
     taps = Taps.start(plan, layers, rows, {"final_norm": model.config.hidden_size})
@@ -213,7 +214,7 @@ def test_settings_that_cannot_be_merged_are_named(
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | settings))
     with pytest.raises(UserError, match=said):
-        prepare.OpenModel.open(str(tiny_folder("llama")), adapter=str(folder))
+        OpenModel.open(str(tiny_folder("llama")), adapter=str(folder))
 
 
 @pytest.mark.parametrize(
@@ -262,7 +263,7 @@ def test_an_adapter_that_does_not_fit_is_refused(change: str, said: str, lora: P
     elif change == "no folder":
         folder = tmp_path / "nowhere"
     with pytest.raises(UserError, match=said):
-        prepare.OpenModel.open(str(base), adapter=str(folder))
+        OpenModel.open(str(base), adapter=str(folder))
 
 
 def test_an_adapter_of_the_hub_is_kept_with_its_commit(lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,15 +274,15 @@ def test_an_adapter_of_the_hub_is_kept_with_its_commit(lora: Path, monkeypatch: 
         return lora, "5f0b02c75b57"
 
     monkeypatch.setattr("jax_extract.weights.hub.download", download)
-    model = prepare.OpenModel.open(str(tiny_folder("llama")), adapter="owner/name")
+    model = OpenModel.open(str(tiny_folder("llama")), adapter="owner/name")
     assert model.checkpoint.adapter == "owner/name@5f0b02c75b57"
-    prepare.OpenModel.open(str(tiny_folder("llama")), adapter=model.checkpoint.adapter)
+    OpenModel.open(str(tiny_folder("llama")), adapter=model.checkpoint.adapter)
     assert asked == [("owner/name", None), ("owner/name", "5f0b02c75b57")]
 
 
 def test_an_adapter_given_as_the_model_is_told(lora: Path) -> None:
     with pytest.raises(UserError, match=r"holds an adapter; give it as --adapter"):
-        prepare.OpenModel.open(str(lora))
+        OpenModel.open(str(lora))
 
 
 def test_nothing_is_written_before_an_adapter_is_refused(lora: Path, tmp_path: Path) -> None:

@@ -22,12 +22,14 @@ from tiny_models import random_ids, text_of, tiny_folder
 from jax_extract import extract
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.sharding import parameter_specs
-from jax_extract.extraction import prepare
+from jax_extract.extraction import jax_backend
+from jax_extract.extraction.capture import capture_plan
 from jax_extract.extraction.command import extract_to_directory
 from jax_extract.extraction.program import capture_function
 from jax_extract.terminal import Terminal
 from jax_extract.weights.checkpoint import SafetensorsCheckpoint
 from jax_extract.weights.load import Weights
+from jax_extract.weights.open_model import OpenModel
 from models.layers import Numerics
 
 FAMILY = "qwen2_window"  # five layers
@@ -104,10 +106,10 @@ def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
 def test_the_program_holds_and_runs_the_blocks_needed_and_no_head(
     hooks: tuple[str, ...], layers: tuple[int, ...] | None, blocks: int, norm: bool
 ) -> None:
-    model = prepare.OpenModel.open(str(tiny_folder(FAMILY)))
-    plan = prepare.capture_plan(model, layers, hooks, "all", "float32")
+    model = OpenModel.open(str(tiny_folder(FAMILY)))
+    plan = capture_plan(model, layers, hooks, "all", "float32")
     assert plan.blocks_needed(model.config.num_hidden_layers) == blocks
-    mesh = prepare.open_mesh("1,1")
+    mesh = jax_backend.open_mesh("1,1")
     weights = Weights(model.checkpoint, model.port, model.config, blocks)
     params = weights.load(mesh, "float32")
     assert set(params) == {"embedding", "blocks", "final_norm"}

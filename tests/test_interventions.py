@@ -18,8 +18,10 @@ import torch
 from jax import Array
 from tiny_models import Rows, random_ids, reference, row_errors, tiny_folder, tiny_model
 
-from jax_extract.extraction import prepare
+from jax_extract.extraction import jax_backend
+from jax_extract.extraction.capture import capture_plan
 from jax_extract.weights.load import Weights
+from jax_extract.weights.open_model import OpenModel
 from models.hooks import HOOK_POINTS, Intervention, Taps
 from models.layers import Numerics
 from models.packing import Packing
@@ -47,14 +49,14 @@ class Tapped:
     """Everything captured while one intervention is made; jitted once, traces counted."""
 
     def __init__(self, hook: str, change: str) -> None:
-        model = prepare.OpenModel.open(str(tiny_folder(FAMILY)))
+        model = OpenModel.open(str(tiny_folder(FAMILY)))
         self.layers = model.config.num_hidden_layers
         self.width = hook_width(model.config, HOOK_POINTS[hook].width)
         self.traces = 0
-        self.plan = prepare.capture_plan(model, range(self.layers), ("*",), "all", "float32")
+        self.plan = capture_plan(model, range(self.layers), ("*",), "all", "float32")
         widths = {name: hook_width(model.config, HOOK_POINTS[name].width) for name, _ in self.plan.layers}
         weights = Weights(model.checkpoint, model.port, model.config, self.layers)
-        self._params = weights.load(prepare.open_mesh("1,1"), "float32")
+        self._params = weights.load(jax_backend.open_mesh("1,1"), "float32")
 
         def run(params: Any, tokens: Array, lengths: Array, layer: Array, value: Any, mask: Any) -> dict[str, Array]:
             self.traces += 1

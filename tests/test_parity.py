@@ -39,11 +39,13 @@ from tiny_models import (
 from transformers import AutoModel, LlamaConfig, LlamaModel
 
 from jax_extract import extract
-from jax_extract.extraction import prepare
+from jax_extract.extraction import jax_backend
+from jax_extract.extraction.capture import capture_plan
 from jax_extract.extraction.program import CaptureProgram
 from jax_extract.inputs.arc import arc_samples, read_tasks
 from jax_extract.weights.gguf import GgufCheckpoint
 from jax_extract.weights.load import Weights
+from jax_extract.weights.open_model import OpenModel
 from models.attention import causal_attention
 from models.hooks import HOOK_POINTS
 from models.layers import Numerics
@@ -90,12 +92,12 @@ def captured_in_one_slab(
 
     Each sequence has a row of its own; `packed` puts them one behind the other into a single one.
     """
-    model = prepare.OpenModel.open(str(folder))
+    model = OpenModel.open(str(folder))
     layers = range(model.config.num_hidden_layers)
-    plan = prepare.capture_plan(model, layers, ("*",), "all", "float32")
+    plan = capture_plan(model, layers, ("*",), "all", "float32")
     weights = Weights(model.checkpoint, model.port, model.config, len(layers))
-    numerics = prepare.compute_numerics(dtype)
-    mesh = prepare.open_mesh("1,1")
+    numerics = jax_backend.compute_numerics(dtype)
+    mesh = jax_backend.open_mesh("1,1")
     program = CaptureProgram(model.port, model.config, weights.load(mesh, numerics.dtype), plan, mesh, numerics)
     rows = [list(sequences)] if packed else [[sequence] for sequence in sequences]
     padded = max(sum(map(len, row)) for row in rows) + 4
@@ -139,7 +141,7 @@ def test_every_hook_point_of_every_layer_is_what_hugging_face_computes(family: s
         assert_parity(rows, reference(tiny_model(family), sequence), f"{family}, {len(sequence)} tokens")
         for rows, sequence in zip(got, sequences, strict=True)
     ]
-    model = prepare.OpenModel.open(str(tiny_folder(family)))
+    model = OpenModel.open(str(tiny_folder(family)))
     assert set(worst[0]) == set(model.port.hook_points(model.config))
     print_worst(family, worst)
 
@@ -201,7 +203,7 @@ def _several_shards(folder: Path) -> None:
 
 
 def _tensor_names(folder: Path) -> frozenset[str]:
-    return prepare.OpenModel.open(str(folder)).checkpoint.names()
+    return OpenModel.open(str(folder)).checkpoint.names()
 
 
 @pytest.mark.parametrize("write", [_base_model_only, _several_shards])

@@ -37,7 +37,7 @@ from jax_extract.devices.planner import (
 )
 from jax_extract.devices.platform import device_kind
 from jax_extract.devices.sharding import Layout, parameter_specs
-from jax_extract.extraction import prepare
+from jax_extract.extraction import jax_backend
 from jax_extract.extraction.command import extract_to_directory
 from jax_extract.terminal import Terminal
 from models.qwen2_jax_with_hooks import PORT, Qwen2Config
@@ -213,7 +213,7 @@ EXTRACTION = """
 import sys
 from pathlib import Path
 from jax_extract.devices.chips import Chip
-from jax_extract.extraction import prepare
+from jax_extract.extraction import jax_backend
 from jax_extract.weights.load import Weights
 from small_run import run_here
 
@@ -228,7 +228,7 @@ Weights.load = noted
 asked = {"positions": "all", "batch_size": 2, "mesh_shape": "2,4", "layers_to_extract": (5, 11)}
 run_here(model, tasks, out / "unknown", **asked)
 for name, memory in {"large": 16e9, "small": 1e5}.items():
-    prepare.CHIPS = {"cpu": Chip("made up", 197e12, memory, 819e9, 50e9)}
+    jax_backend.CHIPS = {"cpu": Chip("made up", 197e12, memory, 819e9, 50e9)}
     run_here(model, tasks, out / name, **asked)
 print(*laid_out)
 """
@@ -263,7 +263,7 @@ def told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> str:
 def test_an_extraction_explains_its_layout(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "CHIPS", {device_kind(): V5E})
+    monkeypatch.setattr(jax_backend, "CHIPS", {device_kind(): V5E})
     said = told(capsys, tmp_path)
     assert "replicated: the parameters fit whole, and nothing has to move" in said
     assert "stored" in said and "at 50.0% of the peak" in said

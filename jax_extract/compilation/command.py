@@ -34,11 +34,12 @@ from jax_extract.devices.planner import (
 )
 from jax_extract.devices.sharding import Layout
 from jax_extract.errors import UserError
-from jax_extract.extraction.prepare import OpenModel, capture_plan, sequence_limit
+from jax_extract.extraction.capture import capture_plan, sequence_limit
 from jax_extract.extraction.program import captured_bytes
 from jax_extract.extraction.summary import captures_text
 from jax_extract.inputs.slabs import SlabShape
 from jax_extract.terminal import Terminal, bytes_text, duration_text, milliseconds_text, plural, share_text
+from jax_extract.weights.open_model import OpenModel
 
 _TRIES = 4  # programs that the search for the largest batch compiles, besides the first
 _MOST_ROWS = 4_096

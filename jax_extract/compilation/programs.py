@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax_extract.compilation.hlo import Collective, collectives
 from jax_extract.devices.planner import ModelCounts
 from jax_extract.devices.sharding import Layout
-from jax_extract.extraction.prepare import compute_numerics, with_attention
+from jax_extract.extraction.jax_backend import compute_numerics, with_attention
 from jax_extract.extraction.program import capture_function, slab_inputs
 from jax_extract.inputs.slabs import SlabShape
 from jax_extract.weights.load import laid_out, parameter_shapes

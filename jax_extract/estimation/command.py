@@ -259,7 +259,7 @@ def _plan(request: _Request) -> tuple[Work, list[Part], Shapes]:
     tell_input(source, counts, job, terminal)
     every = [part for window in windows for part in window.parts]
     require_rows(every, job)
-    tell_plan(every, job.mesh.size, request.processes.count, terminal)
+    tell_plan(every, job.backend.devices, request.processes.count, terminal)
     pending = _pending(request, windows, counts)
     whole = windows[-1].is_last
     parts = pending if whole else every  # what foretells the rest must be typical of it
@@ -270,7 +270,7 @@ def _plan(request: _Request) -> tuple[Work, list[Part], Shapes]:
     if not output.parts:
         return Work(output, {}, covers, request.committed_samples, request.settings.samples_per_batch), [], ()
     output = _with_run_files(output, request.found, max(request.processes.count, request.config.num_workers or 1))
-    counted = step_counts(parts, job.mesh.size // job.devices_of_host, job.devices_of_host)
+    counted = step_counts(parts, job.backend.devices // job.backend.devices_of_host, job.backend.devices_of_host)
     steps = {shape: count * factor for shape, count in counted.items()}
     work = Work(output, steps, covers, request.committed_samples, request.settings.samples_per_batch)
     return work, parts, windows[0].shapes

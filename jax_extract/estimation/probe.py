@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jax_extract.devices.processes import Processes
+from jax_extract.extraction.backend import Loadable, Program
 from jax_extract.extraction.loop import run_parts
 from jax_extract.extraction.prepare import Job
-from jax_extract.extraction.program import CaptureProgram
 from jax_extract.extraction.schedule import steps
 from jax_extract.inputs.plan import Part
 from jax_extract.inputs.slabs import Shapes, SlabShape
@@ -31,7 +31,6 @@ from jax_extract.store.parts import PartContent
 from jax_extract.store.storage.local import Directory
 from jax_extract.store.storage.verbs import PendingFile, Storage
 from jax_extract.store.writer import Blocks
-from jax_extract.weights.load import Weights
 
 _SHAPES = 2
 _SHAPE_SECONDS = 5.0
@@ -91,7 +90,7 @@ def step_counts(parts: Iterable[Part], hosts: int, devices_of_host: int) -> Coun
 
 
 def probe_computing(
-    job: Job, weights: Weights, parts: Sequence[Part], planned: Shapes, budget: ByteBudget, processes: Processes
+    job: Job, weights: Loadable, parts: Sequence[Part], planned: Shapes, budget: ByteBudget, processes: Processes
 ) -> ComputeProbe:
     """Loads the weights, compiles the one or two shapes that carry most tokens, and times steps of real samples."""
     started = time.perf_counter()
@@ -132,13 +131,11 @@ def _slabs_of(parts: Iterable[Part], shape: SlabShape) -> list[Part]:
     return list(itertools.islice(found, _SLABS))
 
 
-def _time_steps(
-    program: CaptureProgram, slabs: Sequence[Part], budget: ByteBudget, processes: Processes
-) -> tuple[float, int]:
+def _time_steps(program: Program, slabs: Sequence[Part], budget: ByteBudget, processes: Processes) -> tuple[float, int]:
     """Seconds of a step, and how many were timed. The first one is not, unless it takes all the time there is."""
 
     def run(count: int) -> float:
-        parts = itertools.islice(itertools.cycle(slabs), count * program.devices)
+        parts = itertools.islice(itertools.cycle(slabs), count * program.hosts * program.devices_of_host)
         return run_parts(parts, program, _Nowhere(), budget).seconds
 
     first = run(1)

@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.processes import Processes, start_processes
 from jax_extract.errors import UserError
+from jax_extract.extraction.backend import Loadable
 from jax_extract.extraction.loop import STEPS_IN_MEMORY
 from jax_extract.extraction.pending import Committed, pending_parts
 from jax_extract.extraction.place import Place, keep_config
-from jax_extract.extraction.prepare import Job, numerics_fingerprint
+from jax_extract.extraction.prepare import Job
 from jax_extract.extraction.session import Session, Windows, keep_in
 from jax_extract.extraction.summary import tell_input, tell_layout, tell_plan, tell_request, tell_result
-from jax_extract.inputs.plan import Part, Window
+from jax_extract.inputs.plan import WINDOW_SAMPLES, Part, Window
 from jax_extract.inputs.slabs import PlanSettings, Shapes, SlabShape
 from jax_extract.inputs.sources import Source, open_source
 from jax_extract.inputs.tokenize import Continued, InputCounts, tokenizer_digest
@@ -35,7 +36,6 @@ from jax_extract.store.storage.local import require_open_files
 from jax_extract.store.sweep import erase
 from jax_extract.store.upload import upload_buffer_bytes
 from jax_extract.terminal import Terminal, bytes_text, plural
-from jax_extract.weights.load import Weights
 
 _SPOOLED_PARTS = 4  # two that are written, and as many that wait to be uploaded and deleted
 _STARTED_MEANWHILE = "another command has just started a run in %s; give this one again when that has ended"
@@ -180,7 +180,7 @@ class _Extraction:
         return metadata
 
     @cached_property
-    def weights(self) -> Weights:
+    def weights(self) -> Loadable:
         return self.job.weights()
 
     def _windows(self, settings: PlanSettings) -> Windows:
@@ -206,6 +206,8 @@ class _Extraction:
         that cannot be read is refused before anything is written.
         """
         windows, counts = read()
+        if self.config.one_file_per_layer and not self.source.finite and self.config.n_samples is None:
+            raise UserError("--one_file_per_layer needs an input with an end; add --n_samples")
         if not self.source.finite:
             tell_input(self.source, counts, self.job, self.terminal)
             stream = iter(windows)
@@ -221,8 +223,12 @@ class _Extraction:
                 pass
         tell_input(self.source, counts, self.job, self.terminal)
         parts = [part for window in windows for part in window.parts]
+        if self.config.one_file_per_layer and len(parts) > 1:
+            raise UserError(
+                f"--one_file_per_layer takes at most {WINDOW_SAMPLES:,} samples, not {counts.samples:,}; leave it out"
+            )
         require_rows(parts, self.job)
-        tell_plan(parts, self.job.mesh.size, self.processes.count, self.terminal)
+        tell_plan(parts, self.job.backend.devices, self.processes.count, self.terminal)
         pending = [part for part in parts if part.key not in committed]
         parties = max(self.processes.count, self.config.num_workers or 1)
         sizes = [self.job.bytes_stored(part.samples) for part in pending]
@@ -288,7 +294,7 @@ def require_same_run(config: ExtractConfig, processes: Processes, place: Place, 
         found.require_same(run["identity"], run["numerics"], config.allow_numeric_change)
 
 
-def run_of(config: ExtractConfig, job: Job, weights: Weights, settings: PlanSettings) -> dict[str, Any]:
+def run_of(config: ExtractConfig, job: Job, weights: Loadable, settings: PlanSettings) -> dict[str, Any]:
     """What run.json says of this run; decides whether a directory holds the same one."""
     return {
         "identity": {
@@ -296,15 +302,16 @@ def run_of(config: ExtractConfig, job: Job, weights: Weights, settings: PlanSett
             "shard_format": config.shard_format,
             "chat_template": config.chat_template,
             "answers": config.capture_answers,
+            "one_file_per_layer": config.one_file_per_layer,
             "weights": weights.provenance(),
             "tokenizer_hash": tokenizer_digest(job.model.tokenizer),
             "plan_settings": settings.as_json(),
         },
-        "numerics": numerics_fingerprint(job.numerics),
+        "numerics": job.backend.fingerprint(),
         "description": {
             **job.description(),
             "source": config.dataset or config.tasks_file,
-            "mesh": dict(job.mesh.shape),
+            "mesh": dict(job.backend.mesh_shape),
         },
     }
 

@@ -1,6 +1,6 @@
 """The extraction loop: slabs of parts through the compiled program into a sink.
 
-In: parts in plan order, a `CaptureProgram`, a `PartSink`, a `ByteBudget`. Out: committed parts, and
+In: parts in plan order, a `Program`, a `PartSink`, a `ByteBudget`. Out: committed parts, and
 `LoopStatistics`. While a step computes, the one before it is copied to the host, and the sink writes the
 ones before that. No step starts before there is room on the host for what it captures.
 """
@@ -15,11 +15,10 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 
 from jax_extract.devices.exhaustion import refusing_exhaustion
-from jax_extract.extraction.program import CaptureProgram
+from jax_extract.extraction.backend import Program
 from jax_extract.extraction.schedule import Step, Work, steps
 from jax_extract.inputs.plan import Part
 from jax_extract.startup import seconds_since_start
@@ -85,7 +84,7 @@ class LoopStatistics:
 @refusing_exhaustion()
 def run_parts(
     parts: Iterable[Part],
-    program: CaptureProgram,
+    program: Program,
     sink: PartSink,
     budget: ByteBudget,
     on_progress: Callable[[LoopStatistics], None] = lambda _: None,
@@ -97,14 +96,14 @@ def run_parts(
     """
     statistics = LoopStatistics()
     feeder = _Feeder(sink, budget, program.plan.positions)
-    in_flight: deque[tuple[Step, dict[str, jax.Array]]] = deque()
+    in_flight: deque[tuple[Step, Any]] = deque()
     started = time.perf_counter()
 
     def finish_oldest(room: int = 0) -> None:
         """Hands the oldest step in flight to the sink; `room` is what there must be for the next one, and is not."""
         step, captured = in_flight.popleft()
         waiting = time.perf_counter()
-        blocks = _host_blocks(captured, program)
+        blocks = program.on_host(captured)
         # Without room even now, it was the writer that the next step waited for all the time.
         statistics.waited["device" if budget.fits(room) else "writer"] += time.perf_counter() - waiting
         with statistics.waiting("writer"):  # which may want room on the disk before it begins another part
@@ -134,8 +133,6 @@ def run_parts(
             with statistics.waiting("device"):  # a CPU device computes some programs before it returns
                 captured = program.run(*_pack(step, program))
             statistics.first_step_seconds = statistics.first_step_seconds or seconds_since_start()
-            for array in captured.values():
-                array.copy_to_host_async()
             in_flight.append((step, captured))
             statistics.slab_tokens += program.devices_of_host * step.shape.tokens
             if len(in_flight) > STEPS_IN_FLIGHT:
@@ -177,7 +174,7 @@ class _Feeder:
                 self._open.commit()
 
 
-def _pack(step: Step, program: CaptureProgram) -> tuple[np.ndarray, np.ndarray]:
+def _pack(step: Step, program: Program) -> tuple[np.ndarray, np.ndarray]:
     """This host's token ids [devices * rows, length] and lengths [devices * rows, samples], int32; the rest is 0."""
     shape, rows = step.shape, program.devices_of_host * step.shape.rows
     tokens = np.zeros((rows, shape.length), np.int32)
@@ -188,18 +185,6 @@ def _pack(step: Step, program: CaptureProgram) -> tuple[np.ndarray, np.ndarray]:
             tokens[row, : len(ids)] = ids
             lengths[row, : len(samples)] = [sample.length for sample in samples]
     return tokens, lengths
-
-
-def _host_blocks(captured: dict[str, jax.Array], program: CaptureProgram) -> list[Blocks]:
-    """The captures of this host's devices, in their order: site -> [rows, positions, width]."""
-    blocks: list[dict[tuple[str, int | None], np.ndarray]] = [{} for _ in range(program.devices_of_host)]
-    for hook, layers in program.plan.layers:
-        shards = sorted(captured[hook].addressable_shards, key=lambda shard: shard.index[1].start or 0)
-        for device, shard in enumerate(shards):
-            data = np.asarray(shard.data)
-            for slot, layer in enumerate(layers or (None,)):
-                blocks[device][hook, layer] = data[slot]
-    return list(blocks)
 
 
 def part_content(part: Part, positions: Positions) -> PartContent:

@@ -13,7 +13,7 @@ from typing import Any
 from jax_extract.config import ExtractConfig
 from jax_extract.errors import UserError
 from jax_extract.extraction.loop import STEPS_IN_MEMORY, LoopStatistics, run_parts
-from jax_extract.extraction.prepare import Job, numerics_fingerprint
+from jax_extract.extraction.prepare import Job
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.text import checked_id, checked_text
 from jax_extract.inputs.tokenize import InputCounts
@@ -88,12 +88,15 @@ def extract(
         "total_samples": counts.samples,
         "total_tokens": counts.tokens,
         "input": dataclasses.asdict(counts),
-        "numerics": numerics_fingerprint(job.numerics),
+        "numerics": job.backend.fingerprint(),
         "sessions": [dataclasses.asdict(statistics)],
     }
     return Run(metadata, job.sites, sink.parts)
 
 
 _NOTEBOOK_OPTIONS = frozenset(
-    "dtype capture_dtype batch_size mesh_shape max_seq_length slab_tokens chat_template revision".split()
+    (
+        "adapter backend device dtype capture_dtype batch_size mesh_shape max_seq_length slab_tokens chat_template "
+        "revision"
+    ).split()
 )

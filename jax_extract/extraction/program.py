@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jax_extract.devices.mesh import platform_of
 from jax_extract.devices.sharding import BATCH_SPEC, CAPTURE_SPEC, make_gather, named
 from jax_extract.inputs.slabs import SlabShape
+from jax_extract.store.writer import Blocks
 from models.hooks import HOOK_POINTS, CapturePlan, Taps, slots
 from models.layers import Numerics
 from models.packing import Packing
@@ -95,7 +96,7 @@ class CaptureProgram:
         return self.devices_of_host * captured_bytes(self.plan, self._config, shape, platform_of(self.mesh))
 
     def run(self, tokens: np.ndarray, lengths: np.ndarray) -> dict[str, Array]:
-        """Starts a step; returns at once.
+        """Starts a step and the way of its captures to the host; returns at once.
 
         Args:
           tokens: int32 [devices_of_host * rows, length]; its i-th device gets the i-th block of rows.
@@ -107,7 +108,21 @@ class CaptureProgram:
         """
         rows = tokens.shape[0] // self.devices_of_host
         execute = self.compiled(SlabShape(tokens.shape[1], rows, lengths.shape[1]))
-        return execute(self._params, self._put(tokens, rows), self._put(lengths, rows))
+        captured = execute(self._params, self._put(tokens, rows), self._put(lengths, rows))
+        for array in captured.values():
+            array.copy_to_host_async()
+        return captured
+
+    def on_host(self, captured: Mapping[str, Array]) -> list[Blocks]:
+        """The captures of this host's devices, in their order: site -> [rows, positions, width]."""
+        blocks: list[dict[tuple[str, int | None], np.ndarray]] = [{} for _ in range(self.devices_of_host)]
+        for hook, layers in self.plan.layers:
+            shards = sorted(captured[hook].addressable_shards, key=lambda shard: shard.index[1].start or 0)
+            for device, shard in enumerate(shards):
+                data = np.asarray(shard.data)
+                for slot, layer in enumerate(layers or (None,)):
+                    blocks[device][hook, layer] = data[slot]
+        return list(blocks)
 
     def _put(self, local: np.ndarray, rows: int) -> Array:
         """This host's blocks of rows as its share of the array on the whole mesh."""

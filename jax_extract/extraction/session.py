@@ -18,11 +18,11 @@ from typing import Any
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.processes import Processes, leave
 from jax_extract.errors import UserError
+from jax_extract.extraction.backend import Program
 from jax_extract.extraction.loop import LoopStatistics, run_parts
 from jax_extract.extraction.pending import Committed, Worker, parse_committed, pending_parts, plan_json
 from jax_extract.extraction.preemption import on_preemption
-from jax_extract.extraction.prepare import Job, numerics_fingerprint
-from jax_extract.extraction.program import CaptureProgram
+from jax_extract.extraction.prepare import Job
 from jax_extract.inputs.plan import Part, Window
 from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.store.budget import ByteBudget
@@ -70,7 +70,7 @@ class Session:
         windows: Windows,
         committed: Committed,
         tokens: int | None,
-        make_program: Callable[[], CaptureProgram],
+        make_program: Callable[[], Program],
     ) -> None:
         """Computes what is pending, `tokens` of it where that is known; `committed` is what was found at the start."""
         program = make_program()
@@ -101,9 +101,9 @@ class Session:
                 self.attempt,
                 {
                     **dataclasses.asdict(self.statistics),
-                    "mesh": dict(self.job.mesh.shape),
+                    "mesh": dict(self.job.backend.mesh_shape),
                     "processes": self.parties,
-                    "numerics": numerics_fingerprint(self.job.numerics),
+                    "numerics": self.job.backend.fingerprint(),
                 },
             )
         everywhere = LoopStatistics.side_by_side(self.processes.of_all(dataclasses.asdict(self.statistics)))
@@ -144,7 +144,7 @@ class Session:
         return pending_parts(plan, committed, keep_plan, self.worker.owns)
 
     def _round(
-        self, parts: Iterable[Part], program: CaptureProgram, advance: Callable[[LoopStatistics], None]
+        self, parts: Iterable[Part], program: Program, advance: Callable[[LoopStatistics], None]
     ) -> tuple[LoopStatistics, bool]:
         """Computes these parts; says what was done, and whether some must be written again."""
         uploader = None
@@ -168,6 +168,7 @@ class Session:
             self.config.shard_format,
             self.config.capture_dtype,
             self.attempt,
+            self.config.one_file_per_layer,
             on_failure=failed,
             **for_uploads,
         )

@@ -14,6 +14,7 @@ from jax_extract.devices.layouts_explained import explain
 from jax_extract.devices.planner import SHARE_OF_PEAK
 from jax_extract.devices.platform import device_kind
 from jax_extract.devices.sharding import Layout
+from jax_extract.extraction.jax_backend import JaxBackend
 from jax_extract.extraction.loop import LoopStatistics
 from jax_extract.extraction.prepare import Job
 from jax_extract.extraction.schedule import tokens_computed
@@ -23,7 +24,6 @@ from jax_extract.inputs.sources import Source
 from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.store.formats import SUFFIXES
 from jax_extract.terminal import Terminal, bytes_text, plural, ranges_text, share_text
-from jax_extract.weights.load import Weights
 from models.hooks import CapturePlan
 
 
@@ -37,14 +37,14 @@ def tell_request(job: Job, config: ExtractConfig, processes: int, terminal: Term
 
 
 def tell_model(job: Job, processes: int, terminal: Terminal) -> None:
-    model, mesh = job.model.config, job.mesh.shape
-    device = job.mesh.devices.flat[0].device_kind
+    model, backend, mesh = job.model.config, job.backend, job.backend.mesh_shape
+    library = "" if backend.name == "jax" else f" with {backend.name}"
     terminal.line(
         "model",
         f"{job.model.name} ({model.model_type}, {model.num_hidden_layers} layers, d_model {model.hidden_size})"
         + (f" with the adapter {adapter}" if (adapter := job.model.checkpoint.adapter) else "")
         + " in "
-        f"{job.numerics.dtype} on {plural(job.mesh.size, device + ' device')}"
+        f"{backend.dtype}{library} on {plural(backend.devices, backend.device_kind + ' device')}"
         + (f" of {plural(processes, 'host')}" if processes > 1 else "")
         + f", mesh {mesh['data']},{mesh['model']}",
     )
@@ -84,9 +84,13 @@ def tell_plan(parts: Sequence[Part], devices: int, hosts: int, terminal: Termina
     )
 
 
-def tell_layout(job: Job, weights: Weights, shapes: Shapes, terminal: Terminal) -> None:
+def tell_layout(job: Job, weights: Any, shapes: Shapes, terminal: Terminal) -> None:
     """How parameters will lie on the mesh, and what was counted for it."""
-    if (decision := job.layout(weights, shapes)) is None:
+    backend = job.backend
+    if not isinstance(backend, JaxBackend):
+        terminal.line("layout", f"whole on {backend.device_kind}")
+        return
+    if (decision := backend.layout(job.model, job.plan, weights, shapes)) is None:
         terminal.line(
             "layout",
             f"{Layout.GATHERED.value}: cut over the model axis, if it has more than one place; nothing was counted, "
@@ -95,7 +99,7 @@ def tell_layout(job: Job, weights: Weights, shapes: Shapes, terminal: Terminal) 
         )
         return
     terminal.line("layout", f"{decision.layout.value}: {decision.reason}")
-    for row in explain(decision, job.counts(weights), job.mesh.shape["model"], SHARE_OF_PEAK):
+    for row in explain(decision, backend.counts(job.model, weights), backend.mesh_shape["model"], SHARE_OF_PEAK):
         terminal.line("", row)
 
 

@@ -35,9 +35,10 @@ from jax_extract.extraction.command import (
     require_same_run,
     require_samples,
 )
+from jax_extract.extraction.jax_backend import JaxBackend, numerics_fingerprint, with_attention
 from jax_extract.extraction.place import Place
 from jax_extract.extraction.preemption import on_preemption
-from jax_extract.extraction.prepare import Job, numerics_fingerprint, with_attention
+from jax_extract.extraction.prepare import Job
 from jax_extract.extraction.summary import tell_input, tell_model, tell_request
 from jax_extract.generation import arc
 from jax_extract.generation.answers import (
@@ -63,6 +64,7 @@ from jax_extract.inputs.sources import Source
 from jax_extract.inputs.tokenize import InputCounts, TokenizedSample, tokenizer_digest
 from jax_extract.terminal import Terminal, plural, share_text
 from jax_extract.weights.load import Weights
+from models.layers import Numerics
 
 _NO_TOKEN_BEYOND = 2**31
 _FEW_ENDED = 0.5  # of answers
@@ -163,7 +165,7 @@ class _Inference:
         if pending:
             self._tell(samples, batches, pending, sampling)
             program = self._program(weights, sampling)
-            plans = readings(batches, self.job.mesh.size, self.job.plan_settings(config))
+            plans = readings(batches, self._backend.devices, self.job.plan_settings(config))
             by_number = {batch.number: plan for batch, plan in zip(batches, plans, strict=True)}
             answerer = _Answerer(self, program, files, most)
             there |= answerer.run([(batch, by_number[batch.number]) for batch in pending])
@@ -176,6 +178,15 @@ class _Inference:
             self._conclude(files, found_answers, prompts, tasks, solutions, counts)
         processes.meet()
         return found_answers
+
+    @property
+    def _backend(self) -> JaxBackend:
+        assert isinstance(self.job.backend, JaxBackend), "ExtractConfig.check sees to it"
+        return self.job.backend
+
+    @property
+    def _numerics(self) -> Numerics:
+        return with_attention(self._backend.numerics, self._backend.mesh, self.job.model.config)
 
     def _require_own_input(self) -> None:
         """UserError where the answers would be written over the input."""
@@ -222,21 +233,21 @@ class _Inference:
             "max_new_tokens": self.config.max_new_tokens,
             "sampling": dataclasses.asdict(sampling),
             "stops": list(self.stops),
-            "dtype": self.job.numerics.dtype,
-            NUMERICS: numerics_fingerprint(with_attention(self.job.numerics, self.job.mesh, self.job.model.config)),
-            SIZE: found.get(SIZE, self.config.batch_size * self.job.mesh.size),
+            "dtype": self._backend.dtype,
+            NUMERICS: numerics_fingerprint(self._numerics),
+            SIZE: found.get(SIZE, self.config.batch_size * self._backend.devices),
         }
 
     @refusing_exhaustion()
     def _program(self, weights: Weights, sampling: Sampling) -> AnswerProgram:
-        model, mesh = self.job.model, self.job.mesh
-        numerics = with_attention(self.job.numerics, mesh, model.config)
+        model, mesh = self.job.model, self._backend.mesh
+        numerics = self._numerics
         params = weights.load(mesh, numerics.dtype, self._layout(weights))
         return AnswerProgram(model.port, model.config, params, mesh, numerics, sampling, self.stops)
 
     def _layout(self, weights: Weights) -> Layout:
         """Whole parameters where they fit: every token reads them all, and gathering them takes longer than that."""
-        structure = weights.structure(self.job.numerics.dtype)
+        structure = weights.structure(self._backend.dtype)
         stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(structure))
         if (chip := CHIPS.get(device_kind())) is None:  # as an extraction has them
             return Layout.GATHERED

@@ -15,6 +15,7 @@ _FLAGS = {
     "plan_settings.slab_tokens": "--slab_tokens",
     "plan_settings.max_length": "--max_seq_length",
     "answers": "--capture_answers",
+    "one_file_per_layer": "--one_file_per_layer",
     **{name: f"--{name}" for name in ("positions", "capture_dtype", "shard_format", "chat_template", "dtype")},
 }
 # What follows from other keys, which say it better.

@@ -1,6 +1,6 @@
-"""The three shard formats: pickle, npz, safetensors, written as a stream and read by anyone.
+"""The shard formats: pickle, npz, safetensors and torch's own, written as a stream and read by anyone.
 
-In: a `ShardHeader` and then rows. Out: a file that plain `pickle.load`, `np.load` or safetensors open,
+In: a `ShardHeader` and then rows. Out: a file that plain `pickle.load`, `np.load`, safetensors or `torch.load` open,
 and the byte offset at which its array lies, so that ranges of rows can be read without parsing.
 The array's size is known before its first row, so nothing is held back in memory. docs/format.md
 describes every byte.
@@ -27,13 +27,20 @@ from numpy.lib import format as npy
 from safetensors import SafetensorError, deserialize
 
 from jax_extract.errors import UserError, damage_is_told
+from jax_extract.store import torch_pickle
 from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.storage.verbs import BUCKET_SCHEME, Chunk
 
 DTYPES = ("float32", "bfloat16", "float16")
 _SAFETENSORS_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _NUMPY_TYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16, "I64": np.int64}
-SUFFIXES = {"pickle": "pkl", "npz": "npz", "safetensors": "safetensors"}
+SUFFIXES = {"pickle": "pkl", "npz": "npz", "safetensors": "safetensors", "pt": "pt"}
+
+
+_ZIP_HEADER = 30  # bytes of a local header without name and extra fields
+_ZIP64_EXTRA = 20
+_PADDING_FIELD = 0x4246  # as torch marks its own
+_ALIGNMENT = 64
 
 
 class Sink(Protocol):
@@ -215,10 +222,54 @@ class SafetensorsEncoder(ShardEncoder):
         self._sink.write(self._tail)
 
 
+class TorchEncoder(ShardEncoder):
+    """What `torch.save` makes of a dictionary of tensors, strings and numbers, written without torch.
+
+    An uncompressed zip: `data.pkl` refers to the bytes of tensors, which are members of their own. The last one is
+    `activations`, at a multiple of 64 bytes, so that `torch.load(…, mmap=True)` can use it where it lies.
+    """
+
+    def _start(self) -> None:
+        header = self._header
+        offsets = header.row_offsets.astype("<i8")
+        content = {
+            "activations": torch_pickle.Tensor("1", header.dtype, (header.rows, header.width)),
+            "layer": header.layer,
+            "hook": header.hook,
+            "dtype": header.dtype,
+            "sample_ids": list(header.sample_ids),
+            "row_offsets": torch_pickle.Tensor("0", "int64", offsets.shape),
+        }
+        self._zip = zipfile.ZipFile(_Unseekable(self._sink), "w", zipfile.ZIP_STORED)  # type: ignore[arg-type]
+        for name, data in {
+            "data.pkl": torch_pickle.dumps(content),
+            "byteorder": b"little",
+            "version": b"3\n",
+            "data/0": offsets.tobytes(),
+        }.items():
+            with self._zip.open(_torch_member(name), "w") as member:
+                member.write(data)
+        last = _torch_member("data/1")
+        start = self._sink.size + _ZIP_HEADER + len(last.filename) + _ZIP64_EXTRA + len(_padding(0))
+        last.extra = _padding(-start % _ALIGNMENT)
+        self._member = self._zip.open(last, "w", force_zip64=True)
+        self.offset = self._sink.size
+        assert self.offset % _ALIGNMENT == 0
+
+    def append(self, rows: Chunk) -> None:
+        self._member.write(rows)
+        self._written += len(rows)
+
+    def _finish(self) -> None:
+        self._member.close()
+        self._zip.close()
+
+
 ENCODERS: dict[str, type[ShardEncoder]] = {
     "pickle": PickleEncoder,
     "npz": NpzEncoder,
     "safetensors": SafetensorsEncoder,
+    "pt": TorchEncoder,
 }
 
 
@@ -256,6 +307,15 @@ class _Unseekable(io.RawIOBase):
 
 def _member(name: str) -> zipfile.ZipInfo:
     return zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))  # equal content, equal bytes
+
+
+def _torch_member(name: str) -> zipfile.ZipInfo:
+    return zipfile.ZipInfo(f"archive/{name}", date_time=(1980, 1, 1, 0, 0, 0))
+
+
+def _padding(size: int) -> bytes:
+    """A field of a zip header that means nothing, with so many bytes besides its own four."""
+    return struct.pack("<HH", _PADDING_FIELD, size) + bytes(size)
 
 
 # --------------------------------------------------------------------------------- reading one shard
@@ -338,7 +398,7 @@ def open_shard(path: str | Path) -> BinaryIO:
 def read_shard(file: BinaryIO, path: str | Path) -> dict[str, Any]:
     """As `load_shard`, of what `open_shard(path)` gave."""
     suffix = PurePath(path).suffix
-    readers = {".pkl": _load_pickle, ".npz": _load_npz, ".safetensors": _load_safetensors}
+    readers = {".pkl": _load_pickle, ".npz": _load_npz, ".safetensors": _load_safetensors, ".pt": _load_torch}
     if suffix not in readers:
         raise UserError(f"shard {path} has the suffix {suffix!r}; shards end in {', '.join(readers)}")
     try:
@@ -375,6 +435,13 @@ def _load_pickle(file: BinaryIO) -> dict[str, Any]:
 def _load_npz(file: BinaryIO) -> dict[str, Any]:
     with np.load(file, allow_pickle=False) as content:
         return {name: content[name] for name in content.files}
+
+
+def _load_torch(file: BinaryIO) -> dict[str, Any]:
+    with zipfile.ZipFile(file) as archive:
+        root = archive.namelist()[0].partition("/")[0]
+        content = torch_pickle.loads(archive.read(f"{root}/data.pkl"), lambda key: archive.read(f"{root}/data/{key}"))
+    return {**content, "sample_ids": np.array(content["sample_ids"], np.str_)}
 
 
 def _load_safetensors(file: BinaryIO) -> dict[str, Any]:

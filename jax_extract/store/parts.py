@@ -27,28 +27,37 @@ class Site:
     def key(self) -> tuple[str, int | None]:
         return self.hook, self.layer
 
-    def shard_name(self, batch: int, part: int, parts_in_batch: int, suffix: str) -> str:
-        """`layer_10_batch_000001.pkl`; another hook point is named, a batch of several parts numbered."""
+    def shard_name(self, batch: int, part: int, parts_in_batch: int, suffix: str, is_whole: bool = False) -> str:
+        """`layer_10_batch_000001.pkl`; another hook point is named, a batch of several parts numbered.
+
+        Args:
+          is_whole: the shard holds everything of its site, and is called `layer_10.pt`.
+        """
         hook = "" if self.hook == "after_block" else f"_{self.hook}"
         site = self.hook if self.layer is None else f"layer_{self.layer}{hook}"
+        if is_whole:
+            return f"{_WHOLE_NAMES.get(site, site)}.{suffix}"
         numbered = f"_part_{part:03d}" if parts_in_batch > 1 else ""
         return f"{site}_batch_{batch:06d}{numbered}.{suffix}"
 
 
+_WHOLE_NAMES = {"final_norm": "final_hidden_states"}
+_HOOK_OF = {name: hook for hook, name in _WHOLE_NAMES.items()}
 _SHARD_NAME = re.compile(
-    r"(?:layer_(?P<layer>\d+)(?:_(?P<hook>[a-z_]+?))?|(?P<single>embeddings|final_norm))_batch_(?P<batch>\d{6,})"
-    r"(?:_part_\d{3,})?(?:_attempt_[0-9a-f]+)?\.(?P<suffix>pkl|npz|safetensors)"
+    r"(?:layer_(?P<layer>\d+)(?:_(?P<hook>[a-z_]+?))?|(?P<single>embeddings|final_norm|final_hidden_states))"
+    r"(?:_batch_(?P<batch>\d{6,})(?:_part_\d{3,})?)?(?:_attempt_[0-9a-f]+)?\.(?P<suffix>pkl|npz|safetensors|pt)"
 )
 
 
 @dataclass(frozen=True)
 class ShardName:
-    """What a shard's file name says."""
+    """What a shard's file name says; `is_whole` where it is the only one of its site, and has no number."""
 
     hook: str
     layer: int | None
     batch: int
     format: str
+    is_whole: bool
 
     @classmethod
     def parse(cls, name: str) -> ShardName | None:
@@ -57,7 +66,8 @@ class ShardName:
             return None
         shard_format = {"pkl": "pickle"}.get(match["suffix"], match["suffix"])
         layer = None if match["single"] else int(match["layer"])
-        return cls(match["single"] or match["hook"] or "after_block", layer, int(match["batch"]), shard_format)
+        hook = _HOOK_OF.get(match["single"], match["single"]) or match["hook"] or "after_block"
+        return cls(hook, layer, int(match["batch"] or 1), shard_format, is_whole=match["batch"] is None)
 
 
 @dataclass(frozen=True, eq=False)

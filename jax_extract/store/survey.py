@@ -155,7 +155,12 @@ def _own_files(ledger: Ledger, entries: Mapping[str, Entry]) -> dict[str, int]:
     files: dict[str, int] = {}
     for name, entry in entries.items():
         shard = ShardName.parse(name)
-        own = shard and (shard.hook, shard.layer) in sites and shard.format == identity["shard_format"]
+        own = (
+            shard
+            and (shard.hook, shard.layer) in sites
+            and shard.format == identity["shard_format"]
+            and shard.is_whole == identity.get("one_file_per_layer", False)
+        )
         sidecar = name.startswith(f"{PARTS}/") and _SIDECAR.fullmatch(name.removeprefix(f"{PARTS}/"))
         if own or sidecar or _UNNAMED.fullmatch(name):
             files[name] = entry.size

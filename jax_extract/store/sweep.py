@@ -63,11 +63,13 @@ def erase(storage: Storage) -> None:
         batches = {part["batch"] for plan in ledger.plans() for part in plan["parts"]}
         sites = {(site["hook"], site["layer"]) for site in ledger.run["identity"]["sites"]}
         shard_format = ledger.run["identity"]["shard_format"]
+        is_whole = ledger.run["identity"].get("one_file_per_layer", False)
 
     def is_own(name: str) -> bool:
-        shard = ShardName.parse(name)
-        own = shard and (shard.hook, shard.layer) in sites and shard.batch in batches and shard.format == shard_format
-        return bool(own)
+        if not (shard := ShardName.parse(name)):
+            return False
+        belongs = (shard.hook, shard.layer) in sites and shard.batch in batches and shard.format == shard_format
+        return belongs and shard.is_whole == is_whole
 
     if _empty(storage, COMMITS):
         storage.sync(COMMITS)  # not even a power cut leaves a record without its shards

@@ -76,6 +76,7 @@ class PartWriter:
         shard_format: str,
         dtype: str,
         attempt: str,
+        one_file_per_layer: bool = False,
         on_failure: Callable[[BaseException], None] = lambda _: None,
         on_commit: Callable[[Mapping[str, Any]], None] = lambda _: None,
         before_part: Callable[[Key, int], None] = lambda key, nbytes: None,
@@ -87,6 +88,7 @@ class PartWriter:
         self.format = shard_format
         self.dtype = dtype
         self.attempt = attempt
+        self.one_file_per_layer = one_file_per_layer
         self.lanes = Lanes(lanes_for(str(ledger.storage), len(sites)) + 1, on_failure)
         self._on_failure = on_failure
         self._failure: BaseException | None = None
@@ -344,7 +346,9 @@ class _Shard:
         if self._encoder is None:
             writer, content = self._writer, self._content
             suffix = SUFFIXES[writer.format]
-            name = self.site.shard_name(content.batch, content.part, content.parts_in_batch, suffix)
+            name = self.site.shard_name(
+                content.batch, content.part, content.parts_in_batch, suffix, writer.one_file_per_layer
+            )
             self._file = writer.storage.create(
                 name, f"{name.removesuffix(f'.{suffix}')}_attempt_{writer.attempt}.{suffix}"
             )

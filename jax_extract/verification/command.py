@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import tyro
 
 from jax_extract.errors import UserError, damage_is_told
-from jax_extract.extraction.prepare import OpenModel
 from jax_extract.store.integrity import some_of
 from jax_extract.store.ledger import Ledger, to_json
 from jax_extract.store.metadata import VERIFICATION_FILE
@@ -28,6 +27,7 @@ from jax_extract.verification.comparison import Comparison, choose
 from jax_extract.verification.reading import RESTORE, Layout, Reading
 from jax_extract.verification.reference import SiteVerdict, plan_of
 from jax_extract.weights.load import Weights
+from jax_extract.weights.open_model import OpenModel
 from models.hooks import HOOK_POINTS
 from models.ports import hook_width
 

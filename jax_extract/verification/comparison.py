@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from jax_extract.errors import damage_is_told
-from jax_extract.extraction.prepare import OpenModel
 from jax_extract.store.ledger import Key, part_name
 from jax_extract.store.sidecar import Sidecar, StoredArray
 from jax_extract.terminal import Terminal
 from jax_extract.verification.reading import Layout, WholePart
 from jax_extract.verification.reference import References, SiteErrors, SiteKey, SiteVerdict, Wanted
+from jax_extract.weights.open_model import OpenModel
 from models.positions import Positions
 
 _BEGINNINGS = 64  # of each sample, in which the peer's worst row is looked for as well

@@ -12,10 +12,8 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
-import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -24,9 +22,9 @@ import numpy as np
 
 from jax_extract.devices.mesh import make_mesh
 from jax_extract.errors import UserError
-from jax_extract.extraction.prepare import OpenModel
 from jax_extract.store.parts import Site
 from jax_extract.weights.load import Weights
+from jax_extract.weights.open_model import OpenModel
 from models.hooks import HOOK_POINTS, CapturePlan, Taps
 from models.layers import Numerics
 from models.packing import Packing
@@ -194,19 +192,21 @@ def _open_torch(model: OpenModel, sites: Sequence[Site], weights: str, dtype: st
     """
     import torch
 
+    from jax_extract.pytorch.loading import hooked_modules, load_ours, load_theirs, quiet
+
     layers = _blocks_of(sites, model.config.num_hidden_layers)
     name = _name("Hugging Face transformers", weights, dtype)
     if adapter := model.checkpoint.adapter:
         tell(f"the weights are merged with the adapter {adapter} by jax_extract")
     ways = (
-        (_load_theirs, "", "its weights are read by jax_extract"),
-        (_load_ours, ", weights read by jax_extract", "the reference is our own forward"),
+        (load_theirs, "", "its weights are read by jax_extract"),
+        (load_ours, ", weights read by jax_extract", "the reference is our own forward"),
     )
     for load, whose, instead in ways[1:] if adapter else ways:
         try:
-            with _silence():
+            with quiet():
                 loaded = load(model, layers, getattr(torch, weights)).to(getattr(torch, dtype))
-                return HuggingFace(loaded, name + whose, model.port.modules(model.config))
+                return HuggingFace(loaded, name + whose, hooked_modules(loaded, model))
         except Exception as error:  # noqa: BLE001 (whatever a library of models raises, there is another reference)
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             tell(f"transformers does not load this model{whose} ({reason.rstrip('.')}), so {instead}")
@@ -222,78 +222,6 @@ def _blocks_of(sites: Sequence[Site], num_layers: int) -> int:
     if any(site.hook == "final_norm" for site in sites):
         return num_layers
     return max((site.layer + 1 for site in sites if site.layer is not None), default=1)
-
-
-def _load_theirs(model: OpenModel, layers: int, dtype: Any) -> Any:
-    """As any user of transformers loads it, without the blocks that are not needed."""
-    from transformers import AutoConfig, AutoModel
-
-    # Safetensors only, and no code of the folder's: nothing is run. This attention never holds tokens x tokens values.
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "attn_implementation": _attention(model)}
-    options["trust_remote_code"] = False
-    path = Path(model.checkpoint.source).expanduser()
-    if path.suffix == ".gguf":
-        source, options["gguf_file"] = path.parent, path.name
-    else:
-        source = path if path.exists() else model.checkpoint.source
-        options["revision"] = model.checkpoint.revision or "main"
-        config = AutoConfig.from_pretrained(source, revision=options["revision"], trust_remote_code=False)
-        _without_upper_blocks(config.get_text_config(), layers)
-        options["config"] = config
-    loaded, info = AutoModel.from_pretrained(source, output_loading_info=True, **options)
-    if lacking := sorted([*info["missing_keys"], *info["mismatched_keys"]]):
-        raise ValueError(f"it did not find {lacking[0]!r}")  # and would compute with random numbers in its place
-    loaded = getattr(loaded, "language_model", loaded)  # of a model that reads pictures too
-    blocks = model.port.modules(model.config)["after_block"][0].removesuffix(".{i}")
-    del loaded.get_submodule(blocks)[layers:]
-    loaded.config.num_hidden_layers = layers
-    return loaded.eval()
-
-
-def _attention(model: OpenModel) -> str:
-    """The one of torch's that never holds tokens x tokens values, unless it would leave out what the model asks for."""
-    return "sdpa" if model.config.attention.soft_cap is None else "eager"
-
-
-def _load_ours(model: OpenModel, layers: int, dtype: Any) -> Any:
-    """Hugging Face's forward with the tensors that our reader gives."""
-    import torch
-    from transformers import AutoConfig, AutoModel
-
-    fields = dict(model.checkpoint.config)
-    config = _without_upper_blocks(AutoConfig.for_model(fields.pop("model_type"), **fields), layers)
-    loaded = AutoModel.from_config(config, dtype=dtype, attn_implementation=_attention(model)).eval()
-    stored = model.checkpoint.names()
-    with torch.no_grad():
-        for name, parameter in loaded.named_parameters():
-            whole = model.port.prefix + name
-            values = model.checkpoint.read(whole if whole in stored else name)
-            parameter.copy_(torch.from_numpy(values.astype(np.float32)))
-    return loaded
-
-
-def _without_upper_blocks(config: Any, layers: int) -> Any:
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
-    config.num_hidden_layers = layers
-    return config
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Without the bars and reports of a model library, which speak of blocks left out on purpose."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 # -------------------------------------------------------------------------------------- our own forward

@@ -1,0 +1,130 @@
+"""What computes a job: a backend, and the program that it makes of a model and a capture plan.
+
+In: nothing. Out: `Program`, which the loop runs, and `Backend`, which a job has. JAX is one, on a mesh of devices
+(`jax_backend`); PyTorch is another, on one (`jax_extract.pytorch`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+from jax_extract.devices.platform import PlatformDefaults
+from jax_extract.inputs.slabs import PlanSettings, SlabShape
+from jax_extract.store.writer import Blocks
+from jax_extract.weights.open_model import OpenModel
+from models.hooks import CapturePlan
+
+
+class Program(Protocol):
+    """Runs slabs.
+
+    Attributes:
+      plan: what is captured.
+      hosts, host: how many processes compute together, and which of them this one is.
+      devices_of_host: devices of this process; each computes a slab in every step.
+    """
+
+    plan: CapturePlan
+    hosts: int
+    host: int
+    devices_of_host: int
+
+    def compiled(self, shape: SlabShape) -> object:
+        """Makes ready for slabs of this shape, where that takes time."""
+        ...
+
+    def bytes_on_host(self, shape: SlabShape) -> int:
+        """What the captures of one step take in this host's memory."""
+        ...
+
+    def run(self, tokens: np.ndarray, lengths: np.ndarray) -> Any:
+        """Starts a step and the way of its captures to the host; may return before either is done.
+
+        Args:
+          tokens: int32 [devices_of_host * rows, length]; the i-th device gets the i-th block of rows.
+          lengths: int32 [devices_of_host * rows, samples], real tokens of the samples that lie in each row, one
+            behind the other; 0 where there is none.
+        """
+        ...
+
+    def on_host(self, captured: Any) -> list[Blocks]:
+        """Waits for what `run` gave: of each device of this host, site -> [rows, positions, width]."""
+        ...
+
+
+class Loadable(Protocol):
+    """The weights of a job, not read yet."""
+
+    def provenance(self) -> str:
+        """Says which weights these are: equal where the content is."""
+        ...
+
+
+class Backend(Protocol):
+    """What a job computes with.
+
+    Attributes:
+      name: as `--backend` has it.
+      dtype: of matrix products.
+      defaults: of the plan.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def defaults(self) -> PlatformDefaults: ...
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Whose versions are worth keeping, besides those that every run has."""
+        ...
+
+    @property
+    def devices(self) -> int:
+        """Of all hosts."""
+        ...
+
+    @property
+    def devices_of_host(self) -> int: ...
+
+    @property
+    def device_kind(self) -> str:
+        """Such as `cpu` or `TPU v5 lite`."""
+        ...
+
+    @property
+    def mesh_shape(self) -> Mapping[str, int]:
+        """Places of the devices by axis: `data` and `model`."""
+        ...
+
+    def under(self, model: OpenModel, settings: PlanSettings | None) -> Self:
+        """The same, as it computes slabs of a plan with these settings (None: its own defaults)."""
+        ...
+
+    def fingerprint(self) -> dict[str, str]:
+        """What decides the bits of a row, besides the plan's slab shapes: equal here means equal bytes."""
+        ...
+
+    def captured_bytes(self, plan: CapturePlan, model: OpenModel, shape: SlabShape) -> int:
+        """Bytes of the captures of one slab of one device, as they reach the host."""
+        ...
+
+    def weights(self, model: OpenModel, plan: CapturePlan) -> Loadable:
+        """The tensors that will be loaded, checked by name and shape."""
+        ...
+
+    def program(
+        self, model: OpenModel, plan: CapturePlan, weights: Any, shapes: Iterable[SlabShape], first: SlabShape | None
+    ) -> Program:
+        """Loads the weights and meanwhile makes ready for `first`; this is where the real work begins.
+
+        Args:
+          weights: as `weights` gave them.
+          shapes: that a slab may have.
+        """
+        ...

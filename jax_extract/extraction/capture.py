@@ -1,0 +1,65 @@
+"""What is captured of a model: layers, hook points and positions in the user's words, checked against it.
+
+In: an `OpenModel` and the words. Out: a capture plan, and its sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from jax_extract.errors import UserError
+from jax_extract.store.parts import Site
+from jax_extract.weights.open_model import OpenModel
+from models.hooks import HOOK_POINTS, CapturePlan, resolve_hook_points
+from models.ports import ModelConfig, hook_width
+from models.positions import Positions
+from models.qwen2_jax_with_hooks import DEFAULT_SAE_LAYERS
+
+LONGEST_DEFAULT = 8_192
+
+
+def choose_layers(wanted: Iterable[int] | None, num_layers: int) -> tuple[int, ...]:
+    """The layers to capture: the wanted ones, or 10 to 23 as far as the model has them, else all.
+
+    A list equal to the default counts as the default, so the documented command serves every model.
+    """
+    chosen = tuple(sorted(set(wanted))) if wanted is not None else None
+    if chosen is None or chosen == tuple(DEFAULT_SAE_LAYERS):
+        have = tuple(layer for layer in DEFAULT_SAE_LAYERS if layer < num_layers)
+        return have or tuple(range(num_layers))
+    for layer in chosen:
+        if not 0 <= layer < num_layers:
+            raise UserError(f"layer {layer} does not exist; the model has layers 0 to {num_layers - 1}")
+    return chosen
+
+
+def capture_plan(
+    model: OpenModel,
+    layers: Iterable[int] | None,
+    hook_points: Iterable[str],
+    positions: str,
+    capture_dtype: str,
+) -> CapturePlan:
+    """What is captured, checked against the architecture."""
+    num_layers = model.config.num_hidden_layers
+    chosen = choose_layers(layers, num_layers)
+    captures: list[tuple[str, tuple[int, ...]]] = []
+    for hook, named in resolve_hook_points(hook_points, model.family.hook_points(model.config)).items():
+        if not HOOK_POINTS[hook].per_layer:
+            captures.append((hook, ()))
+        else:
+            captures.append((hook, chosen if named is None else choose_layers(named, num_layers)))
+    return CapturePlan(tuple(captures), Positions.parse(positions), capture_dtype)
+
+
+def sites_of(plan: CapturePlan, config: ModelConfig) -> list[Site]:
+    """Every captured tensor with its width, in file order."""
+    return [Site(hook, layer, hook_width(config, HOOK_POINTS[hook].width)) for hook, layer in plan.sites()]
+
+
+def sequence_limit(wanted: int | None, config: ModelConfig) -> int:
+    """Longest sample in tokens."""
+    allowed = config.max_position_embeddings
+    if wanted is not None and wanted > allowed:
+        raise UserError(f"--max_seq_length {wanted} is more than the {allowed} positions this model allows")
+    return wanted or min(LONGEST_DEFAULT, allowed)

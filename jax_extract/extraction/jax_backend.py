@@ -1,0 +1,157 @@
+"""The JAX backend: a mesh of devices, and how products are computed on them.
+
+In: `--mesh_shape` and `--dtype`. Out: a `JaxBackend`, which makes the compiled program of a job.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jax_extract.devices.chips import CHIPS
+from jax_extract.devices.exhaustion import refusing_exhaustion
+from jax_extract.devices.mesh import BATCH_AXES, make_mesh, parse_mesh_shape, platform_of
+from jax_extract.devices.planner import Decision, ModelCounts, Request, choose_layout
+from jax_extract.devices.platform import PlatformDefaults, device_kind, platform_defaults
+from jax_extract.devices.sharding import Layout
+from jax_extract.extraction.program import CaptureProgram, captured_bytes
+from jax_extract.inputs.slabs import PlanSettings, SlabShape
+from jax_extract.weights.load import Weights
+from jax_extract.weights.open_model import OpenModel
+from models.accelerated_attention import attention_backend
+from models.hooks import CapturePlan
+from models.layers import Numerics
+from models.ports import ModelConfig
+
+
+def open_mesh(mesh_shape: str | None) -> Mesh:
+    return make_mesh(parse_mesh_shape(mesh_shape) if mesh_shape else None)
+
+
+def compute_numerics(dtype: str | None) -> Numerics:
+    return Numerics("bfloat16" if (dtype or platform_defaults().dtype) == "bfloat16" else "float32")
+
+
+def with_attention(numerics: Numerics, mesh: Mesh, config: ModelConfig, samples_a_row: int = 1) -> Numerics:
+    """The same, with what computes attention best on these devices, where so many samples may lie in a row."""
+    backend = attention_backend(
+        platform_of(mesh),
+        numerics,
+        head_width=config.head_dim,
+        soft_cap=config.attention.soft_cap,
+        samples_a_row=samples_a_row,
+    )
+    return replace(numerics, attention=backend.name)
+
+
+def numerics_fingerprint(numerics: Numerics) -> dict[str, str]:
+    """What decides the bits of a row, besides the plan's slab shapes: equal here means equal bytes."""
+    return {
+        "dtype": numerics.dtype,
+        "accumulation": "float32",
+        "attention": numerics.attention,
+        "parameters": "whole when their layer runs, no reduction across devices",
+        "device_kind": device_kind(),
+        "jax": jax.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "numpy": np.__version__,
+    }
+
+
+@dataclass(frozen=True)
+class JaxBackend:
+    """See `Backend`."""
+
+    mesh: Mesh
+    numerics: Numerics
+
+    @classmethod
+    def open(cls, mesh_shape: str | None, dtype: str | None) -> JaxBackend:
+        """UserError where the mesh is not one of these devices."""
+        return cls(open_mesh(mesh_shape), compute_numerics(dtype))
+
+    @property
+    def name(self) -> str:
+        return "jax"
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def dtype(self) -> str:
+        return self.numerics.dtype
+
+    @property
+    def defaults(self) -> PlatformDefaults:
+        return platform_defaults()
+
+    @property
+    def devices(self) -> int:
+        return self.mesh.size
+
+    @property
+    def devices_of_host(self) -> int:
+        return sum(device.process_index == jax.process_index() for device in self.mesh.devices.flat)
+
+    @property
+    def device_kind(self) -> str:
+        return self.mesh.devices.flat[0].device_kind
+
+    @property
+    def mesh_shape(self) -> Mapping[str, int]:
+        return dict(self.mesh.shape)
+
+    def under(self, model: OpenModel, settings: PlanSettings | None) -> JaxBackend:
+        packed = self.defaults.packed if settings is None else settings.packed
+        samples = (2 if settings is None else settings.rows) if packed else 1
+        return replace(self, numerics=with_attention(self.numerics, self.mesh, model.config, samples))
+
+    def fingerprint(self) -> dict[str, str]:
+        return numerics_fingerprint(self.numerics)
+
+    def captured_bytes(self, plan: CapturePlan, model: OpenModel, shape: SlabShape) -> int:
+        return captured_bytes(plan, model.config, shape, platform_of(self.mesh))
+
+    def weights(self, model: OpenModel, plan: CapturePlan) -> Weights:
+        blocks = plan.blocks_needed(model.config.num_hidden_layers)
+        return Weights(model.checkpoint, model.port, model.config, blocks)
+
+    def layout(
+        self, model: OpenModel, plan: CapturePlan, weights: Weights, shapes: Iterable[SlabShape]
+    ) -> Decision | None:
+        """How parameters should lie for slabs of these shapes; None where nothing is known of the device."""
+        if (chip := CHIPS.get(device_kind())) is None:
+            return None
+        shape = max(shapes, key=lambda shape: shape.tokens)  # which takes the most memory
+        data, model_axis = (self.mesh.shape[axis] for axis in BATCH_AXES)
+        captures = self.captured_bytes(plan, model, shape)
+        counts = self.counts(model, weights)
+        return choose_layout(Request(counts, chip, data, model_axis, shape.rows, shape.length, captures))
+
+    def counts(self, model: OpenModel, weights: Weights) -> ModelCounts:
+        """What the planner knows of the model."""
+        return ModelCounts.of(weights.structure(self.dtype), model.config, weights.num_blocks)
+
+    @refusing_exhaustion()
+    def program(
+        self,
+        model: OpenModel,
+        plan: CapturePlan,
+        weights: Weights,
+        shapes: Iterable[SlabShape],
+        first: SlabShape | None,
+    ) -> CaptureProgram:
+        """Parameters lie as suits the largest shape."""
+        decision = self.layout(model, plan, weights, shapes)
+        layout = decision.layout if decision else Layout.GATHERED
+        params = weights.shapes(self.mesh, self.dtype, layout)
+        program = CaptureProgram(model.port, model.config, params, plan, self.mesh, self.numerics)
+        with program.compiling(first):
+            program.use(weights.load(self.mesh, self.dtype, layout))
+        return program

@@ -1,0 +1,165 @@
+"""Hugging Face's forward with hooks: token ids in, captured activations out, nothing compiled.
+
+In: a base model on a device, where its hook points are, a capture plan. Out: what `extraction.backend.Program` asks
+for. Every sample has a row of its own, padded on the right: no real token of a causal model looks there. Positions are
+selected, means taken and values cast on the device, and copied while the next slab computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from jax_extract.inputs.slabs import SlabShape
+from models.hooks import CapturePlan
+from models.ports import Module
+from models.positions import Positions
+
+SiteKey = tuple[str, int | None]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TorchProgram:
+    """Runs slabs on one device.
+
+    Attributes:
+      plan, hosts, host, devices_of_host: as of every `Program`; there is one device.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        modules: Mapping[str, Module],
+        plan: CapturePlan,
+        device: torch.device,
+        widths: Mapping[str, int],
+        needs_mask: bool,
+    ) -> None:
+        """`needs_mask` where it is not known that the model is causal in everything it does."""
+        self.plan = plan
+        self.hosts, self.host, self.devices_of_host = 1, 0, 1
+        self._model = model
+        self._device = device
+        self._widths = widths
+        self._needs_mask = needs_mask
+        self._dtype = _DTYPES[plan.dtype]
+        self._captured: dict[SiteKey, torch.Tensor] = {}
+        self._selection: _Selection | None = None
+        for hook, layer in plan.sites():
+            self._listen(modules, hook, layer)
+
+    def _listen(self, modules: Mapping[str, Module], hook: str, layer: int | None) -> None:
+        path, side = modules[hook]
+        at = layer
+        if hook == "residual_before" and layer is not None and layer == self._model.config.num_hidden_layers:
+            # The input of a block that does not run is the output of the one before it.
+            (path, side), at = modules["after_block"], layer - 1
+        module = self._model.get_submodule(path.format(i=at))
+        key = (hook, layer)
+        if side == "output":
+            module.register_forward_hook(lambda _, args, result: self._keep(key, result))
+        else:
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs: self._keep(key, args or kwargs["hidden_states"]), with_kwargs=True
+            )
+
+    def _keep(self, key: SiteKey, value: Any) -> None:
+        """Selects and casts on the device, and copies: the model may write over its own."""
+        value = value if isinstance(value, torch.Tensor) else value[0]
+        assert self._selection is not None
+        self._captured[key] = self._selection.of(value).to(self._dtype, copy=True)
+
+    def compiled(self, shape: SlabShape) -> None:
+        """Nothing is."""
+
+    def bytes_on_host(self, shape: SlabShape) -> int:
+        return captured_bytes(self.plan, self._widths, shape)
+
+    def run(self, tokens: np.ndarray, lengths: np.ndarray) -> Any:
+        self._selection = _Selection.of_rows(self.plan.positions, lengths[:, 0], tokens.shape[1], self._device)
+        self._captured = {}
+        given: dict[str, torch.Tensor] = {"input_ids": torch.from_numpy(tokens.astype(np.int64)).to(self._device)}
+        if self._needs_mask:
+            columns = np.arange(tokens.shape[1])[None, :]
+            real = columns < np.maximum(lengths, 1)  # a row without any would have nothing to attend to
+            given["attention_mask"] = torch.from_numpy(real.astype(np.int64)).to(self._device)
+        with torch.inference_mode():
+            self._model(**given, use_cache=False)
+            return _OnItsWay(self._captured, self._device)
+
+    def on_host(self, captured: Any) -> list[Mapping[SiteKey, np.ndarray]]:
+        return [captured.arrays()]
+
+
+def captured_bytes(plan: CapturePlan, widths: Mapping[str, int], shape: SlabShape) -> int:
+    """Bytes of the captures of one slab, as they reach the host; `widths` by hook point."""
+    itemsize = 4 if plan.dtype == "float32" else 2
+    values = sum(widths[hook] for hook, _ in plan.sites())
+    return values * shape.rows * plan.positions.slots(shape.length) * itemsize
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """Which rows of [b, t, d] are kept.
+
+    Attributes:
+      columns: int64 [b, slots]; None where all are, or their mean.
+      shares: float32 [b, t], of each token in the mean; None where it is none.
+    """
+
+    columns: torch.Tensor | None
+    shares: torch.Tensor | None
+
+    @classmethod
+    def of_rows(cls, positions: Positions, lengths: np.ndarray, tokens: int, device: torch.device) -> _Selection:
+        if positions.kind == "all":
+            return cls(None, None)
+        if positions.kind == "mean":
+            counts = np.maximum(lengths, 1)[:, None]
+            shares = (np.arange(tokens)[None, :] < counts) / counts
+            return cls(None, torch.from_numpy(shares.astype(np.float32)).to(device))
+        columns = np.zeros((len(lengths), positions.slots(tokens)), np.int64)
+        for row, length in enumerate(lengths):
+            kept = positions.of(max(int(length), 1))
+            columns[row, : len(kept)] = kept
+        return cls(torch.from_numpy(columns).to(device), None)
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """x [b, t, d] -> [b, slots, d]."""
+        if self.shares is not None:
+            return torch.einsum("bt,btd->bd", self.shares, x.float())[:, None]
+        if self.columns is None:
+            return x
+        return torch.gather(x, 1, self.columns[:, :, None].expand(-1, -1, x.shape[-1]))
+
+
+class _OnItsWay:
+    """Captures that are copied to the host, from a GPU while it computes on."""
+
+    def __init__(self, captured: Mapping[SiteKey, torch.Tensor], device: torch.device) -> None:
+        self._done: Any = None
+        if device.type != "cuda":
+            self._tensors = captured
+            return
+        self._tensors = {
+            key: torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+            for key, value in captured.items()
+        }
+        self._done = torch.cuda.Event()
+        self._done.record(torch.cuda.current_stream(device))
+
+    def arrays(self) -> dict[SiteKey, np.ndarray]:
+        if self._done is not None:
+            self._done.synchronize()
+        return {key: _numpy(value) for key, value in self._tensors.items()}
+
+
+def _numpy(value: torch.Tensor) -> np.ndarray:
+    if value.dtype == torch.bfloat16:
+        return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return value.numpy()

@@ -42,6 +42,10 @@ commands:
   verify     read a run again and recompute samples of it
   upload     bring a run from a directory into a bucket
   sweep      remove what killed attempts have left behind; give up damaged parts
+  walks      make a dataset of random walks on a graph
+  train      train a small language model on walks
+  token-representations
+             what a model makes of every token of its vocabulary
 
 jax-extract COMMAND --help lists the options of each.
 """
@@ -232,6 +236,40 @@ def _upload(argv: list[str]) -> int:
     return upload(_parse(UploadConfig, argv, "jax-extract upload"))
 
 
+def _walks(argv: list[str]) -> None:
+    interruption.again = "give the same command again"
+    from jax_extract.inputs.walks_command import WalksConfig, walks_command
+
+    walks_command(_parse(WalksConfig, argv, "jax-extract walks"))
+
+
+def _train(argv: list[str]) -> None:
+    from jax_extract.devices import compilation_cache
+    from jax_extract.training.config import TrainConfig
+
+    config = _parse(TrainConfig, argv, "jax-extract train")
+    config.check()
+    if config.overwrite:
+        interruption.again = "run the same command again without --overwrite to go on"
+    compilation_cache.start()
+    from jax_extract.training.command import train
+
+    train(config)
+
+
+def _token_representations(argv: list[str]) -> None:
+    interruption.again = "give the same command again"
+    from jax_extract.devices import compilation_cache
+    from jax_extract.representations.config import RepresentationsConfig
+
+    config = _parse(RepresentationsConfig, argv, "jax-extract token-representations")
+    config.check()
+    compilation_cache.start()
+    from jax_extract.representations.command import token_representations
+
+    token_representations(config)
+
+
 def _refuse_unknown_flags(argv: list[str], kind: type, program: str) -> None:
     """UserError that names the flag which is meant, or what there is instead of it."""
     flags = [f"--{field.name}" for field in dataclasses.fields(kind)]
@@ -330,6 +368,9 @@ _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "verify": _verify,
     "sweep": _sweep,
     "upload": _upload,
+    "walks": _walks,
+    "train": _train,
+    "token-representations": _token_representations,
 }
 
 

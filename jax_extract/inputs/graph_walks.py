@@ -1,0 +1,43 @@
+"""Simple random walks on a graph, and the entropy that no model of them can go below.
+
+In: a `Graph`, how many walks, how long, a seed. Out: nodes int32 [walks, length]. Every walk begins at a node drawn
+from the stationary distribution, so each of its positions is distributed alike.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jax_extract.inputs.graphs import Graph
+
+
+def random_walks(graph: Graph, walks: int, length: int, random: np.random.Generator) -> np.ndarray:
+    """int32 [walks, length]: each next node is drawn from the neighbours of the one before, all alike."""
+    nodes = np.empty((walks, length), np.int32)
+    nodes[:, 0] = random.choice(graph.nodes, walks, p=graph.stationary)
+    for at in range(1, length):
+        here = nodes[:, at - 1]
+        nodes[:, at] = graph.neighbours[graph.offsets[here] + random.integers(0, graph.degrees[here])]
+    return nodes
+
+
+def transition_entropy(graph: Graph, tokens: np.ndarray, lengths: np.ndarray) -> float:
+    """Nats a step of the very transitions in these walks: the mean of log(degree) over the nodes that are left.
+
+    It is what a model that knows the graph loses on them; the entropy rate is its mean over all walks.
+
+    Args:
+      tokens: int32 [walks, t], of which the first `lengths` [walks] of each row are nodes.
+    """
+    left = np.arange(tokens.shape[1])[None] < lengths[:, None] - 1
+    return float(np.log(graph.degrees)[tokens[left]].mean())
+
+
+def bigram_entropy(nodes: int, tokens: np.ndarray, lengths: np.ndarray) -> float:
+    """Nats a step, estimated from the transitions alone, where no graph is known; a little low for few walks."""
+    left = np.arange(tokens.shape[1] - 1)[None] < lengths[:, None] - 1
+    pairs = tokens[:, :-1][left].astype(np.int64) * nodes + tokens[:, 1:][left]
+    counts = np.bincount(pairs, minlength=nodes * nodes).reshape(nodes, nodes)
+    of_node = np.repeat(counts.sum(axis=1, keepdims=True), nodes, axis=1)
+    seen = counts > 0
+    return float(-(counts[seen] * np.log(counts[seen] / of_node[seen])).sum() / counts.sum())

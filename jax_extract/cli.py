@@ -238,7 +238,7 @@ def _upload(argv: list[str]) -> int:
 
 def _walks(argv: list[str]) -> None:
     interruption.again = "give the same command again"
-    from jax_extract.inputs.walks_command import WalksConfig, walks_command
+    from jax_extract.training.walks import WalksConfig, walks_command
 
     walks_command(_parse(WalksConfig, argv, "jax-extract walks"))
 

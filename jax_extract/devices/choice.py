@@ -30,5 +30,5 @@ def use_devices(choice: DeviceChoice) -> None:
     if choice not in ("auto", kind):
         raise UserError(
             f"--device {choice} was asked for and JAX finds only {kind} devices here; install "
-            f"jax_extract[{'cuda' if choice == 'gpu' else 'tpu'}] on a machine that has one, or leave it to --device auto"
+            f"jax_extract[{'cuda' if choice == 'gpu' else 'tpu'}] where there is one, or leave it to --device auto"
         )

@@ -121,7 +121,7 @@ def _torus(nodes: int, neighbours: int, _: np.random.Generator) -> Edges:
 
 def _ring(nodes: int, neighbours: int, _: np.random.Generator) -> Edges:
     """A ring lattice: every node is joined to the nearest ones on both sides (Watts and Strogatz, 1998, beta 0)."""
-    if neighbours % 2 or not 2 <= neighbours < nodes:
+    if neighbours % 2:
         raise UserError(f"a ring of {nodes} nodes needs an even number of neighbours from 2 to {nodes - 1}")
     return {_edge(i, (i + d) % nodes) for i in range(nodes) for d in range(1, neighbours // 2 + 1)}
 

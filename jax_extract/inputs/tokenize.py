@@ -129,8 +129,15 @@ def tokenize(
 
 def _encode(chunk: list[tuple[int, Sample]], tokenizer: Any, chat_template: bool) -> list[list[int]]:
     texts = [_in_template(sample, tokenizer) if chat_template else sample.text for _, sample in chunk]
-    # A chat template writes the special tokens itself.
-    return tokenizer(texts, add_special_tokens=not chat_template, verbose=False)["input_ids"]
+    try:
+        # A chat template writes the special tokens itself.
+        return tokenizer(texts, add_special_tokens=not chat_template, verbose=False)["input_ids"]
+    except Exception as error:  # noqa: BLE001 (a vocabulary without an unknown token fails in its library's own way)
+        first_line = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"this model's tokenizer fails on a text from {chunk[0][1].sample_id!r} to {chunk[-1][1].sample_id!r} "
+            f"({first_line}); give texts of its vocabulary"
+        ) from None
 
 
 def _in_template(sample: Sample, tokenizer: Any) -> str:

@@ -1,8 +1,8 @@
 """A dataset of walks in a folder: train.jsonl and validation.jsonl with `text`, vocab.json, and graph.json if known.
 
-In: a graph and how many walks, or a folder. Out: the folder, or `WalkDataset`: token ids as arrays, and the entropy
-that a loss is to be compared with. Words stand between spaces; the word of node i is its number. A folder of the user's
-own walks needs no graph.json: then the entropy is estimated from the transitions.
+In: a folder. Out: `WalkDataset`: token ids as arrays, and the entropy that a loss is to be compared with. Words stand
+between spaces; the word of node i is its number. A folder of the user's own walks needs no graph.json: then the entropy
+is estimated from the transitions.
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ from typing import Any
 import numpy as np
 
 from jax_extract.errors import UserError, damage_is_told
-from jax_extract.inputs.graph_walks import bigram_entropy, random_walks, transition_entropy
+from jax_extract.inputs.graph_walks import bigram_entropy, transition_entropy
 from jax_extract.inputs.graphs import Graph
 from jax_extract.inputs.text import jsonl_samples
-from jax_extract.inputs.walk_tokenizer import VOCABULARY_FILE, write_vocabulary
-from jax_extract.store.folders import write_folder
+from jax_extract.inputs.walk_tokenizer import VOCABULARY_FILE
 
 TRAIN_FILE, VALIDATION_FILE, GRAPH_FILE = "train.jsonl", "validation.jsonl", "graph.json"
 TEXT_COLUMN = "text"
-_FILES = (TRAIN_FILE, VALIDATION_FILE, GRAPH_FILE, VOCABULARY_FILE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +128,7 @@ def read_graph(folder: Path, vocabulary: Mapping[str, int]) -> Graph | None:
         return None
     with damage_is_told(f"the graph in {path}", "make the dataset anew with jax-extract walks"):
         graph = Graph.from_json(json.loads(path.read_text(encoding="utf-8")))
-    if vocabulary != _vocabulary(graph):
+    if vocabulary != node_vocabulary(graph):
         raise UserError(
             f"{path} has {graph.nodes} nodes and {VOCABULARY_FILE} {len(vocabulary)} words that are not those nodes; "
             "they do not belong together: make the dataset anew"
@@ -138,40 +136,7 @@ def read_graph(folder: Path, vocabulary: Mapping[str, int]) -> Graph | None:
     return graph
 
 
-def make_dataset(folder: Path, graph: Graph, train: int, validation: int, length: int, seed: int) -> bool:
-    """Writes walks on a graph, or finds the same there already and returns False; UserError where others are there."""
-    seeds = np.random.SeedSequence(seed).spawn(2)
-
-    def fill(target: Path) -> None:
-        for name, walks, of in ((TRAIN_FILE, train, seeds[0]), (VALIDATION_FILE, validation, seeds[1])):
-            nodes = random_walks(graph, walks, length, np.random.default_rng(of))
-            lines = (f'{{"text": "{" ".join(map(str, walk))}"}}\n' for walk in nodes.tolist())
-            (target / name).write_text("".join(lines), encoding="utf-8")
-        (target / GRAPH_FILE).write_text(json.dumps(graph.as_json()) + "\n", encoding="utf-8")
-        write_vocabulary(target, _vocabulary(graph))
-
-    if folder.is_dir() and any(folder.iterdir()):
-        return _require_same(folder, fill)
-    write_folder(folder, fill)
-    return True
-
-
-def _require_same(folder: Path, fill: Any) -> bool:
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="walks_") as other:
-        fill(Path(other))
-        for name in _FILES:
-            there = folder / name
-            if not there.is_file() or there.read_bytes() != Path(other, name).read_bytes():
-                raise UserError(
-                    f"{folder} is there already and its {name} is not what was asked for; give the options that made "
-                    "it, or another --dataset_dir (DATASET_NAME)"
-                )
-    return False
-
-
-def _vocabulary(graph: Graph) -> dict[str, int]:
+def node_vocabulary(graph: Graph) -> dict[str, int]:
     return {str(node): node for node in range(graph.nodes)}
 
 

@@ -43,8 +43,8 @@ class TrainedModel:
         said = {**_read(user_path(path, "--model_config"))}
         if (wanted := said.get("vocab_size")) not in (None, vocab_size):
             raise UserError(
-                f"{path} has vocab_size {wanted} and the dataset {vocab_size} words; leave vocab_size out of it, so that "
-                "the data decides"
+                f"{path} has vocab_size {wanted} and the dataset {vocab_size} words; leave vocab_size out of it, so "
+                "that the data decides"
             )
         if said.get("model_type") not in MODEL_TYPES:
             raise UserError(

@@ -77,7 +77,8 @@ def find(output: Path, settings: Mapping[str, Any], numerics: Mapping[str, Any] 
         found = Found(folder, read_state(folder, f"remove {folder} to go on {before}, {anew}"), False)
         if found.state.global_step != steps[-1]:
             raise UserError(
-                f"{folder} is of step {found.state.global_step}; give it its own name back, or remove it to go on {before}"
+                f"{folder} is of step {found.state.global_step}; give it its own name back, or remove it to go on "
+                f"{before}"
             )
     else:
         return None

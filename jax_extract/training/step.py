@@ -62,9 +62,7 @@ class TrainProgram:
         self._optimizer = optimizer
         lost = partial(_lost, port, config, numerics)
         on_mesh = partial(jax.shard_map, mesh=mesh, check_vma=False)
-        self._gradient = on_mesh(
-            partial(_summed_gradient, lost), in_specs=(P(), _STEP_SPEC, _STEP_SPEC), out_specs=P()
-        )
+        self._gradient = on_mesh(partial(_summed_gradient, lost), in_specs=(P(), _STEP_SPEC, _STEP_SPEC), out_specs=P())
         self._step = jax.jit(self._whole_step, donate_argnums=0)
         self._evaluate = jax.jit(
             on_mesh(

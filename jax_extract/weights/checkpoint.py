@@ -176,7 +176,7 @@ class SafetensorsCheckpoint(SafetensorsFiles):
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)
-            if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # without files it is made empty
+            if len(tokenizer) <= len(tokenizer.all_special_tokens):  # without files it is made empty
                 raise ValueError("it has no vocabulary")
             return tokenizer
         except Exception as error:  # noqa: BLE001 (every tokenizer class fails in its own way)

@@ -1,6 +1,7 @@
 """Parameters to a Hugging Face folder: the way of `load`, backwards.
 
-In: a port, its configuration, parameters. Out: tensors by the names that transformers gives them, and model.safetensors.
+In: a port, its configuration, parameters. Out: tensors by the names that transformers gives them, in
+model.safetensors.
 """
 
 from __future__ import annotations

@@ -1,19 +1,28 @@
 """`jax-extract walks`: makes a dataset of random walks on a graph.
 
-In: which graph, how many walks, seeds. Out: a dataset folder, the same bytes for the same options.
+In: which graph, how many walks, seeds. Out: a dataset folder, the same bytes for the same options; whole, or not there.
 """
 
 from __future__ import annotations
 
+import json
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 
 from jax_extract.errors import UserError, user_path
-from jax_extract.inputs.graphs import make_graph
-from jax_extract.inputs.walk_dataset import make_dataset
+from jax_extract.inputs.graph_walks import random_walks
+from jax_extract.inputs.graphs import Graph, make_graph
+from jax_extract.inputs.walk_dataset import GRAPH_FILE, TRAIN_FILE, VALIDATION_FILE, node_vocabulary
+from jax_extract.inputs.walk_tokenizer import VOCABULARY_FILE, write_vocabulary
+from jax_extract.store.folders import write_folder
 from jax_extract.terminal import Terminal, plural
 
 _MOST_NODES = 10_000  # of which every pair is looked at
 _MOST = 2**31 - 1
+_FILES = (TRAIN_FILE, VALIDATION_FILE, GRAPH_FILE, VOCABULARY_FILE)
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,8 @@ def walks_command(config: WalksConfig, terminal: Terminal | None = None) -> None
     config.check()
     terminal = terminal or Terminal()
     folder = user_path(config.dataset_dir, "--dataset_dir")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--dataset_dir {folder} is a file; name a directory")
     graph = make_graph(config.graph, config.nodes, config.neighbours, config.graph_seed)
     degrees = graph.degrees
     terminal.line(
@@ -67,11 +78,38 @@ def walks_command(config: WalksConfig, terminal: Terminal | None = None) -> None
         f"{graph.name}: {plural(len(graph.edges), 'edge')}, degrees {degrees.min()} to {degrees.max()}; "
         f"a walk on it has {graph.entropy_rate:.4f} nats a step",
     )
-    made = make_dataset(
-        folder, graph, config.train_walks, config.validation_walks, config.walk_length, config.seed
-    )
+    made = _make(folder, graph, config)
     terminal.line(
         "walks",
         f"{plural(config.train_walks, 'walk')} to train on and {config.validation_walks:,} to evaluate on, of "
         f"{plural(config.walk_length, 'node')}: {folder}/" + ("" if made else ", made already"),
     )
+
+
+def _make(folder: Path, graph: Graph, config: WalksConfig) -> bool:
+    """Writes the dataset, or finds the same there and returns False; UserError where another is there."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        write_folder(folder, lambda target: _fill(target, graph, config))
+        return True
+    with tempfile.TemporaryDirectory(prefix="walks_") as other:
+        _fill(Path(other), graph, config)
+        for name in _FILES:
+            there = folder / name
+            if not there.is_file() or there.read_bytes() != Path(other, name).read_bytes():
+                raise UserError(
+                    f"{folder} is there already and its {name} is not what was asked for; give the options that made "
+                    "it, or another --dataset_dir (DATASET_NAME)"
+                )
+    return False
+
+
+def _fill(folder: Path, graph: Graph, config: WalksConfig) -> None:
+    seeds = np.random.SeedSequence(config.seed).spawn(2)  # so that neither file depends on the other's size
+    counts = {TRAIN_FILE: config.train_walks, VALIDATION_FILE: config.validation_walks}
+    for (name, walks), of in zip(counts.items(), seeds, strict=True):
+        nodes = random_walks(graph, walks, config.walk_length, np.random.default_rng(of))
+        lines = (f'{{"text": "{" ".join(map(str, walk))}"}}\n' for walk in nodes.tolist())
+        with (folder / name).open("w", encoding="utf-8") as file:
+            file.writelines(lines)
+    (folder / GRAPH_FILE).write_text(json.dumps(graph.as_json()) + "\n", encoding="utf-8")
+    write_vocabulary(folder, node_vocabulary(graph))

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Trains a Llama on walks; started again, it goes on from the last whole checkpoint.
+#
+# In: variables of the environment. Out: OUTPUT_DIR with checkpoint-STEP/ and final_model/. Without RUN_NAME the run is
+# called as its CONFIG is: configs/config_2M_llama.json gives results/DATASET_NAME/2M_llama.
+set -euo pipefail
+# shellcheck source=launch/stage02/stage02.sh
+source "$(dirname "${BASH_SOURCE[0]}")/stage02.sh"
+stage02_help "$@"
+
+if [[ -z ${RUN_NAME:-} ]]; then
+  RUN_NAME=$(basename "${CONFIG:-config_400K_llama.json}" .json)
+  RUN_NAME=${RUN_NAME#config_}
+fi
+CONFIG=${CONFIG:-configs/config_$RUN_NAME.json}
+if [[ ! -e $CONFIG && -e $root/$CONFIG ]]; then
+  CONFIG=$root/$CONFIG
+fi
+OUTPUT_DIR=${OUTPUT_DIR:-results/$DATASET_NAME/$RUN_NAME}
+choose_device
+
+find_jax_extract
+command=("$jax_extract" train --model_config "$CONFIG" --dataset_dir "$DATASET_DIR" --output_dir "$OUTPUT_DIR")
+command+=(--epochs "${EPOCHS:-1}" --batch_size "${BATCH_SIZE:-50}" --grad_accum "${GRAD_ACCUM:-1}")
+command+=(--learning_rate "${LEARNING_RATE:-5e-4}" --max_length "${MAX_LENGTH:-128}")
+command+=(--save_steps "${SAVE_STEPS:-200}" --eval_steps "${EVAL_STEPS:-200}" --logging_steps "${LOGGING_STEPS:-10}")
+command+=(--device "$DEVICE")
+add seed SEED
+add dtype DTYPE
+add mesh_shape MESH_SHAPE
+if is_true OVERWRITE; then
+  command+=(--overwrite True)
+fi
+exec "${command[@]}"

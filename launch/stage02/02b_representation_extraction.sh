@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Extracts a representation of every token from a trained model.
+#
+# In: variables of the environment. Out: token_representations.npz and representation_info.json. Without MODEL_DIR,
+# RUN_NAME and CONFIG it is the model of DATASET_NAME that was trained last.
+set -euo pipefail
+# shellcheck source=launch/stage02/stage02.sh
+source "$(dirname "${BASH_SOURCE[0]}")/stage02.sh"
+stage02_help "$@"
+
+if [[ -z ${RUN_NAME:-} && -n ${CONFIG:-} ]]; then
+  RUN_NAME=$(basename "$CONFIG" .json)
+  RUN_NAME=${RUN_NAME#config_}
+fi
+if [[ -z ${RUN_NAME:-} && -z ${MODEL_DIR:-} ]]; then
+  for model in "results/$DATASET_NAME"/*/final_model; do
+    if [[ -d $model && (-z ${MODEL_DIR:-} || $model -nt $MODEL_DIR) ]]; then
+      MODEL_DIR=$model
+    fi
+  done
+fi
+MODEL_DIR=${MODEL_DIR:-results/$DATASET_NAME/${RUN_NAME:-400K_llama}/final_model}
+[[ -d $MODEL_DIR ]] ||
+  refuse "there is no trained model $(quoted "$MODEL_DIR"); train one with 02a_model_training.sh, or name it in MODEL_DIR"
+if [[ -n ${RUN_NAME:-} ]]; then
+  REPRESENTATION_DIR=${REPRESENTATION_DIR:-results/$DATASET_NAME/$RUN_NAME/token_representations}
+fi
+REPRESENTATION_DIR=${REPRESENTATION_DIR:-$(dirname "$MODEL_DIR")/token_representations}
+read -r -a types <<<"${REPRESENTATIONS:-after_block}"
+choose_device
+
+find_jax_extract
+command=("$jax_extract" token-representations --model_path "$MODEL_DIR" --representation_dir "$REPRESENTATION_DIR")
+command+=(--representations "${types[@]}" --device "$DEVICE")
+if [[ -d $DATASET_DIR ]]; then
+  command+=(--dataset_dir "$DATASET_DIR")
+fi
+add source SOURCE
+add walks WALKS
+add dtype DTYPE
+add mesh_shape MESH_SHAPE
+exec "${command[@]}"

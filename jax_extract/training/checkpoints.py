@@ -20,7 +20,6 @@ from jax_extract.errors import UserError, damage_is_told
 from jax_extract.inputs.walk_tokenizer import write_tokenizer
 from jax_extract.store.folders import remove_folder, write_folder
 from jax_extract.store.storage.verbs import checked_name, crc32c
-from jax_extract.weights.checkpoint import read_json
 from jax_extract.weights.save import write_weights
 
 STATE_FILE = "trainer_state.json"
@@ -96,7 +95,7 @@ def read_state(folder: Path, mend: str) -> TrainerState:
     if not (folder / STATE_FILE).is_file():
         raise UserError(f"{folder} has no {STATE_FILE}, so it is no whole model of jax-extract train; {mend}")
     with damage_is_told(f"{folder / STATE_FILE}", mend):
-        said = read_json(folder / STATE_FILE)
+        said = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         files = said.pop("files")
         state = TrainerState(**said)
         if not isinstance(files, dict) or not isinstance(state.settings, dict) or type(state.global_step) is not int:

@@ -8,6 +8,12 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/stage02.sh"
 stage02_help "$@"
 
+if [[ -n ${MODEL_DIR:-} && -z $dataset_given ]]; then
+  DATASET_DIR='' # whatever the model was trained on, it need not be the default
+fi
+if [[ -z ${MODEL_DIR:-} && -n ${OUTPUT_DIR:-} ]]; then
+  MODEL_DIR=$OUTPUT_DIR/final_model
+fi
 if [[ -z ${RUN_NAME:-} && -n ${CONFIG:-} ]]; then
   RUN_NAME=$(basename "$CONFIG" .json)
   RUN_NAME=${RUN_NAME#config_}

@@ -7,11 +7,10 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/stage02.sh"
 stage02_help "$@"
 
-if [[ -z ${RUN_NAME:-} ]]; then # the same for training and extraction, whatever else was trained
+if [[ -z ${RUN_NAME:-}${OUTPUT_DIR:-} ]]; then # the same for training and extraction, whatever else was trained
   RUN_NAME=$(basename "${CONFIG:-config_400K_llama.json}" .json)
-  RUN_NAME=${RUN_NAME#config_}
+  export RUN_NAME=${RUN_NAME#config_}
 fi
-export RUN_NAME
 if [[ ! -e $DATASET_DIR ]]; then
   "$stage02/01_graph_walks.sh"
 fi

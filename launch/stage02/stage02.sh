@@ -13,6 +13,8 @@ matches "$DATASET_NAME" '[A-Za-z0-9_][A-Za-z0-9._-]*' ||
   refuse "DATASET_NAME $(quoted "$DATASET_NAME") is no name of a folder; write letters, digits, _, . and -"
 [[ -z ${RUN_NAME:-} ]] || matches "$RUN_NAME" '[A-Za-z0-9_][A-Za-z0-9._-]*' ||
   refuse "RUN_NAME $(quoted "$RUN_NAME") is no name of a folder; write letters, digits, _, . and -"
+# shellcheck disable=SC2034 # of the script that extracts
+dataset_given=${DATASET_DIR:-}
 DATASET_DIR=${DATASET_DIR:-results/$DATASET_NAME/dataset}
 
 stage02_help() { # WORDS of the command line, then what it is

@@ -1,0 +1,116 @@
+"""Graphs are what they are called, walks keep to their edges, and the entropy is the walk's own."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stage02 import make_walks
+from transformers import AutoTokenizer
+
+from jax_extract.errors import UserError
+from jax_extract.inputs.graph_walks import bigram_entropy, random_walks, transition_entropy
+from jax_extract.inputs.graphs import Graph, make_graph
+from jax_extract.inputs.walk_dataset import WalkDataset
+from jax_extract.inputs.walk_tokenizer import write_tokenizer
+
+PATH = Graph.of("a path of 4 nodes", 4, [(0, 1), (1, 2), (2, 3)])
+
+
+def _next_to(graph: Graph, node: int) -> set[int]:
+    return set(graph.neighbours[graph.offsets[node] : graph.offsets[node + 1]].tolist())
+
+
+def test_a_torus_has_the_moves_of_a_king() -> None:
+    graph = make_graph("torus", 100, 8, seed=0)
+    assert _next_to(graph, 0) == {1, 9, 10, 11, 19, 90, 91, 99}
+    assert _next_to(make_graph("torus", 100, 4, seed=0), 55) == {45, 54, 56, 65}
+    assert graph.hops().max() == 5 and graph.hops()[0, 55] == 5
+
+
+@pytest.mark.parametrize("kind", ["torus", "ring", "random_regular"])
+def test_regular_graphs_have_equal_degrees_and_the_entropy_of_them(kind: str) -> None:
+    graph = make_graph(kind, 36, 8, seed=3)
+    assert set(graph.degrees.tolist()) == {8}
+    assert graph.entropy_rate == pytest.approx(math.log(8), abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["random_regular", "erdos_renyi"])
+def test_a_random_graph_is_its_seeds(kind: str) -> None:
+    first, again, other = (make_graph(kind, 30, 6, seed=seed) for seed in (1, 1, 2))
+    assert first.edges == again.edges != other.edges
+    assert Graph.from_json(json.loads(json.dumps(first.as_json()))).edges == first.edges
+
+
+def test_the_entropy_rate_weighs_each_node_by_how_often_a_walk_is_there() -> None:
+    # Of 6 ends of edges, 4 are at the two inner nodes, where a step is a choice between two.
+    assert PATH.entropy_rate == pytest.approx(4 / 6 * math.log(2), abs=1e-12)
+    assert PATH.hops()[0].tolist() == [0, 1, 2, 3]
+
+
+def test_walks_keep_to_edges_and_begin_as_they_go_on() -> None:
+    graph = make_graph("erdos_renyi", 20, 5, seed=0)
+    walks = random_walks(graph, 4_000, 10, np.random.default_rng(0))
+    there = {(a, b) for a, b in zip(walks[:, :-1].ravel().tolist(), walks[:, 1:].ravel().tolist(), strict=True)}
+    assert there == {pair for a, b in graph.edges for pair in ((a, b), (b, a))}
+    for column in (0, 9):
+        often = np.bincount(walks[:, column], minlength=20) / len(walks)
+        assert np.abs(often - graph.stationary).max() < 0.025  # five standard deviations of the most frequent node
+
+
+def test_the_entropy_of_an_evaluation_is_that_of_its_very_transitions() -> None:
+    tokens, lengths = np.array([[0, 1, 0, 1], [1, 2, 1, 0]], np.int32), np.array([4, 3], np.int32)
+    # Left are 0, 1, 0 and 1, 2: two choices are none, three are between two.
+    assert transition_entropy(PATH, tokens, lengths) == pytest.approx(3 / 5 * math.log(2), abs=1e-12)
+
+
+def test_without_a_graph_the_entropy_is_estimated_from_transitions() -> None:
+    walks = random_walks(PATH, 5_000, 10, np.random.default_rng(1))
+    estimated = bigram_entropy(4, walks, np.full(len(walks), 10))
+    assert estimated == pytest.approx(PATH.entropy_rate, rel=0.01)
+
+
+def test_a_graph_that_no_walk_can_cover_is_refused() -> None:
+    with pytest.raises(UserError, match="not connected"):
+        Graph.of("two pairs", 4, [(0, 1), (2, 3)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "nodes", "neighbours", "said"),
+    [
+        ("torsu", 100, 8, "unknown graph 'torsu'; the graphs are: torus"),
+        ("torus", 90, 8, "90 nodes is no square"),
+        ("torus", 100, 6, "cannot have 6 neighbours; give --neighbours 8 or 4"),
+        ("ring", 10, 3, "needs an even number"),
+        ("ring", 10, 10, "give from 1 to 9"),
+        ("erdos_renyi", 100, 1, "not connected"),
+    ],
+)
+def test_a_graph_that_cannot_be_is_refused(kind: str, nodes: int, neighbours: int, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        make_graph(kind, nodes, neighbours, seed=0)
+
+
+def test_the_same_options_give_the_same_bytes_and_others_are_refused(tmp_path: Path) -> None:
+    first, second = make_walks(tmp_path / "a"), make_walks(tmp_path / "b")
+    before = {path.name: path.read_bytes() for path in first.iterdir()}
+    assert before == {path.name: path.read_bytes() for path in second.iterdir()}
+    assert set(before) == {"train.jsonl", "validation.jsonl", "vocab.json", "graph.json"}
+    make_walks(tmp_path / "a")  # finds it made
+    with pytest.raises(UserError, match=r"its train.jsonl is not what was asked for"):
+        make_walks(tmp_path / "a", seed=1)
+    assert before == {path.name: path.read_bytes() for path in first.iterdir()}
+    assert not list(tmp_path.glob(".unfinished*"))
+
+
+def test_transformers_reads_walks_as_training_does(tmp_path: Path) -> None:
+    dataset = WalkDataset.open(make_walks(tmp_path / "walks"))
+    write_tokenizer(tmp_path, dataset.vocabulary, 64)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    text = json.loads((tmp_path / "walks" / "train.jsonl").read_text().splitlines()[0])["text"]
+    assert tokenizer(text)["input_ids"] == dataset.train.tokens[0].tolist()
+    assert tokenizer.decode(dataset.train.tokens[0]) == text
+    assert len(tokenizer) == 25  # the nodes, and nothing else

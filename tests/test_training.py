@@ -1,0 +1,250 @@
+"""Training computes what transformers and torch compute, comes near the walk's entropy, and survives SIGKILL."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from small_run import ROOT, command, environment
+from stage02 import make_walks, trained, write_preset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from jax_extract.devices.mesh import make_mesh
+from jax_extract.inputs.walk_dataset import Walks
+from jax_extract.store.folders import remove_unfinished
+from jax_extract.training.batches import Batches
+from jax_extract.training.checkpoints import checkpoint_folder, saved_steps
+from jax_extract.training.model import TrainedModel
+from jax_extract.training.step import TrainProgram, linear_decay_adamw
+from jax_extract.weights.checkpoint import SafetensorsCheckpoint
+from jax_extract.weights.load import Weights
+from jax_extract.weights.save import hugging_face_tensors
+from models.layers import Numerics
+
+VOCABULARY, ROWS, LONGEST, RATE, STEPS = 25, 6, 11, 3e-3, 10
+DOCUMENTED = {"400K": (64, 6, 4, 256), "2M": (128, 8, 8, 512), "6M": (256, 6, 8, 1024), "12M": (384, 8, 8, 1536)}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> TrainedModel:
+    return TrainedModel.open(str(write_preset(tmp_path / "preset.json")), VOCABULARY, LONGEST)
+
+
+@pytest.fixture
+def walks() -> Walks:
+    random = np.random.default_rng(0)
+    return Walks(
+        random.integers(0, VOCABULARY, (ROWS, LONGEST)).astype(np.int32), np.array([11, 11, 4, 7, 1, 9], np.int32)
+    )
+
+
+def _torch_model(model: TrainedModel, tensors: dict[str, np.ndarray]) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    ours = LlamaForCausalLM(LlamaConfig(**model.said))
+    ours.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in tensors.items()})
+    return ours.train()
+
+
+def _torch_loss(model: torch.nn.Module, walks: Walks) -> torch.Tensor:
+    tokens = torch.from_numpy(walks.tokens.astype(np.int64))
+    real = torch.arange(LONGEST)[None] < torch.from_numpy(walks.lengths)[:, None]
+    return model(input_ids=tokens, attention_mask=real.long(), labels=torch.where(real, tokens, -100)).loss
+
+
+def _program(model: TrainedModel) -> TrainProgram:
+    optimizer = linear_decay_adamw(RATE, STEPS)
+    return TrainProgram(model.port, model.config, make_mesh(None), Numerics("float32"), optimizer)
+
+
+def _tensors(model: TrainedModel, params: dict) -> dict[str, np.ndarray]:
+    return hugging_face_tensors(model.port, model.config, params)
+
+
+def test_the_loss_is_that_of_transformers_on_the_same_batch(model: TrainedModel, walks: Walks) -> None:
+    params = model.first_parameters(seed=1)
+    program = _program(model)
+    _, loss = program.step(program.start(params), walks.tokens[None], walks.lengths[None])
+    expected = float(_torch_loss(_torch_model(model, _tensors(model, params)), walks))
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    evaluated = program.evaluate(program.place(params), walks.tokens, walks.lengths)
+    assert float(evaluated) / walks.transitions == pytest.approx(expected, rel=1e-5)
+
+
+def test_steps_are_those_of_torch(model: TrainedModel, walks: Walks) -> None:
+    """AdamW with clipped gradients and a linear decay, as transformers' Trainer has them by default."""
+    params = model.first_parameters(seed=1)
+    theirs = _torch_model(model, _tensors(model, params))
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
+    program = _program(model)
+    state = program.start(params)
+    for _ in range(3):
+        _torch_loss(theirs, walks).backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        state, _ = program.step(state, walks.tokens[None], walks.lengths[None])
+    expected = {name: value.detach().numpy() for name, value in theirs.state_dict().items()}
+    for name, value in _tensors(model, state.params).items():
+        moved = np.abs(expected[name] - _tensors(model, params)[name]).max()
+        assert moved > 1e-3  # three steps of RATE
+        # A gradient near Adam's epsilon is a quotient of roundings: hence the share of values.
+        assert np.quantile(np.abs(value - expected[name]), 0.99) < 2e-3 * RATE, name
+        assert np.abs(value - expected[name]).max() < RATE, name
+
+
+def test_batches_that_are_accumulated_are_one_batch(model: TrainedModel, walks: Walks) -> None:
+    params = model.first_parameters(seed=1)
+    whole, parts = _program(model), _program(model)
+    one, loss = whole.step(whole.start(params), walks.tokens[None], walks.lengths[None])
+    cut = walks.tokens.reshape(3, 2, LONGEST), walks.lengths.reshape(3, 2)
+    other, same = parts.step(parts.start(params), *cut)
+    assert float(same) == pytest.approx(float(loss), rel=1e-6)
+    norms = [jax.tree.leaves(state.optimizer)[1] for state in (one, other)]
+    np.testing.assert_allclose(*map(np.asarray, norms), rtol=1e-4, atol=1e-7)
+
+
+def test_every_epoch_sees_every_walk_once_whatever_the_step_it_goes_on_from() -> None:
+    walks = Walks(np.arange(23, dtype=np.int32)[:, None] * np.ones((1, 3), np.int32), np.full(23, 3, np.int32))
+    batches = Batches(walks, rows=4, batches=2, epochs=2, seed=7, multiple=3)
+    assert batches.steps_an_epoch == 3 and batches.steps == 6
+    steps = list(batches.from_step(0))
+    assert all(tokens.shape == (2, 6, 3) for tokens, _ in steps)
+    orders = [
+        [int(t) for tokens, lengths in some for t in tokens[lengths > 0][:, 0]] for some in (steps[:3], steps[3:])
+    ]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(23)) and orders[0] != orders[1]
+    for done in range(7):
+        rest = list(batches.from_step(done))
+        assert len(rest) == 6 - done
+        for (tokens, lengths), (expected, of_expected) in zip(rest, steps[done:], strict=True):
+            assert (tokens == expected).all() and (lengths == of_expected).all()
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_the_presets_have_the_documented_shapes(name: str) -> None:
+    model = TrainedModel.open(str(ROOT / f"configs/config_{name}_llama.json"), 100, 128)
+    config = model.config
+    shape = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
+    assert shape == DOCUMENTED[name]
+    assert config.model_type == "llama"
+
+
+# ------------------------------------------------------------------------------------ whole trainings
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_walks(tmp_path_factory.mktemp("walks") / "dataset")
+
+
+def test_the_final_model_is_what_transformers_loads_and_computes(dataset: Path, tmp_path: Path) -> None:
+    done = trained(write_preset(tmp_path / "p.json"), dataset, tmp_path / "run", save_steps=3)
+    assert saved_steps(tmp_path / "run") == [3]
+    for folder in (done["folder"], checkpoint_folder(tmp_path / "run", 3)):
+        theirs = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        ids = tokenizer("0 1 2 7 24 3", return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            expected = theirs(ids).logits[0]
+        nats = torch.nn.functional.cross_entropy(expected[:-1], ids[0, 1:], reduction="sum")
+        ours = _nats_of(folder, ids.numpy().astype(np.int32))
+        assert ours == pytest.approx(float(nats), rel=1e-5)
+
+
+def _nats_of(folder: Path, tokens: np.ndarray) -> float:
+    model = TrainedModel.open(str(folder), VOCABULARY, LONGEST)
+    program = _program(model)
+    checkpoint = SafetensorsCheckpoint(folder, str(folder))
+    params = Weights(checkpoint, model.port, model.config, 2, head=True).load(program.mesh, "float32")
+    return float(program.evaluate(params, tokens, np.full(1, tokens.shape[1], np.int32)))
+
+
+def test_killed_by_sigkill_it_goes_on_to_the_same_weights_bit_by_bit(dataset: Path, tmp_path: Path) -> None:
+    preset = write_preset(tmp_path / "p.json")
+    options = {"epochs": 4, "batch_size": 10, "grad_accum": 2, "save_steps": 7, "logging_steps": 1}
+    whole = trained(preset, dataset, tmp_path / "whole", **options)
+    assert whole["steps"] == 40
+    words = {"model_config": preset, "dataset_dir": dataset, "output_dir": tmp_path / "killed", **options}
+    flags = [str(word) for name, value in words.items() for word in (f"--{name}", value)]
+    with subprocess.Popen(
+        command("train", *flags, script=None),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "step 18 of 40" in line:
+                process.send_signal(signal.SIGKILL)
+                break
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "final_model").exists()
+    assert saved_steps(tmp_path / "killed")[:2] == [7, 14]
+    again = trained(preset, dataset, tmp_path / "killed", **options)
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "vocab.json"):
+        assert (again["folder"] / name).read_bytes() == (whole["folder"] / name).read_bytes(), name
+    assert again["loss"] == whole["loss"]
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path) -> None:
+    program = """
+import os, signal, sys
+from pathlib import Path
+from jax_extract.store.folders import write_folder
+def fill(folder):
+    (folder / "config.json").write_text("{}")
+    os.kill(os.getpid(), signal.SIGKILL)
+write_folder(Path(sys.argv[1]), fill)
+"""
+    target = tmp_path / "checkpoint-3"
+    killed = subprocess.run([sys.executable, "-c", program, str(target)], env=environment(), check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert saved_steps(tmp_path) == [] and len(list(tmp_path.iterdir())) == 1
+    remove_unfinished(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_training_that_is_done_is_told_and_not_repeated(dataset: Path, tmp_path: Path) -> None:
+    preset = write_preset(tmp_path / "p.json")
+    first = trained(preset, dataset, tmp_path / "run")
+    before = (first["folder"] / "model.safetensors").stat().st_mtime_ns
+    assert trained(preset, dataset, tmp_path / "run") == first
+    assert (first["folder"] / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_state_of_a_checkpoint_says_what_was_logged(dataset: Path, tmp_path: Path) -> None:
+    trained(write_preset(tmp_path / "p.json"), dataset, tmp_path / "run", save_steps=2, eval_steps=2, logging_steps=2)
+    state = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2 and state["max_steps"] == 4 and state["epoch"] == 0.5
+    assert [entry["step"] for entry in state["log_history"]] == [2, 2]
+    assert {"loss", "learning_rate"} <= set(state["log_history"][0])
+    assert {"eval_loss", "walk_entropy"} <= set(state["log_history"][1])
+
+
+def test_several_devices_share_a_batch_and_come_to_the_same_loss(dataset: Path, tmp_path: Path) -> None:
+    preset = write_preset(tmp_path / "p.json")
+    one = trained(preset, dataset, tmp_path / "one")
+    words = ["--model_config", preset, "--dataset_dir", dataset, "--output_dir", tmp_path / "three", "--device", "cpu"]
+    done = subprocess.run(
+        command("train", *words, "--mesh_shape", "3,1", script=None),
+        env=environment({"JAX_NUM_CPU_DEVICES": "3"}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "on 3 cpu devices, mesh 3,1" in done.stdout
+    log = json.loads((tmp_path / "three" / "final_model" / "trainer_state.json").read_text())["log_history"]
+    assert log[-1]["eval_loss"] == pytest.approx(one["loss"], rel=1e-5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -18,9 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jax_extract.devices.mesh import make_mesh
 from jax_extract.inputs.walk_dataset import Walks
-from jax_extract.store.folders import remove_unfinished
 from jax_extract.training.batches import Batches
-from jax_extract.training.checkpoints import checkpoint_folder, saved_steps
+from jax_extract.training.checkpoints import checkpoint_folder, read_state, saved_steps
 from jax_extract.training.model import TrainedModel
 from jax_extract.training.step import TrainProgram, linear_decay_adamw
 from jax_extract.weights.checkpoint import SafetensorsCheckpoint
@@ -29,7 +27,13 @@ from jax_extract.weights.save import hugging_face_tensors
 from models.layers import Numerics
 
 VOCABULARY, ROWS, LONGEST, RATE, STEPS = 25, 6, 11, 3e-3, 10
-DOCUMENTED = {"400K": (64, 6, 4, 256), "2M": (128, 8, 8, 512), "6M": (256, 6, 8, 1024), "12M": (384, 8, 8, 1536)}
+# Width, layers, heads and feed-forward width as documented; and how many parameters that are, for 100 nodes.
+PRESETS = {
+    "400K": ((64, 6, 4, 256), 406_848),
+    "2M": ((128, 8, 8, 512), 2_124_928),
+    "6M": ((256, 6, 8, 1024), 6_345_984),
+    "12M": ((384, 8, 8, 1536), 18_957_696),
+}
 
 
 @pytest.fixture
@@ -109,8 +113,8 @@ def test_batches_that_are_accumulated_are_one_batch(model: TrainedModel, walks: 
     cut = walks.tokens.reshape(3, 2, LONGEST), walks.lengths.reshape(3, 2)
     other, same = parts.step(parts.start(params), *cut)
     assert float(same) == pytest.approx(float(loss), rel=1e-6)
-    norms = [jax.tree.leaves(state.optimizer)[1] for state in (one, other)]
-    np.testing.assert_allclose(*map(np.asarray, norms), rtol=1e-4, atol=1e-7)
+    for of_one, of_other in zip(jax.tree.leaves(one.optimizer), jax.tree.leaves(other.optimizer), strict=True):
+        np.testing.assert_allclose(np.asarray(of_one), np.asarray(of_other), rtol=1e-3, atol=1e-7)
 
 
 def test_every_epoch_sees_every_walk_once_whatever_the_step_it_goes_on_from() -> None:
@@ -130,12 +134,12 @@ def test_every_epoch_sees_every_walk_once_whatever_the_step_it_goes_on_from() ->
             assert (tokens == expected).all() and (lengths == of_expected).all()
 
 
-@pytest.mark.parametrize("name", DOCUMENTED)
+@pytest.mark.parametrize("name", PRESETS)
 def test_the_presets_have_the_documented_shapes(name: str) -> None:
     model = TrainedModel.open(str(ROOT / f"configs/config_{name}_llama.json"), 100, 128)
     config = model.config
     shape = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
-    assert shape == DOCUMENTED[name]
+    assert (shape, model.parameters) == PRESETS[name]
     assert config.model_type == "llama"
 
 
@@ -170,50 +174,50 @@ def _nats_of(folder: Path, tokens: np.ndarray) -> float:
 
 
 def test_killed_by_sigkill_it_goes_on_to_the_same_weights_bit_by_bit(dataset: Path, tmp_path: Path) -> None:
+    """Killed after a step, then before its next checkpoint has its name, then just after one has."""
     preset = write_preset(tmp_path / "p.json")
-    options = {"epochs": 4, "batch_size": 10, "grad_accum": 2, "save_steps": 7, "logging_steps": 1}
+    options = {"epochs": 4, "batch_size": 10, "grad_accum": 2, "save_steps": 7}
     whole = trained(preset, dataset, tmp_path / "whole", **options)
-    assert whole["steps"] == 40
-    words = {"model_config": preset, "dataset_dir": dataset, "output_dir": tmp_path / "killed", **options}
-    flags = [str(word) for name, value in words.items() for word in (f"--{name}", value)]
-    with subprocess.Popen(
-        command("train", *flags, script=None),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if "step 18 of 40" in line:
-                process.send_signal(signal.SIGKILL)
-                break
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "final_model").exists()
-    assert saved_steps(tmp_path / "killed")[:2] == [7, 14]
+    assert whole["steps"] == 40 and saved_steps(tmp_path / "whole") == [7, 14, 21, 28, 35]
+    flags = _flags(model_config=preset, dataset_dir=dataset, output_dir=tmp_path / "killed", **options)
+    for failpoint, saved in (
+        ("training.step:after:18", [7, 14]),
+        ("folder.rename:before:1", [7, 14]),
+        ("folder.rename:after:2", [7, 14, 21, 28]),
+    ):
+        env = environment({"JAX_EXTRACT_FAILPOINT": failpoint})
+        done = subprocess.run(command("train", *flags, script=None), env=env, capture_output=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert saved_steps(tmp_path / "killed") == saved
+        assert not (tmp_path / "killed" / "final_model").exists()
     again = trained(preset, dataset, tmp_path / "killed", **options)
     for name in ("model.safetensors", "config.json", "tokenizer.json", "vocab.json"):
         assert (again["folder"] / name).read_bytes() == (whole["folder"] / name).read_bytes(), name
     assert again["loss"] == whole["loss"]
+    assert not list((tmp_path / "killed").glob(".unfinished*"))
 
 
-def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path) -> None:
-    program = """
-import os, signal, sys
-from pathlib import Path
-from jax_extract.store.folders import write_folder
-def fill(folder):
-    (folder / "config.json").write_text("{}")
-    os.kill(os.getpid(), signal.SIGKILL)
-write_folder(Path(sys.argv[1]), fill)
-"""
-    target = tmp_path / "checkpoint-3"
-    killed = subprocess.run([sys.executable, "-c", program, str(target)], env=environment(), check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert saved_steps(tmp_path) == [] and len(list(tmp_path.iterdir())) == 1
-    remove_unfinished(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+def test_sigterm_saves_a_checkpoint_first(dataset: Path, tmp_path: Path) -> None:
+    preset = write_preset(tmp_path / "p.json")
+    endless = {"epochs": 1_000_000, "save_steps": 1_000_000_000, "eval_steps": 1_000_000_000, "logging_steps": 1}
+    flags = _flags(model_config=preset, dataset_dir=dataset, output_dir=tmp_path / "run", **endless)
+    line = command("train", *flags, script=None)
+    with subprocess.Popen(
+        line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        next(said for said in process.stdout if said.startswith("train    step 5 of"))
+        process.terminate()
+        _, told = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    (step,) = saved_steps(tmp_path / "run")
+    assert step >= 5
+    assert f"stopped by SIGTERM: the checkpoint of step {step} is there; run the same command again to go on" in told
+    read_state(checkpoint_folder(tmp_path / "run", step), "")  # whole
+
+
+def _flags(**options: object) -> list[str]:
+    return [str(word) for name, value in options.items() for word in (f"--{name}", value)]
 
 
 def test_a_training_that_is_done_is_told_and_not_repeated(dataset: Path, tmp_path: Path) -> None:

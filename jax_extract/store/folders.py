@@ -12,6 +12,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from jax_extract.store.storage.failpoints import step
+
 _UNFINISHED = ".unfinished-"
 
 
@@ -21,12 +23,14 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     unfinished = _unfinished(target)
     unfinished.mkdir()
     try:
-        fill(unfinished)
+        with step("folder.fill"):
+            fill(unfinished)
         for folder, _, files in os.walk(unfinished):
             for name in files:
                 _sync(Path(folder, name))
             _sync(Path(folder))
-        unfinished.rename(target)  # over an empty folder too
+        with step("folder.rename"):
+            unfinished.rename(target)  # over an empty folder too
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise

@@ -18,6 +18,7 @@ from jax import Array
 from jax_extract.devices.exhaustion import refusing_exhaustion
 from jax_extract.extraction.preemption import on_preemption
 from jax_extract.inputs.walk_dataset import Walks
+from jax_extract.store.storage import failpoints
 from jax_extract.terminal import Terminal
 from jax_extract.training.batches import Batches, evaluation_batches
 from jax_extract.training.step import TrainProgram, TrainState
@@ -62,13 +63,14 @@ class TrainLoop:
         self._saved = done
         losses: list[Array] = []
         last = None
-        tokens_a_step = self.batches.rows * self.batches.batches * self.batches.walks.tokens.shape[1]
+        tokens = int(self.batches.walks.lengths.sum()) * self.batches.epochs
         with (
             on_preemption(self._wind_up),
-            self.terminal.progress((self.batches.steps - done) * tokens_a_step, "train") as bar,
+            self.terminal.progress(tokens - tokens * done // self.batches.steps, "train") as bar,
         ):
-            for step, (tokens, lengths) in enumerate(self.batches.from_step(done), done + 1):
-                state, loss = self.program.step(state, tokens, lengths)
+            for step, (walks, lengths) in enumerate(self.batches.from_step(done), done + 1):
+                with failpoints.step("training.step"):
+                    state, loss = self.program.step(state, walks, lengths)
                 losses.append(loss)
                 bar.update(int(lengths.sum()))
                 if step % self.every.logging == 0 or step == self.batches.steps:

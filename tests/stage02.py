@@ -32,7 +32,7 @@ def write_preset(path: Path, **changes: Any) -> Path:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "hidden_act": "silu",
-        "max_position_embeddings": 64,
+        "max_position_embeddings": 128,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10_000.0,
         "tie_word_embeddings": False,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from small_run import ROOT, environment
+from stage02 import write_preset
 
 SCRIPTS = ROOT / "launch" / "stage02"
 DATASET = "results/king_torus_10x10/dataset"
@@ -159,13 +160,21 @@ def test_the_whole_stage_runs_with_the_real_commands(tmp_path: Path) -> None:
     tools.mkdir()
     (tools / "jax-extract").write_text(f'#!/bin/bash\nexec "{sys.executable}" -m jax_extract.cli "$@"\n')
     (tools / "jax-extract").chmod(0o755)
-    small = {"NODES": "9", "TRAIN_WALKS": "20", "VALIDATION_WALKS": "5", "WALK_LENGTH": "6", "LOGGING_STEPS": "1"}
+    preset = write_preset(tmp_path / "config_tiny.json")
+    small = {
+        "CONFIG": str(preset),
+        "NODES": "9",
+        "TRAIN_WALKS": "20",
+        "VALIDATION_WALKS": "5",
+        "WALK_LENGTH": "6",
+        "LOGGING_STEPS": "1",
+    }
     env = environment({"PATH": f"{tools}:{os.environ['PATH']}", "USE_CPU": "true", **small})
     done = subprocess.run(
         [SCRIPTS / "run_stage02.sh"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    run = tmp_path / "results/king_torus_10x10/400K_llama"
+    run = tmp_path / "results/king_torus_10x10/tiny"
     assert (run / "final_model/model.safetensors").is_file()
     assert (run / "token_representations/representation_info.json").is_file()
     assert "neighbours lie at" in done.stdout

@@ -76,7 +76,7 @@ def train(place: Path, refused: Refused) -> Refused:
         ({"max_length": 1}, "--max_length 1 must be from 2"),
         ({"learning_rate": -1}, "--learning_rate -1.0 must be a positive number"),
         ({"learning_rate": "fast"}, "--learning_rate 'fast' is no number"),
-        ({"max_length": 65}, "more than the max_position_embeddings 64"),
+        ({"max_length": 129}, "more than the max_position_embeddings 128"),
         ({"device": "gpu"}, "--device gpu was asked for and JAX finds only cpu devices here"),
         ({"device": "tpu"}, "--device tpu was asked for and JAX finds only cpu devices here"),
         ({"mesh_shape": "2,1"}, "mesh shape 2,1 has 2 places but there is 1 cpu device"),

@@ -76,7 +76,7 @@ def test_the_loss_is_that_of_transformers_on_the_same_batch(model: TrainedModel,
     params = model.first_parameters(seed=1)
     program = _program(model)
     _, loss = program.step(program.start(params), walks.tokens[None], walks.lengths[None])
-    expected = float(_torch_loss(_torch_model(model, _tensors(model, params)), walks))
+    expected = float(_torch_loss(_torch_model(model, _tensors(model, params)), walks).detach())
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     evaluated = program.evaluate(program.place(params), walks.tokens, walks.lengths)
     assert float(evaluated) / walks.transitions == pytest.approx(expected, rel=1e-5)
@@ -185,7 +185,9 @@ def test_killed_by_sigkill_it_goes_on_to_the_same_weights_bit_by_bit(dataset: Pa
         ("folder.rename:before:1", [7, 14]),
         ("folder.rename:after:2", [7, 14, 21, 28]),
     ):
-        env = environment({"JAX_EXTRACT_FAILPOINT": failpoint})
+        env = environment(
+            {"JAX_EXTRACT_FAILPOINT": failpoint, "JAX_EXTRACT_COMPILATION_CACHE": str(tmp_path / "cache")}
+        )
         done = subprocess.run(command("train", *flags, script=None), env=env, capture_output=True, check=False)
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert saved_steps(tmp_path / "killed") == saved

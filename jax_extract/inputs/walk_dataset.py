@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 from jax_extract.errors import UserError, damage_is_told
 from jax_extract.inputs.graph_walks import bigram_entropy, transition_entropy
 from jax_extract.inputs.graphs import Graph
+from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.text import jsonl_samples
 from jax_extract.inputs.walk_tokenizer import VOCABULARY_FILE
 
@@ -107,7 +108,7 @@ class WalkDataset:
             raise UserError(f"no walk of {path} has two words, so there is nothing to predict; give longer walks")
         return walks
 
-    def _samples(self, path: Path) -> Any:
+    def _samples(self, path: Path) -> Iterator[Sample]:
         return jsonl_samples(path, self.text_column)
 
     def _ids(self, text: str, where: str) -> list[int]:

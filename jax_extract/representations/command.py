@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,8 +232,6 @@ def _write_text(path: Path, text: str) -> None:
 
 def _write_npz(path: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
     """As `numpy.savez` writes it, an array at a time; the same arrays give the same bytes."""
-    import zipfile
-
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for key, array in arrays:
             entry = zipfile.ZipInfo(f"{key}.npy")

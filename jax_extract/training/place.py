@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +39,6 @@ class Found:
 
 def require_usable(output: Path) -> None:
     """UserError where no folder can be made there."""
-    import os
-
     nearest = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise UserError(f"--output_dir {output} cannot be used: {nearest} is a file; name another directory")

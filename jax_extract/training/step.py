@@ -8,6 +8,7 @@ padding nor the way of sharing weighs anything. Dimension letters: a batches of 
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -110,10 +111,8 @@ class TrainProgram:
         return TrainState(params, optimizer), total / count  # type: ignore[arg-type]
 
 
-def _as_optax_computes() -> Any:
+def _as_optax_computes() -> ExitStack:
     """optax mixes integers and floats, which our own code never does."""
-    from contextlib import ExitStack
-
     stack = ExitStack()
     stack.enter_context(jax.numpy_dtype_promotion("standard"))
     stack.enter_context(jax.numpy_rank_promotion("allow"))

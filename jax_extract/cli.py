@@ -36,6 +36,7 @@ commands:
   extract    extract activations of a language model
   generate   answer prompts; with extract --max_new_tokens, answers and activations
   estimate   how much a run will write and how long it will take, before it is started
+  finetune   train a model on a benchmark task, whole or by LoRA
   compile    what a run will need on a TPU slice: memory, traffic, time, cost; by its compiler, without a TPU
   inspect    summarise a run, or one shard
   status     which parts of a run are committed, missing and torn
@@ -224,6 +225,16 @@ def _compile(argv: list[str]) -> None:
     compile_command(config)
 
 
+def _finetune(argv: list[str]) -> int:
+    from jax_extract.pytorch.finetuning.config import FinetuneConfig
+
+    config = _parse(FinetuneConfig, argv, "jax-extract finetune")
+    config.check()
+    from jax_extract.pytorch.finetuning.command import finetune_command
+
+    return finetune_command(config)
+
+
 def _verify(argv: list[str]) -> int:
     from jax_extract.verification.command import VerifyConfig, verify_command
 
@@ -363,6 +374,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "generate": _generate,
     "estimate": _estimate,
     "compile": _compile,
+    "finetune": _finetune,
     "inspect": _inspect,
     "status": _status,
     "verify": _verify,

@@ -82,6 +82,33 @@ def open_dataset(
     return partial(_samples, rows, name, config_name, chosen, field)
 
 
+def open_rows(
+    name: str,
+    config_name: str | None,
+    split: str,
+    columns: Collection[str],
+    optional: Collection[str] = (),
+    revision: str | None = None,
+) -> Callable[[], Iterator[dict[str, Any]]]:
+    """A function that reads these columns of a split, and those of `optional` that it has, as `open_dataset` does.
+
+    Raises:
+      UserError: as of `open_dataset`.
+    """
+    with _quiet():
+        splits = {str(key): rows for key, rows in _load(name, config_name, revision).items()}
+        rows = splits[_chosen_split(name, splits, split)]
+        there = rows.column_names or list(_first_row(rows, name, split))
+        if lacking := [column for column in columns if column not in there]:
+            raise UserError(
+                f"Dataset {name}, split {split}, has no column {lacking[0]!r} but {', '.join(there)}: "
+                f"choose one that has {', '.join(columns)}."
+            )
+        rows = rows.select_columns([*columns, *(column for column in optional if column in there)])
+        _first_row(rows, name, split)
+    return lambda: _guarded(rows, name)
+
+
 def _samples(rows: Any, name: str, config_name: str | None, split: str, field: str) -> Iterator[Sample]:
     meta = {"dataset": name, "config": config_name, "split": split}
     for number, row in enumerate(_guarded(rows, name)):

@@ -31,9 +31,7 @@ def jsonl_samples(path: Path, text_column: str | None = None) -> Iterator[Sample
         or repeats an id.
     """
     seen: set[str] = set()
-    for number, line in _lines(path):
-        where = f"{path}, line {number}"
-        row = _row(line, where)
+    for number, where, row in _rows(path):
         field = text_field(row, text_column, f"{where},")
         text = checked_text(row[field], f"{where}, field {field!r},")
         sample_id = checked_id(row["id"], where) if "id" in row else f"{path.stem}:{number}"
@@ -41,6 +39,15 @@ def jsonl_samples(path: Path, text_column: str | None = None) -> Iterator[Sample
             raise UserError(f"{where}, repeats the id {sample_id!r}: give each line its own, or none.")
         seen.add(sample_id)
         yield Sample(sample_id, text, {"line": number})
+
+
+def jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each object of a JSONL file, with the place that an error about it begins with.
+
+    Raises:
+      UserError: on reaching a line that is not UTF-8 or not a JSON object.
+    """
+    return ((where, row) for _, where, row in _rows(path))
 
 
 def text_samples(path: Path) -> Iterator[Sample]:
@@ -89,6 +96,12 @@ def checked_id(value: object, where: str) -> str:
     if "\0" in sample_id:  # NumPy drops zeros at the end of a string, so two ids could become one
         raise UserError(f"{where}, has the id {sample_id[:40]!r}: an id cannot hold a zero byte.")
     return sample_id
+
+
+def _rows(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    for number, line in _lines(path):
+        where = f"{path}, line {number}"
+        yield number, where, _row(line, where)
 
 
 def _row(line: str, where: str) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""The rows of a benchmark task: from the Hugging Face hub, or from a local `.jsonl` or `.csv` with the same columns.
+
+In: a task, a split, and for a local one its file. Out: `Example`s, all of the split or the first ones, in its order.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jax_extract.errors import UserError, user_path
+from jax_extract.inputs.benchmarks import Benchmark, Example, example_of
+from jax_extract.inputs.hub import open_rows
+from jax_extract.inputs.text import jsonl_rows
+
+_LARGEST_FIELD = 1 << 24  # characters of a CSV field; Python's own limit is below some texts
+
+Row = tuple[str, dict[str, Any]]  # where it is, and what it holds
+
+
+def read_examples(
+    benchmark: Benchmark, split: str, file: str | None = None, limit: int | None = None, revision: str | None = None
+) -> list[Example]:
+    """The examples of a split.
+
+    Args:
+      file: a local `.jsonl` or `.csv` instead of the hub.
+      limit: only so many, from the first.
+      revision: branch, tag or commit on the hub.
+
+    Raises:
+      UserError: the hub or the file cannot be reached, has no row, lacks a column, or holds what the task has not.
+    """
+    rows = _hub_rows(benchmark, split, revision) if file is None else _file_rows(file, split)
+    examples = _examples(benchmark, split, rows)
+    if not (found := list(itertools.islice(examples, limit))):
+        raise UserError(f"{file or benchmark.dataset} holds no row for the {split} split of {benchmark.name}")
+    return found
+
+
+def _examples(benchmark: Benchmark, split: str, rows: Iterable[Row]) -> Iterator[Example]:
+    seen: set[str] = set()
+    for number, (where, row) in enumerate(rows):
+        example = example_of(benchmark, row, split, number, where)
+        if example.sample_id in seen:
+            raise UserError(f"{where} repeats the id {example.sample_id!r}; give each row its own, or none")
+        seen.add(example.sample_id)
+        yield example
+
+
+def _hub_rows(benchmark: Benchmark, split: str, revision: str | None) -> Iterator[Row]:
+    columns = benchmark.columns
+    rows = open_rows(benchmark.dataset, benchmark.dataset_config, split, columns, ("id",), revision)
+    for number, row in enumerate(rows()):
+        yield f"Dataset {benchmark.dataset}, split {split}, row {number},", row
+
+
+def _file_rows(file: str, split: str) -> Iterator[Row]:
+    path = user_path(file, f"--{split}_file")
+    if not path.is_file():
+        raise UserError(f"there is no file {file!r}, given as --{split}_file; give a .jsonl or .csv that exists")
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        return jsonl_rows(path)
+    if suffix == ".csv":
+        return _csv_rows(path)
+    raise UserError(f"--{split}_file {file!r} ends in {path.suffix!r}; give a .jsonl or a .csv")
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(_LARGEST_FIELD)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            for row in reader:
+                where = f"{path}, line {reader.line_num},"
+                if None in row or None in row.values():
+                    raise UserError(f"{where} has not as many fields as the first line names; quote commas in texts")
+                yield where, row
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, byte {error.start}, is not UTF-8; save the file as UTF-8") from None
+    except csv.Error as error:
+        raise UserError(f"{path} is not CSV ({error}); mend it, or give a .jsonl") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None

@@ -1,0 +1,1 @@
+"""Fine-tuning decoders on the benchmark tasks, whole or by LoRA, with transformers' Trainer."""

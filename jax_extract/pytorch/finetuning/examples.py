@@ -1,0 +1,155 @@
+"""Examples as token ids: a prompt, then an answer, which alone is learned.
+
+In: benchmark `Example`s and a tokenizer. Out: `Tokens` for training and for scoring, and padded batches of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from jax_extract.errors import UserError
+from jax_extract.inputs.benchmarks import UNANSWERABLE, Benchmark, Example
+from jax_extract.inputs.benchmarks_prompts import fitted_prompt
+
+_IGNORED = -100  # what torch's cross entropy passes over
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A prompt and an answer to it, which ends with the end-of-text token."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A validation example: its prompt, and each label word as an answer (none for SQuAD v2)."""
+
+    example: Example
+    prompt: tuple[int, ...]
+    labels: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class TrainingExamples:
+    """What is learned, and how many examples were left out.
+
+    Attributes:
+      cut_answers: their answer is in the part of the text that did not fit; to learn it would be to learn guessing.
+      long_answers: their answer alone is too long.
+    """
+
+    tokens: tuple[Tokens, ...]
+    cut_answers: int
+    long_answers: int
+
+
+class Encoder:
+    """Texts of one task as token ids of one tokenizer."""
+
+    def __init__(self, tokenizer: Any, benchmark: Benchmark, max_length: int) -> None:
+        """UserError where the tokenizer has no token that could end an answer."""
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                "the model's tokenizer has no end-of-text token, with which answers end; add eos_token to "
+                "tokenizer_config.json"
+            )
+        self._tokenizer, self._benchmark, self._max_length = tokenizer, benchmark, max_length
+        self.end: int = tokenizer.eos_token_id
+        self.padding: int = self.end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def training(self, examples: Iterable[Example]) -> TrainingExamples:
+        kept: list[Tokens] = []
+        cut = long = 0
+        for example in examples:
+            prompt = self._prompt(example)
+            if self._was_cut(example, prompt):
+                cut += 1
+                continue
+            ids = self._ids(prompt)
+            tokens = Tokens(ids, self._answer(prompt, ids, example.answers[0]))
+            if tokens.length > self._max_length:
+                long += 1
+                continue
+            kept.append(tokens)
+        if not kept:
+            raise UserError(
+                f"no training example of {self._benchmark.name} fits {self._max_length} tokens; raise --max_length"
+            )
+        return TrainingExamples(tuple(kept), cut, long)
+
+    def scored(self, examples: Iterable[Example]) -> list[Scored]:
+        found = []
+        for example in examples:
+            prompt = self._prompt(example)
+            ids = self._ids(prompt)
+            words = self._benchmark.label_words
+            found.append(Scored(example, ids, tuple(self._answer(prompt, ids, word) for word in words)))
+        return found
+
+    def text(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def _prompt(self, example: Example) -> str:
+        return fitted_prompt(self._benchmark, example, lambda text: len(self._ids(text)), self._max_length)
+
+    def _was_cut(self, example: Example, prompt: str) -> bool:
+        answer = example.answers[0]
+        if self._benchmark.label_words or answer == UNANSWERABLE or prompt == self._benchmark.prompt(example.texts):
+            return False
+        before, _, _ = prompt.rpartition(example.texts["question"])
+        return answer not in before
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        """With the special tokens that begin a text; some tokenizers end it too, which a prompt must not."""
+        ids = tuple(self._tokenizer(text)["input_ids"])
+        return ids[:-1] if ids and ids[-1] == self.end else ids
+
+    def _answer(self, prompt: str, prompt_ids: tuple[int, ...], answer: str) -> tuple[int, ...]:
+        whole = self._ids(f"{prompt} {answer}")
+        if whole[: len(prompt_ids)] == prompt_ids:
+            return (*whole[len(prompt_ids) :], self.end)
+        # The end of the prompt and the start of the answer became one token: the prompt's own tokens stay as they are.
+        return (*self._tokenizer(f" {answer}", add_special_tokens=False)["input_ids"], self.end)
+
+
+class Collator:
+    """Examples of different lengths as one batch, padded on the right."""
+
+    def __init__(self, padding: int) -> None:
+        self._padding = padding
+
+    def __call__(self, batch: Sequence[Tokens]) -> Mapping[str, torch.Tensor]:
+        """input_ids, attention_mask and labels, int64 [batch, longest]; labels only where there is an answer."""
+        shape = len(batch), max(tokens.length for tokens in batch)
+        ids = torch.full(shape, self._padding)
+        labels = torch.full(shape, _IGNORED)
+        mask = torch.zeros(shape, dtype=torch.int64)
+        for row, tokens in enumerate(batch):
+            ids[row, : tokens.length] = torch.tensor((*tokens.prompt, *tokens.answer))
+            labels[row, len(tokens.prompt) : tokens.length] = torch.tensor(tokens.answer)
+            mask[row, : tokens.length] = 1
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def digest_of(training: TrainingExamples, validation: Iterable[Scored]) -> str:
+    """`sha256:…` over every token that is learned or scored, in order."""
+    total = hashlib.sha256()
+    for tokens in training.tokens:
+        total.update(json.dumps([tokens.prompt, tokens.answer]).encode())
+    for scored in validation:
+        total.update(
+            json.dumps([scored.example.sample_id, scored.prompt, scored.labels, scored.example.answers]).encode()
+        )
+    return f"sha256:{total.hexdigest()}"

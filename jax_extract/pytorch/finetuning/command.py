@@ -165,7 +165,7 @@ def _base(checkpoint: SafetensorsCheckpoint) -> dict[str, Any]:
 def _refuse_strange_tokens(job: _Job, checkpoint: Checkpoint) -> None:
     text = checkpoint.config.get("text_config") or checkpoint.config
     known = text.get("vocab_size")
-    largest = max(max((*tokens.prompt, *tokens.answer)) for tokens in job.training.tokens)
+    largest = max(int(tokens.ids.max()) for tokens in job.training.tokens)
     largest = max(largest, *(max(scored.prompt, default=0) for scored in job.validation), job.encoder.end)
     if isinstance(known, int) and largest >= known:
         raise UserError(

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from jax_extract.errors import UserError
@@ -20,16 +21,25 @@ from jax_extract.inputs.benchmarks_prompts import fitted_prompt
 _IGNORED = -100  # what torch's cross entropy passes over
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tokens:
-    """A prompt and an answer to it, which ends with the end-of-text token."""
+    """A prompt and an answer to it.
 
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
+    Attributes:
+      ids: int32 [length], of both; arrays, because SQuAD v2 has some 10^7 of them.
+      prompt: how many of them are the prompt's.
+    """
+
+    ids: np.ndarray
+    prompt: int
+
+    @classmethod
+    def of(cls, prompt: Sequence[int], answer: Sequence[int]) -> Tokens:
+        return cls(np.array([*prompt, *answer], np.int32), len(prompt))
 
     @property
     def length(self) -> int:
-        return len(self.prompt) + len(self.answer)
+        return len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,7 @@ class Encoder:
                 "tokenizer_config.json"
             )
         self._tokenizer, self._benchmark, self._max_length = tokenizer, benchmark, max_length
+        self._last: tuple[str, tuple[int, ...]] = ("", ())
         self.end: int = tokenizer.eos_token_id
         self.padding: int = self.end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
@@ -78,7 +89,7 @@ class Encoder:
                 cut += 1
                 continue
             ids = self._ids(prompt)
-            tokens = Tokens(ids, self._answer(prompt, ids, example.answers[0]))
+            tokens = Tokens.of(ids, self._answer(prompt, ids, example.answers[0]))
             if tokens.length > self._max_length:
                 long += 1
                 continue
@@ -113,8 +124,10 @@ class Encoder:
 
     def _ids(self, text: str) -> tuple[int, ...]:
         """With the special tokens that begin a text; some tokenizers end it too, which a prompt must not."""
-        ids = tuple(self._tokenizer(text)["input_ids"])
-        return ids[:-1] if ids and ids[-1] == self.end else ids
+        if self._last[0] != text or not text:  # a prompt is counted first, and wanted then
+            ids = tuple(self._tokenizer(text)["input_ids"])
+            self._last = text, ids[:-1] if ids and ids[-1] == self.end else ids
+        return self._last[1]
 
     def _answer(self, prompt: str, prompt_ids: tuple[int, ...], answer: str) -> tuple[int, ...]:
         whole = self._ids(f"{prompt} {answer}")
@@ -137,8 +150,8 @@ class Collator:
         labels = torch.full(shape, _IGNORED)
         mask = torch.zeros(shape, dtype=torch.int64)
         for row, tokens in enumerate(batch):
-            ids[row, : tokens.length] = torch.tensor((*tokens.prompt, *tokens.answer))
-            labels[row, len(tokens.prompt) : tokens.length] = torch.tensor(tokens.answer)
+            ids[row, : tokens.length] = torch.from_numpy(tokens.ids)
+            labels[row, tokens.prompt : tokens.length] = torch.from_numpy(tokens.ids[tokens.prompt :])
             mask[row, : tokens.length] = 1
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
@@ -147,7 +160,8 @@ def digest_of(training: TrainingExamples, validation: Iterable[Scored]) -> str:
     """`sha256:…` over every token that is learned or scored, in order."""
     total = hashlib.sha256()
     for tokens in training.tokens:
-        total.update(json.dumps([tokens.prompt, tokens.answer]).encode())
+        total.update(f"{tokens.prompt} {tokens.length}\n".encode())
+        total.update(tokens.ids.astype("<i4").data)
     for scored in validation:
         total.update(
             json.dumps([scored.example.sample_id, scored.prompt, scored.labels, scored.example.answers]).encode()

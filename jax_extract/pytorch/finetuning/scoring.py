@@ -78,7 +78,7 @@ def _classified(model: Any, benchmark: Benchmark, encoder: Encoder, examples: Se
     collate = Collator(encoder.padding)
     for start in range(0, len(examples), max(1, _ROWS // labels)):
         some = examples[start : start + max(1, _ROWS // labels)]
-        batch = collate([Tokens(scored.prompt, word) for scored in some for word in scored.labels])
+        batch = collate([Tokens.of(scored.prompt, word) for scored in some for word in scored.labels])
         likelihoods = _likelihoods(model, {name: values.to(model.device) for name, values in batch.items()})
         for scored, chosen in zip(some, likelihoods.view(-1, labels).argmax(dim=1).tolist(), strict=True):
             given = benchmark.label_words[chosen]

@@ -9,13 +9,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from small_run import ROOT
-
+_TESTS = Path(__file__).resolve().parent
 _SLOWEST = 120  # seconds
 _PRELOADED = [
     "jax_extract.pytorch.finetuning.training",
@@ -36,10 +36,14 @@ def start(words: Sequence[object], folder: Path, env: Mapping[str, str] | None =
     """Starts `jax-extract finetune` in a folder; `end` waits for it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    sys.path[:] = [str(ROOT), *(path for path in sys.path if path != str(ROOT))]
     said = folder / f".{name}"
     process = context.Process(target=_command, args=(list(map(str, words)), folder, dict(env or {}), said), daemon=True)
-    process.start()
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(_TESTS.parent), str(_TESTS), *([before] if before else [])])
+    try:
+        process.start()
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
     return process, said
 
 
@@ -61,11 +65,10 @@ def _command(words: list[str], folder: Path, env: dict[str, str], said: Path) ->
     os.chdir(folder)
     os.environ.update(env)
     import torch
+    import tqdm
 
     from jax_extract import cli
 
     torch.set_num_threads(1)
-    code = cli.main(["finetune", *words])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    tqdm.tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process leaves there
+    sys.exit(cli.main(["finetune", *words]))

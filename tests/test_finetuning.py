@@ -73,9 +73,8 @@ def _review(random: np.random.Generator) -> dict[str, Any]:
 
 
 def _words(base: Path, method: str, *more: object) -> list[object]:
-    rate = 3e-3 if method == "full_finetune" else 2e-2
     given = {"model_path": base / "model", "task": "sst2", "method": method, "device": "cpu", "max_length": 64}
-    given |= {"train_file": base / "train.jsonl", "validation_file": base / "validation.jsonl", "learning_rate": rate}
+    given |= {"train_file": base / "train.jsonl", "validation_file": base / "validation.jsonl", "learning_rate": 3e-3}
     given |= {"batch_size": 8, "gradient_accumulation_steps": 2}
     return [*(word for name, value in given.items() for word in (f"--{name}", value)), *more]
 
@@ -109,7 +108,7 @@ def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_model_learns_what_no_guess_could_score(method: str, base: Path, tmp_path: Path) -> None:
-    ended = finetune(_words(base, method, "--max_steps", 60), tmp_path)
+    ended = finetune(_words(base, method, "--max_steps", 80), tmp_path)
     assert ended.code == 0, ended.err
     folder = _only_folder(tmp_path / "results")
     assert re.fullmatch(rf"{method}_\d{{8}}_\d{{6}}", folder.name)
@@ -142,6 +141,7 @@ def test_a_folder_holds_the_model_its_configuration_and_metadata(method: str, un
     assert yaml.safe_load((folder / "config.yaml").read_text())["options"]["max_steps"] == 12
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")  # peft asks for it, transformers calls it deprecated
 def test_jax_extract_reads_what_was_trained(base: Path, undisturbed: dict[str, Path]) -> None:
     from peft import PeftModel
 
@@ -180,16 +180,16 @@ def test_two_processes_make_one_folder_and_one_speaks(base: Path, tmp_path: Path
 # ---------------------------------------------------------------------------------------- it is killed and goes on
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("failpoint", "goes_on_from"),
+    ("method", "failpoint", "goes_on_from"),
     [
-        ("finetune.step:after:3", None),  # before the first checkpoint
-        ("finetune.step:after:7", 4),
-        ("finetune.mark:before:2", 4),  # the second checkpoint is written, but does not count yet
-        ("finetune.mark:after:2", 8),
-        ("finetune.name_model:after:1", 12),  # the model has its name, but there are no metadata
-        ("finetune.finish:before:1", 12),
+        ("full_finetune", "finetune.step:after:3", None),  # before the first checkpoint
+        ("full_finetune", "finetune.step:after:7", 4),
+        ("lora", "finetune.step:after:7", 4),
+        ("full_finetune", "finetune.mark:before:2", 4),  # the second checkpoint is written, but does not count yet
+        ("lora", "finetune.mark:after:2", 8),
+        ("full_finetune", "finetune.name_model:after:1", 12),  # the model has its name, but there are no metadata
+        ("lora", "finetune.finish:before:1", 12),
     ],
 )
 def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(

@@ -25,7 +25,7 @@ from jax_extract.pytorch.finetuning.processes import Processes
 from jax_extract.store.storage.failpoints import step
 from jax_extract.terminal import Terminal
 
-_LOG_STEPS = 10
+_STEPS_A_LOSS = 10
 _CHECKPOINTS = 2  # kept while training: the last one can be half-written
 
 
@@ -143,7 +143,9 @@ class Training:
     @property
     def losses(self) -> list[list[float]]:
         """[step, mean loss of the steps since the last one] each."""
-        return [[log["step"], log["loss"]] for log in self._trainer.state.log_history if "loss" in log]
+        logs = [(log["step"], log["loss"]) for log in self._trainer.state.log_history if "loss" in log]
+        some = [logs[i : i + _STEPS_A_LOSS] for i in range(0, len(logs), _STEPS_A_LOSS)]
+        return [[each[-1][0], sum(loss for _, loss in each) / len(each)] for each in some]
 
 
 def _arguments(config: FinetuneConfig, folder: Path) -> TrainingArguments:
@@ -165,7 +167,7 @@ def _arguments(config: FinetuneConfig, folder: Path) -> TrainingArguments:
         save_strategy="steps",
         save_steps=config.save_steps,
         save_total_limit=None if config.keep_checkpoints else _CHECKPOINTS,
-        logging_steps=_LOG_STEPS,
+        logging_steps=1,  # what Trainer sums up between logs is not in its checkpoints
         logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=True,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,7 +143,7 @@ class Collator:
     def __init__(self, padding: int) -> None:
         self._padding = padding
 
-    def __call__(self, batch: Sequence[Tokens]) -> Mapping[str, torch.Tensor]:
+    def __call__(self, batch: Sequence[Tokens]) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask and labels, int64 [batch, longest]; labels only where there is an answer."""
         shape = len(batch), max(tokens.length for tokens in batch)
         ids = torch.full(shape, self._padding)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from jax_extract.errors import UserError
 from jax_extract.pytorch.finetuning.config import FinetuneConfig
@@ -38,7 +39,7 @@ def load_model(config: FinetuneConfig, commit: str | None) -> Any:
     path = Path(config.model_path).expanduser()
     options: dict[str, Any] = {} if path.exists() else {"revision": commit}
     with _told(f"model {config.model_path!r} cannot be loaded by transformers", "give a decoder that it knows"):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path if path.exists() else config.model_path,
             dtype=torch.float32,
             use_safetensors=True,
@@ -47,6 +48,7 @@ def load_model(config: FinetuneConfig, commit: str | None) -> Any:
             output_loading_info=True,
             **options,
         )
+    model, info = loaded
     if lacking := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
         raise UserError(
             f"model {config.model_path!r} has no usable weights for {lacking[0]!r}, and random ones would take their "
@@ -126,6 +128,8 @@ class Training:
           UserError: the loss is no number, or the device has not enough memory.
         """
         try:
+            if checkpoint is not None and self._is_last(checkpoint):
+                return self._trainer.model
             self._trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except torch.OutOfMemoryError:
             raise UserError(
@@ -135,6 +139,16 @@ class Training:
         finally:
             self._steps.close()
         return self._trainer.model
+
+    def _is_last(self, checkpoint: Path) -> bool:
+        """Whether nothing is left to train; Trainer would make one step more. The model is the checkpoint's then."""
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if state.global_step < state.max_steps:
+            return False
+        self._trainer._load_from_checkpoint(str(checkpoint))
+        self._trainer.state = state
+        self._steps.on_train_begin(self._trainer.args, state, self._trainer.control)
+        return True
 
     @property
     def steps(self) -> int:
@@ -207,7 +221,8 @@ class _Steps(TrainerCallback):
         else:
             self._terminal.line("steps", f"{state.max_steps:,} of {examples} examples")
         self._bar = self._terminal.progress(state.max_steps, "train", "step")
-        self._bar.update(state.global_step)
+        # Of speed and time left, what an earlier command did says nothing.
+        self._bar.initial = self._bar.n = self._bar.last_print_n = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         with step("finetune.step"):

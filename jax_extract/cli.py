@@ -37,6 +37,8 @@ commands:
   generate   answer prompts; with extract --max_new_tokens, answers and activations
   estimate   how much a run will write and how long it will take, before it is started
   finetune   train a model on a benchmark task, whole or by LoRA
+  representations
+             rows of every layer for all models that finetune has trained, and for their base model
   compile    what a run will need on a TPU slice: memory, traffic, time, cost; by its compiler, without a TPU
   inspect    summarise a run, or one shard
   status     which parts of a run are committed, missing and torn
@@ -235,6 +237,20 @@ def _finetune(argv: list[str]) -> int:
     return finetune_command(config)
 
 
+def _representations(argv: list[str]) -> None:
+    from jax_extract.devices import compilation_cache
+    from jax_extract.post_training.config import PostTrainingConfig
+
+    config = _parse(PostTrainingConfig, argv, "jax-extract representations")
+    config.check()
+    if config.overwrite:
+        interruption.again = "run the same command again without --overwrite to go on"
+    compilation_cache.start()
+    from jax_extract.post_training.command import representations
+
+    representations(config)
+
+
 def _verify(argv: list[str]) -> int:
     from jax_extract.verification.command import VerifyConfig, verify_command
 
@@ -375,6 +391,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "estimate": _estimate,
     "compile": _compile,
     "finetune": _finetune,
+    "representations": _representations,
     "inspect": _inspect,
     "status": _status,
     "verify": _verify,

@@ -56,6 +56,30 @@ class Terminal:
         )
 
 
+class PartOfBar(Terminal):
+    """Says nothing, and moves a bar that goes over the work of several commands."""
+
+    def __init__(self, bar: tqdm) -> None:
+        super().__init__(silent=True)
+        self._bar = bar
+
+    def progress(self, total: int | None, label: str = "extract", unit: str = "tok") -> tqdm:
+        return _Forwarded(self._bar)
+
+
+class _Forwarded(tqdm):
+    """Shows nothing itself."""
+
+    def __init__(self, bar: tqdm) -> None:
+        super().__init__(disable=True)
+        self.n = 0
+        self._bar = bar
+
+    def update(self, n: float | None = 1) -> bool | None:
+        self.n += n or 0
+        return self._bar.update(n)
+
+
 class _ProgressInLog(tqdm):
     """Progress as lines, one every `_LOG_SECONDS` at most and one at the end."""
 

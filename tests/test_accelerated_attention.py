@@ -158,8 +158,13 @@ def test_a_packed_run_that_goes_on_elsewhere_does_not_use_a_kernel_that_mixes_sa
     config = ExtractConfig(model_path=str(make_model(tmp_path / "model")), tasks_file="in.jsonl", dtype="bfloat16")
     job = prepare.Job.open(config)
     begun = {packed: job.plan_settings(config, {"packed": packed}) for packed in (True, False)}
-    assert job.under(begun[True]).numerics.attention == "blockwise"
-    assert job.under(begun[False]).numerics.attention == "cudnn"
+    assert _backend(job.under(begun[True])).numerics.attention == "blockwise"
+    assert _backend(job.under(begun[False])).numerics.attention == "cudnn"
+
+
+def _backend(job: prepare.Job) -> jax_backend.JaxBackend:
+    assert isinstance(job.backend, jax_backend.JaxBackend)
+    return job.backend
 
 
 def test_each_layer_gets_the_kernel_of_its_own_window(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,9 +201,10 @@ def test_layers_with_and_without_a_window_are_both_computed_by_the_kernel(
     config = ExtractConfig(model_path=str(model), tasks_file="in.jsonl", dtype="bfloat16", layers_to_extract=(deepest,))
     job = prepare.Job.open(config)
     job = job.under(job.plan_settings(config, {"packed": False}))
-    assert job.numerics.attention == "cudnn"
-    shapes = job.weights().shapes(job.mesh, "bfloat16")
+    backend = _backend(job)
+    assert backend.numerics.attention == "cudnn"
+    shapes = backend.weights(job.model, job.plan).shapes(backend.mesh, "bfloat16")
     specs = jax.tree.map(lambda parameter: parameter.sharding.spec, shapes)
-    function = capture_function(job.model.port, job.model.config, job.plan, job.mesh, job.numerics, specs)
-    traced = function.trace(shapes, *slab_inputs(job.mesh, SlabShape(64, 2, 1)))
+    function = capture_function(job.model.port, job.model.config, job.plan, backend.mesh, backend.numerics, specs)
+    traced = function.trace(shapes, *slab_inputs(backend.mesh, SlabShape(64, 2, 1)))
     assert "cudnn" in traced.lower(lowering_platforms=("cuda",)).as_text()

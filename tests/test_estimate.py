@@ -349,7 +349,7 @@ def test_durations_are_told_as_a_person_reads_them(seconds: float, text: str) ->
 
 
 class _Program:
-    devices = 2
+    hosts, devices_of_host = 1, 2
 
 
 def _timed(monkeypatch: pytest.MonkeyPatch, seconds: list[float]) -> list[int]:

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 
 from jax_extract.errors import UserError
 from jax_extract.store.formats import DTYPES, ENCODERS, SUFFIXES, load_shard
@@ -84,6 +85,10 @@ def _open_plainly(path: Path) -> dict[str, Any]:
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
+    if path.suffix == ".pt":
+        plain = torch.load(path, weights_only=True)
+        rows = plain["activations"]
+        return {**plain, "activations": (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()}
     return safetensors.numpy.load_file(path)
 
 

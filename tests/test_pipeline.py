@@ -13,7 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +20,6 @@ import pytest
 
 from jax_extract.errors import UserError
 from jax_extract.extraction.loop import STEPS_IN_MEMORY, LoopStatistics, run_parts
-from jax_extract.extraction.program import CaptureProgram
 from jax_extract.extraction.summary import stages_text
 from jax_extract.inputs.plan import Part, plan_windows
 from jax_extract.inputs.slabs import PlanSettings, SlabShape
@@ -54,18 +52,8 @@ def make_parts(steps: int) -> list[Part]:
 
 
 @dataclass
-class Awaited:
-    """A device's array: there when the device has computed it."""
-
-    rows: Future[np.ndarray]
-
-    def __array__(self, *_: object, **__: object) -> np.ndarray:
-        return self.rows.result()
-
-
-@dataclass
 class MadeUpProgram:
-    """What the loop knows of a `CaptureProgram`.
+    """A `Program` whose device is a thread.
 
     Attributes:
       seconds: of a step.
@@ -89,11 +77,12 @@ class MadeUpProgram:
     def bytes_on_host(self, shape: SlabShape) -> int:
         return STEP
 
-    def run(self, tokens: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
-        shard = SimpleNamespace(
-            index=(slice(None), slice(0, ROWS)), data=Awaited(self._device.submit(self._one, tokens))
-        )
-        return {"after_block": SimpleNamespace(copy_to_host_async=lambda: None, addressable_shards=[shard])}
+    def run(self, tokens: np.ndarray, lengths: np.ndarray) -> Future[np.ndarray]:
+        return self._device.submit(self._one, tokens)
+
+    def on_host(self, captured: Future[np.ndarray]) -> list[Blocks]:
+        rows = captured.result()
+        return [{site.key: rows[slot] for slot, site in enumerate(SITES)}]
 
     def _one(self, tokens: np.ndarray) -> np.ndarray:
         """float32 [layers, rows, length, width]: every value of a row is its token."""
@@ -139,7 +128,7 @@ class SlowSink:
 
 
 def _run(parts: Iterable[Part], program: MadeUpProgram, sink: Any, budget: ByteBudget) -> LoopStatistics:
-    return run_parts(parts, cast(CaptureProgram, program), sink, budget)
+    return run_parts(parts, program, sink, budget)
 
 
 @dataclass(frozen=True)

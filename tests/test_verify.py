@@ -22,6 +22,7 @@ from small_run import make_model, run_here, snapshot, write_jsonl
 
 from jax_extract.cli import main
 from jax_extract.errors import UserError
+from jax_extract.pytorch import loading
 from jax_extract.store import integrity
 from jax_extract.store.formats import SUFFIXES
 from jax_extract.store.metadata import VERIFICATION_FILE
@@ -183,7 +184,7 @@ def test_weights_that_transformers_cannot_read_are_read_by_us(
     def cannot(*_: object) -> None:
         raise ValueError("it is no file of theirs")
 
-    monkeypatch.setattr(reference, "_load_theirs", cannot)
+    monkeypatch.setattr(loading, "load_theirs", cannot)
     verdict = verified(make(positions="all", shard_format="pickle", hook_points=("*",)), samples=2)
     assert verdict.verdict == "verified"
     assert verdict.reference["name"] == "Hugging Face transformers in float32, weights read by jax_extract"

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from jax_extract.config import ExtractConfig
+from jax_extract.devices.choice import use_devices
 from jax_extract.devices.processes import Processes, start_processes
 from jax_extract.errors import UserError
 from jax_extract.extraction.backend import Loadable
@@ -41,10 +42,19 @@ _SPOOLED_PARTS = 4  # two that are written, and as many that wait to be uploaded
 _STARTED_MEANWHILE = "another command has just started a run in %s; give this one again when that has ended"
 
 
-def extract_to_directory(config: ExtractConfig, terminal: Terminal | None = None) -> dict[str, Any]:
+def extract_to_directory(
+    config: ExtractConfig,
+    terminal: Terminal | None = None,
+    source: Source | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Runs or resumes an extraction; returns what metadata.json says (on the first process of several).
 
     Everything that can be refused is refused before anything is written.
+
+    Args:
+      source: instead of the one that the configuration names.
+      about: what metadata.json says besides; plain JSON.
 
     Raises:
       UserError: anything the user can mend; nothing that was committed is lost.
@@ -52,8 +62,8 @@ def extract_to_directory(config: ExtractConfig, terminal: Terminal | None = None
     processes = join_processes(config)
     with processes.to_the_end():
         terminal = terminal or Terminal(silent=not processes.is_first)
-        place, source, job = open_request(config, processes)
-        return extract_request(config, processes, place, source, job, terminal)
+        place, source, job = open_request(config, processes, source)
+        return extract_request(config, processes, place, source, job, terminal, about=about or {})
 
 
 def extract_request(
@@ -64,13 +74,14 @@ def extract_request(
     job: Job,
     terminal: Terminal,
     continued: Continued | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What `open_request` has opened; `continued` gives a sample with what follows its prompt."""
     place.require_shared(processes)
     tell_request(job, config, processes.count, terminal)
     while True:
         try:
-            return _Extraction(config, processes, place, source, job, terminal, continued).run()
+            return _Extraction(config, processes, place, source, job, terminal, continued, about or {}).run()
         except RunStartedMeanwhile:  # another worker was faster: its run is resumed
             config = dataclasses.replace(config, overwrite=False)
 
@@ -78,6 +89,9 @@ def extract_request(
 def join_processes(config: ExtractConfig) -> Processes:
     """Checks the configuration and joins the other hosts, if there are any; before any device is used."""
     config.check()
+    if config.backend == "torch":
+        use_devices("cpu")  # JAX would take the GPU's memory for itself
+        return Processes()
     return start_processes(
         config.distributed if config.worker_id is None else "off",
         config.coordinator_address,
@@ -86,7 +100,9 @@ def join_processes(config: ExtractConfig) -> Processes:
     )
 
 
-def open_request(config: ExtractConfig, processes: Processes) -> tuple[Place, Source, Job]:
+def open_request(
+    config: ExtractConfig, processes: Processes, source: Source | None = None
+) -> tuple[Place, Source, Job]:
     """What a configuration names, opened and checked as far as that goes without reading inputs or weights."""
     with processes.together():
         place = Place.of(config)
@@ -94,7 +110,7 @@ def open_request(config: ExtractConfig, processes: Processes) -> tuple[Place, So
     processes.require_equal("place and options", json.dumps(what_to_do), "give every process the same command")
     with processes.together():
         place.written_to.require_usable()
-        source = _open_source(config)
+        source = source or _open_source(config)
         job = Job.open(config)
         place.require_usable()
         require_open_files(len(job.sites))
@@ -122,6 +138,7 @@ class _Extraction:
 
     Attributes:
       continued: gives a sample with what follows its prompt, where something does.
+      about: what metadata.json says besides.
     """
 
     config: ExtractConfig
@@ -131,6 +148,7 @@ class _Extraction:
     job: Job
     terminal: Terminal
     continued: Continued | None
+    about: Mapping[str, Any]
 
     def run(self) -> dict[str, Any]:
         found = None if self.config.overwrite else self.place.find(self.processes)
@@ -142,6 +160,7 @@ class _Extraction:
         config, processes, terminal = self.config, self.processes, self.terminal
         with processes.together():
             run = run_of(config, self.job, self.weights, settings)
+            run["description"] = {**self.about, **run["description"]}
             if found:
                 found.require_same(run["identity"], run["numerics"], config.allow_numeric_change)
         same = hashlib.sha256(json.dumps([run["identity"], run["numerics"]], sort_keys=True).encode()).hexdigest()

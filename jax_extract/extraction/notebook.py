@@ -14,8 +14,7 @@ from jax_extract.config import ExtractConfig
 from jax_extract.errors import UserError
 from jax_extract.extraction.loop import STEPS_IN_MEMORY, LoopStatistics, run_parts
 from jax_extract.extraction.prepare import Job
-from jax_extract.inputs.samples import Sample
-from jax_extract.inputs.text import checked_id, checked_text
+from jax_extract.inputs.text import named_texts
 from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.memory import MemorySink
@@ -50,8 +49,7 @@ def extract(
     Raises:
       UserError: anything about the request that cannot be done.
     """
-    if isinstance(texts, str):
-        raise UserError("texts is a single string; give a list of strings, or a mapping of ids to strings")
+    samples = named_texts(texts)
     if unknown := sorted(set(options) - _NOTEBOOK_OPTIONS):
         raise UserError(
             f"extract has no option {unknown[0]!r}; its options are: {', '.join(sorted(_NOTEBOOK_OPTIONS))}"
@@ -67,8 +65,6 @@ def extract(
     config.check()
     job = Job.open(config)
     counts = InputCounts()
-    named = texts.items() if isinstance(texts, Mapping) else ((str(i), text) for i, text in enumerate(texts))
-    samples = (Sample(checked_id(i, "a sample"), checked_text(text, f"text {i!r}")) for i, text in named)
     windows = list(job.windows(samples, job.plan_settings(config), config.chat_template, counts))
     if not windows:
         raise UserError("none of the texts has a token; there is nothing to extract")

@@ -168,8 +168,8 @@ class Session:
             self.config.shard_format,
             self.config.capture_dtype,
             self.attempt,
-            self.config.one_file_per_layer,
             on_failure=failed,
+            one_file_per_layer=self.config.one_file_per_layer,
             **for_uploads,
         )
         buffers = sink.buffer_bytes + (uploader.buffer_bytes if uploader else 0)

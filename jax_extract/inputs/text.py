@@ -8,7 +8,7 @@ alone (JSONL ids must be unique). A wrong line is a UserError with the file and 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,18 @@ def text_samples(path: Path) -> Iterator[Sample]:
     """
     for number, line in _lines(path):
         yield Sample(f"{path.stem}:{number}", line, {"line": number})
+
+
+def named_texts(texts: Sequence[str] | Mapping[str, str]) -> Iterator[Sample]:
+    """Texts of a caller's, with ids where they are a mapping; else the ids are "0", "1", ….
+
+    Raises:
+      UserError: it is a single string, or holds something else than texts.
+    """
+    if isinstance(texts, str):
+        raise UserError("texts is a single string; give a list of strings, or a mapping of ids to strings")
+    named = texts.items() if isinstance(texts, Mapping) else ((str(i), text) for i, text in enumerate(texts))
+    return (Sample(checked_id(i, "a sample"), checked_text(text, f"text {i!r}")) for i, text in named)
 
 
 def text_field(names: Collection[str], text_column: str | None, where: str) -> str:

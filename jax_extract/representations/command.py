@@ -21,7 +21,7 @@ from jax_extract.config import ExtractConfig
 from jax_extract.devices.choice import use_devices
 from jax_extract.errors import UserError, user_path
 from jax_extract.extraction.loop import STEPS_IN_MEMORY, LoopStatistics, run_parts
-from jax_extract.extraction.prepare import Job, OpenModel, numerics_fingerprint
+from jax_extract.extraction.prepare import Job
 from jax_extract.extraction.summary import captures_text, tell_model
 from jax_extract.inputs.graphs import Graph
 from jax_extract.inputs.plan import Part, Window, plan_windows
@@ -34,6 +34,7 @@ from jax_extract.representations.distances import GraphDistances, graph_distance
 from jax_extract.store.budget import ByteBudget, default_limit
 from jax_extract.store.folders import write_file
 from jax_extract.terminal import Terminal, bytes_text, plural
+from jax_extract.weights.open_model import OpenModel
 
 NPZ_FILE, INFO_FILE = "token_representations.npz", "representation_info.json"
 _TOKENS_AT_ONCE, _WALKS_AT_ONCE = 512, 64
@@ -197,7 +198,7 @@ class _Representations:
             "occurrences": int(means.occurrences.sum()),
             "tokens_without_occurrence": missing.tolist(),
             "truncated_walks": counts.truncated_samples,
-            "numerics": numerics_fingerprint(job.numerics),
+            "numerics": job.backend.fingerprint(),
             "graph": graph.name if graph else None,
             "graph_distances": {key: found.as_json() for key, found in distances.items()},
         }

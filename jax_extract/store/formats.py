@@ -27,7 +27,7 @@ from numpy.lib import format as npy
 from safetensors import SafetensorError, deserialize
 
 from jax_extract.errors import UserError, damage_is_told
-from jax_extract.store import torch_pickle
+from jax_extract.store import torch_file, torch_pickle
 from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.storage.verbs import BUCKET_SCHEME, Chunk
 
@@ -241,15 +241,10 @@ class TorchEncoder(ShardEncoder):
             "row_offsets": torch_pickle.Tensor("0", "int64", offsets.shape),
         }
         self._zip = zipfile.ZipFile(_Unseekable(self._sink), "w", zipfile.ZIP_STORED)  # type: ignore[arg-type]
-        for name, data in {
-            "data.pkl": torch_pickle.dumps(content),
-            "byteorder": b"little",
-            "version": b"3\n",
-            "data/0": offsets.tobytes(),
-        }.items():
-            with self._zip.open(_torch_member(name), "w") as member:
-                member.write(data)
-        last = _torch_member("data/1")
+        torch_file.head(self._zip, content)
+        with self._zip.open(torch_file.member("data/0"), "w") as member:
+            member.write(offsets.tobytes())
+        last = torch_file.member("data/1")
         start = self._sink.size + _ZIP_HEADER + len(last.filename) + _ZIP64_EXTRA + len(_padding(0))
         last.extra = _padding(-start % _ALIGNMENT)
         self._member = self._zip.open(last, "w", force_zip64=True)
@@ -307,10 +302,6 @@ class _Unseekable(io.RawIOBase):
 
 def _member(name: str) -> zipfile.ZipInfo:
     return zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))  # equal content, equal bytes
-
-
-def _torch_member(name: str) -> zipfile.ZipInfo:
-    return zipfile.ZipInfo(f"archive/{name}", date_time=(1980, 1, 1, 0, 0, 0))
 
 
 def _padding(size: int) -> bytes:
@@ -438,9 +429,7 @@ def _load_npz(file: BinaryIO) -> dict[str, Any]:
 
 
 def _load_torch(file: BinaryIO) -> dict[str, Any]:
-    with zipfile.ZipFile(file) as archive:
-        root = archive.namelist()[0].partition("/")[0]
-        content = torch_pickle.loads(archive.read(f"{root}/data.pkl"), lambda key: archive.read(f"{root}/data/{key}"))
+    content = torch_file.load(file)
     return {**content, "sample_ids": np.array(content["sample_ids"], np.str_)}
 
 

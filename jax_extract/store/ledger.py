@@ -113,7 +113,7 @@ class Ledger:
             changed = differences(self.run["identity"], identity)
         if changed:
             raise UserError(
-                f"{self.storage} holds another run: {changed}; go back to that, choose another --activations_dir, "
+                f"{self.storage} holds another run: {changed}; go back to that, choose another folder, "
                 "or start anew with --overwrite"
             )
         if (changed := differences(self.run["numerics"], numerics)) and not allow_numeric_change:

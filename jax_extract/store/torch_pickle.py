@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ _STORAGES = {
 _DTYPES = {storage: dtype for dtype, storage in _STORAGES.items()}
 _REBUILD = ("torch._utils", "_rebuild_tensor_v2")
 _PROTOCOL = 2  # as torch writes
+# Instructions that set attributes of what stands for torch's functions here, or make objects in other ways.
+_CHANGES_OBJECTS = frozenset("BUILD NEWOBJ NEWOBJ_EX OBJ INST EXT1 EXT2 EXT4 STACK_GLOBAL PERSID".split())
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,9 @@ def loads(data: bytes, storage: Callable[[str], bytes]) -> dict[str, Any]:
     Raises:
       pickle.UnpicklingError: it holds something else.
     """
+    for instruction, _, _ in pickletools.genops(data):
+        if instruction.name in _CHANGES_OBJECTS:
+            raise pickle.UnpicklingError(f"it has the instruction {instruction.name}, which no plain array needs")
     content = _Unpickler(data, storage).load()
     if not isinstance(content, dict):
         raise pickle.UnpicklingError("it does not hold a dictionary")

@@ -76,11 +76,11 @@ class PartWriter:
         shard_format: str,
         dtype: str,
         attempt: str,
-        one_file_per_layer: bool = False,
         on_failure: Callable[[BaseException], None] = lambda _: None,
         on_commit: Callable[[Mapping[str, Any]], None] = lambda _: None,
         before_part: Callable[[Key, int], None] = lambda key, nbytes: None,
         on_refusal: Callable[[Key], None] = lambda key: None,
+        one_file_per_layer: bool = False,
     ) -> None:
         self.ledger = ledger
         self.storage = ledger.storage

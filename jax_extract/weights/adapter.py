@@ -25,7 +25,7 @@ from jax_extract.weights.checkpoint import Checkpoint, SafetensorsFiles, is_hub_
 from jax_extract.weights.text_part import text_name
 from models.ports import Port
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _WRAPPER = "base_model.model."  # before the module's path in the model that was adapted
 
 # Say nothing about the merged weights, or nothing that the tensors do not say.
@@ -64,13 +64,13 @@ class AdaptedCheckpoint:
         self.generation = base.generation
         self.adapter = adapter
         self._base = base
-        self._settings = read_json(folder / _CONFIG)
+        self._settings = read_json(folder / SETTINGS)
         _refuse_other_kinds(self._settings, folder)
-        if not (folder / _WEIGHTS).is_file():
+        if not (folder / WEIGHTS).is_file():
             raise UserError(
-                f"there is no {_WEIGHTS} in {folder}; save the adapter with save_pretrained(…, safe_serialization=True)"
+                f"there is no {WEIGHTS} in {folder}; save the adapter with save_pretrained(…, safe_serialization=True)"
             )
-        self._file = SafetensorsFiles([folder / _WEIGHTS])
+        self._file = SafetensorsFiles([folder / WEIGHTS])
         self._prefix = port.prefix
         self.config, self._alias = self._untied(port)
         sources = port.sources(port.config(self.config))
@@ -79,7 +79,7 @@ class AdaptedCheckpoint:
         self._turned |= {name for path in embeddings if path in sources for name in sources[path].names}
         self._merged, self._replaced = self._by_stored_name()
         if not self._merged and not self._replaced:
-            raise UserError(f"{folder / _WEIGHTS} holds nothing that changes this model; save the adapter again")
+            raise UserError(f"{folder / WEIGHTS} holds nothing that changes this model; save the adapter again")
 
     def names(self) -> frozenset[str]:
         return self._base.names() | set(self._alias)
@@ -226,11 +226,11 @@ class AdaptedCheckpoint:
         if has_magnitude != is_dora:
             raise UserError(
                 f"{module.path} in {self.adapter} {'has' if has_magnitude else 'lacks'} a magnitude vector where "
-                f"{_CONFIG} has use_dora {is_dora}; settings and weights do not belong together"
+                f"{SETTINGS} has use_dora {is_dora}; settings and weights do not belong together"
             )
         if not down[0] == up[1] == self._rank(module):
             raise UserError(
-                f"{module.path} in {self.adapter} has rank {down[0]} where {_CONFIG} says {self._rank(module)}; "
+                f"{module.path} in {self.adapter} has rank {down[0]} where {SETTINGS} says {self._rank(module)}; "
                 "settings and weights do not belong together"
             )
 
@@ -250,20 +250,30 @@ class AdaptedCheckpoint:
 
 
 def open_adapter(base: Checkpoint, adapter: str, port: Port) -> AdaptedCheckpoint:
-    """Finds the adapter: a folder, or a hub id, of a revision or the newest; UserError where there is none."""
-    folder = user_path(adapter, "--adapter")
-    if not folder.is_dir():
-        hub_id, _, revision = adapter.partition("@")
-        if not is_hub_id(hub_id):
-            raise UserError(
-                f"adapter {adapter!r} was not found; give its folder, or a hub id of the form OWNER/NAME or "
-                "OWNER/NAME@REVISION"
-            )
-        from jax_extract.weights.hub import download
+    """The model under the adapter; UserError where there is none, or it is not one of this model."""
+    folder, found = find_adapter(adapter)
+    return AdaptedCheckpoint(base, folder, port, found)
 
-        folder, commit = download(hub_id, revision or None, "adapter", "--adapter")
-        adapter = f"{hub_id}@{commit}"  # which finds the same one again, whatever is newest then
-    return AdaptedCheckpoint(base, folder, port, adapter)
+
+def find_adapter(adapter: str) -> tuple[Path, str]:
+    """The folder of an adapter, and the name that finds the same one again; UserError where there is none.
+
+    Args:
+      adapter: a folder, or a hub id, of a revision or the newest.
+    """
+    folder = user_path(adapter, "--adapter")
+    if folder.is_dir():
+        return folder, adapter
+    hub_id, _, revision = adapter.partition("@")
+    if not is_hub_id(hub_id):
+        raise UserError(
+            f"adapter {adapter!r} was not found; give its folder, or a hub id of the form OWNER/NAME or "
+            "OWNER/NAME@REVISION"
+        )
+    from jax_extract.weights.hub import download
+
+    folder, commit = download(hub_id, revision or None, "adapter", "--adapter")
+    return folder, f"{hub_id}@{commit}"  # whatever is newest then
 
 
 def _refuse_other_kinds(settings: Mapping[str, Any], folder: Path) -> None:
@@ -284,15 +294,15 @@ def _refuse_other_kinds(settings: Mapping[str, Any], folder: Path) -> None:
         )
     for key in ("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out"):
         if settings.get(key) not in (None, True, False):
-            raise UserError(f"{_CONFIG} in {folder} has {key} {settings[key]!r:.40}; expected true or false")
+            raise UserError(f"{SETTINGS} in {folder} has {key} {settings[key]!r:.40}; expected true or false")
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = settings.get(key) or {}
         if not isinstance(patterns, dict):
-            raise UserError(f"{_CONFIG} in {folder} has a {key} that is no mapping from modules to numbers")
+            raise UserError(f"{SETTINGS} in {folder} has a {key} that is no mapping from modules to numbers")
         for pattern, value in patterns.items():
             if not _PATTERN.fullmatch(pattern):
                 raise UserError(
-                    f"{_CONFIG} in {folder} has the {key} {pattern!r:.60}; understood are names of modules, with \\d+ "
+                    f"{SETTINGS} in {folder} has the {key} {pattern!r:.60}; understood are names of modules, with \\d+ "
                     "for numbers: merge the adapter with PEFT and give the saved model as --model_path"
                 )
             _require_number(value, f"{key} of {pattern!r}", folder)
@@ -302,7 +312,7 @@ def _refuse_other_kinds(settings: Mapping[str, Any], folder: Path) -> None:
 
 def _require_number(value: object, what: str, folder: Path) -> None:
     if type(value) not in (int, float) or not 0 < float(str(value)) < float("inf"):
-        raise UserError(f"{_CONFIG} in {folder} has {what} {value!r:.40}; expected a positive number")
+        raise UserError(f"{SETTINGS} in {folder} has {what} {value!r:.40}; expected a positive number")
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:

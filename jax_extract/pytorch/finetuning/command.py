@@ -8,10 +8,8 @@ says so where all is done.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +20,7 @@ from typing import Any
 from jax_extract.errors import UserError
 from jax_extract.inputs.benchmarks import TRAIN, VALIDATION, Example
 from jax_extract.inputs.benchmarks_rows import read_examples
+from jax_extract.pytorch.finetuning.base_model import describe_base
 from jax_extract.pytorch.finetuning.config import FinetuneConfig
 from jax_extract.pytorch.finetuning.folder import FINAL_MODEL, Results, open_trained, refuse_half_saved
 from jax_extract.pytorch.finetuning.processes import Processes, is_main
@@ -133,7 +132,9 @@ def _job(config: FinetuneConfig, checkpoint: SafetensorsCheckpoint) -> _Job:
     validation = _validation(config)
     tokenizer = checkpoint.tokenizer()
     encoder = Encoder(tokenizer, benchmark, config.max_length)
-    job = _Job(config, _base(checkpoint), tokenizer, encoder, encoder.training(train), encoder.scored(validation))
+    job = _Job(
+        config, describe_base(checkpoint), tokenizer, encoder, encoder.training(train), encoder.scored(validation)
+    )
     _refuse_strange_tokens(job, checkpoint)
     return job
 
@@ -149,17 +150,6 @@ def _validation(config: FinetuneConfig) -> list[Example]:
             "give a validation file with both"
         )
     return found
-
-
-def _base(checkpoint: SafetensorsCheckpoint) -> dict[str, Any]:
-    total = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
-    total.update((checkpoint.revision or checkpoint.digest(checkpoint.names())).encode())
-    return {
-        "model_path": checkpoint.source,
-        "revision": checkpoint.revision,
-        "model_type": checkpoint.config.get("model_type"),
-        "digest": f"sha256:{total.hexdigest()}",
-    }
 
 
 def _refuse_strange_tokens(job: _Job, checkpoint: Checkpoint) -> None:

@@ -75,6 +75,18 @@ def trained_models(results: Path) -> list[TrainedModel]:
     return [open_trained(folder) for folder in _folders(results) if (folder / METADATA_FILE).is_file()]
 
 
+def half_saved_models(results: Path) -> list[Path]:
+    """The folders of trainings that are not done, by name."""
+    return [folder for folder in _folders(results) if not (folder / METADATA_FILE).is_file()]
+
+
+def whole_checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a training that are whole, by step."""
+    steps = sorted(int(found[1]) for path in folder.iterdir() if (found := _CHECKPOINT.fullmatch(path.name)))
+    paths = {step: folder / f"checkpoint-{step}" for step in steps}
+    return {step: path for step, path in paths.items() if _is_whole(path)}
+
+
 def refuse_half_saved(model_path: Path) -> None:
     """UserError where a model lies in the folder of a training that is not done."""
     for folder in (model_path, model_path.absolute().parent):

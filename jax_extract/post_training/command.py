@@ -1,0 +1,177 @@
+"""`jax-extract representations`: from a results folder of trained models to a folder of representations for each.
+
+In: a `PostTrainingConfig`. Out: `{method}_{task}_seed{n}/step_000000/layer_0.pt` … for every model, adapter weights
+beside them, and `base_representations/{task}/step_000000` for the base model. Models, prompts and devices are checked
+before the first forward; what is whole already is passed over, so that the same command goes on after any interruption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jax_extract.errors import UserError
+from jax_extract.inputs.benchmarks import VALIDATION, benchmark_named
+from jax_extract.inputs.benchmarks_prompts import prompt_samples
+from jax_extract.inputs.benchmarks_rows import read_examples
+from jax_extract.inputs.samples import Sample
+from jax_extract.post_training.config import PostTrainingConfig
+from jax_extract.post_training.extractors import LoRARepresentationExtractor, RepresentationExtractor
+from jax_extract.post_training.names import BASE, step_folder
+from jax_extract.post_training.subjects import Prompts, Subject, find_subjects
+from jax_extract.store.reader import open_activations
+from jax_extract.terminal import PartOfBar, Terminal, bytes_text, plural
+
+
+@dataclass(frozen=True)
+class _Task:
+    """The prompts of a task: read, fitted, counted.
+
+    Attributes:
+      tokens: of all prompts together.
+    """
+
+    prompts: Prompts
+    samples: Sequence[Sample]
+    tokens: int
+
+    def said(self) -> dict[str, Any]:
+        """For metadata.json."""
+        benchmark, used = benchmark_named(self.prompts.task), len(self.samples)
+        hub = {"dataset": benchmark.dataset, "config": benchmark.dataset_config, "revision": self.prompts.revision}
+        return {
+            "validation": {
+                "source": self.prompts.file or hub,
+                "asked_for": self.prompts.asked_for,
+                "used": used,
+                "whole_split": used < self.prompts.asked_for,
+            },
+            "max_length": self.prompts.max_length,
+            "template": benchmark.template,
+        }
+
+    def __str__(self) -> str:
+        asked = self.prompts.asked_for
+        whole = f" (all there are; {asked:,} were asked for)" if len(self.samples) < asked else ""
+        return f"{self.prompts.task} with {plural(len(self.samples), 'sample')}{whole}"
+
+
+def representations(config: PostTrainingConfig, terminal: Terminal | None = None) -> list[Path]:
+    """The folders of all that was asked for, the base model's first.
+
+    Raises:
+      UserError: anything the user can mend; what is committed stays.
+    """
+    config.check()
+    terminal = terminal or Terminal()
+    subjects = find_subjects(config)
+    extractors = [_extractor(subject, config) for subject in subjects]
+    folders = [_folder(subject, config) for subject in subjects]
+    for extractor in extractors:
+        extractor.check()
+    for subject, extractor, folder in zip(subjects, extractors, folders, strict=True):
+        if not config.overwrite:
+            _refuse_other(folder, subject, extractor)
+    tasks = _tasks(subjects, extractors)
+    trained = sum(subject.name.method != BASE for subject in subjects)
+    base = " and their base model" if trained < len(subjects) else ""
+    terminal.line("models", f"{trained}{base}, {extractors[0].description()}")
+    terminal.line("tasks", "; ".join(map(str, tasks.values())))
+    with terminal.progress(sum(tasks[subject.name.task].tokens for subject in subjects)) as bar:
+        there, written, undefined = 0, 0, 0
+        for number, (subject, extractor, folder) in enumerate(zip(subjects, extractors, folders, strict=True), 1):
+            task = tasks[subject.name.task]
+            bar.set_description_str(f"{_called(subject)} ({number} of {len(subjects)})")
+            before = bar.n
+            metadata = extractor.save(
+                task.samples,
+                folder,
+                about={**_said(subject), **task.said()},
+                overwrite=config.overwrite,
+                terminal=PartOfBar(bar),
+            )
+            if bar.n == before:  # it was there already
+                bar.total -= task.tokens
+                there += 1
+            written += metadata["total_bytes"]
+            undefined += metadata["not_finite_rows"]
+    if undefined:
+        terminal.line("warning", f"{plural(undefined, 'row')} hold infinite or undefined values")
+    already = f"; {there} of them were there already" if there else ""
+    terminal.line("done", f"{plural(len(folders), 'folder')} of {bytes_text(written)}{already}")
+    terminal.line("output", f"{config.output}/" + (f" and {config.base_output}/" if base else ""))
+    return folders
+
+
+def _called(subject: Subject) -> str:
+    name = f"{BASE} {subject.name}" if subject.name.method == BASE else str(subject.name)
+    return f"{name}, step {subject.step:,}" if subject.step else name
+
+
+def _folder(subject: Subject, config: PostTrainingConfig) -> Path:
+    root = config.base_output if subject.name.method == BASE else config.output
+    return root / str(subject.name) / step_folder(subject.step)
+
+
+def _extractor(subject: Subject, config: PostTrainingConfig) -> RepresentationExtractor:
+    options: dict[str, Any] = {
+        "revision": subject.revision,
+        "pooling": config.pooling,
+        "max_length": subject.prompts.max_length,
+        "batch_size": config.batch_size,
+        "backend": config.backend,
+        "device": config.device,
+        "dtype": config.dtype,
+        "capture_dtype": config.capture_dtype,
+    }
+    if subject.adapter is None:
+        return RepresentationExtractor(subject.model_path, **options)
+    return LoRARepresentationExtractor(subject.model_path, subject.adapter, **options)
+
+
+def _tasks(subjects: Sequence[Subject], extractors: Sequence[RepresentationExtractor]) -> dict[str, _Task]:
+    """Prompts depend on the tokenizer, which training leaves as it is: the first model's will do for all of a task."""
+    tasks: dict[str, _Task] = {}
+    for subject, extractor in zip(subjects, extractors, strict=True):
+        prompts = subject.prompts
+        if prompts.task in tasks:
+            continue
+        tokenizer, benchmark = extractor.tokenizer(), benchmark_named(prompts.task)
+
+        def count(text: str, tokenizer: Any = tokenizer) -> int:
+            return len(tokenizer(text)["input_ids"])
+
+        examples = read_examples(benchmark, VALIDATION, prompts.file, prompts.asked_for, prompts.revision)
+        samples = list(prompt_samples(benchmark, examples, count, prompts.max_length))
+        tasks[prompts.task] = _Task(prompts, samples, sum(count(sample.text) for sample in samples))
+    return tasks
+
+
+def _said(subject: Subject) -> dict[str, Any]:
+    """Of the model, for metadata.json."""
+    return {
+        "method": subject.name.method,
+        "task": subject.name.task,
+        "seed": subject.name.seed,
+        "step": subject.step,
+        **subject.said,
+    }
+
+
+def _refuse_other(folder: Path, subject: Subject, extractor: RepresentationExtractor) -> None:
+    """UserError where a folder holds something that rows of this command could not be compared with."""
+    if not (folder / "_run" / "run.json").is_file():
+        return
+    metadata: Mapping[str, Any] = open_activations(str(folder)).metadata
+    anew = "compute all of them anew with --overwrite True, or choose another --output_dir and --base_dir"
+    training = metadata.get("training")
+    if training is not None and Path(training).resolve() != Path(str(subject.said.get("training"))).resolve():
+        raise UserError(f"{folder} is of another training, {training}; {anew}")
+    dtype, backend = metadata["numerics"]["dtype"], metadata["numerics"].get("backend", "jax")
+    if (dtype, backend) != (extractor.computed_in, extractor.backend):
+        raise UserError(
+            f"{folder} was computed in {dtype} with {backend}, and this command would use {extractor.computed_in} with "
+            f"{extractor.backend}; give --dtype {dtype} --backend {backend}, or {anew}"
+        )

@@ -1,0 +1,198 @@
+"""Extractors as objects: one model, and the representations of texts in memory or in a folder.
+
+In: a model (and an adapter), how it is computed, how a text's tokens become one row. Out: a `Run`, or a folder with
+`layer_0.pt`, …, `final_hidden_states.pt` and metadata.json. One forward serves all layers: rows leave the device as
+they are computed, and nothing of a layer is held until the others are done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from jax_extract.config import ExtractConfig
+from jax_extract.extraction.command import extract_to_directory
+from jax_extract.extraction.notebook import extract
+from jax_extract.extraction.prepare import Job
+from jax_extract.extraction.summary import captures_text
+from jax_extract.inputs.samples import Sample
+from jax_extract.inputs.sources import Source
+from jax_extract.inputs.text import named_texts
+from jax_extract.post_training.adapter_weights import FOLDER, Matrices, adapter_weights, save_adapter_weights
+from jax_extract.store.reader import Run
+from jax_extract.terminal import Terminal
+from jax_extract.weights.adapter import find_adapter
+from jax_extract.weights.open_model import OpenModel
+
+Pooling = Literal["mean", "last"]
+_POOLING_TEXT = {
+    "mean": "mean over the tokens of the text, special ones included, padding never",
+    "last": "the last token of the text",
+}
+
+
+@dataclass(frozen=True)
+class RepresentationExtractor:
+    """Representations of a causal language model, one row a text and layer.
+
+    Attributes:
+      model_path: Hugging Face folder, hub id, or .gguf file.
+      revision: branch, tag or commit of a hub id.
+      layers: by default all.
+      hook_points: by default the output of every block and the final hidden states.
+      pooling: the mean over a text's tokens, or its last token.
+      max_length: of a text in tokens; longer ones are cut at the end.
+      batch_size: texts a device computes at once, at least.
+      backend: torch, by forward hooks, or jax.
+      device: of the torch backend.
+      dtype: of the computation; capture_dtype of what is kept.
+    """
+
+    model_path: str
+    _: KW_ONLY
+    revision: str | None = None
+    layers: Sequence[int] | None = None
+    hook_points: Sequence[str] = ("after_block", "final_norm")
+    pooling: Pooling = "mean"
+    max_length: int | None = None
+    batch_size: int = 8
+    backend: Literal["torch", "jax"] = "torch"
+    device: str | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+    capture_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def check(self) -> None:
+        """UserError where the model, its weights by name and shape, or the device are not what they should be."""
+        self._job.weights()
+
+    @property
+    def computed_in(self) -> str:
+        """The dtype of matrix products."""
+        return self._job.backend.dtype
+
+    def tokenizer(self) -> Any:
+        """The model's, of transformers."""
+        return self._job.model.tokenizer
+
+    def description(self) -> str:
+        """What is captured and how it is computed, for a person."""
+        backend = self._job.backend
+        return f"{captures_text(self._job.plan)}; in {backend.dtype} with {backend.name} on {backend.device_kind}"
+
+    @cached_property
+    def _job(self) -> Job:
+        return Job.open(self._config())
+
+    def extract(self, texts: Sequence[str] | Mapping[str, str]) -> Run:
+        """In memory: `run.sample("0").get(layer=3)` -> [1, width].
+
+        Args:
+          texts: with ids where it is a mapping; else the ids are "0", "1", ….
+
+        Raises:
+          UserError: anything that the user can mend.
+        """
+        options = {name: value for name, value in self._options().items() if name not in _OF_RUNS}
+        return extract(self.model_path, texts, layers=self._layers(), **options)
+
+    def save(
+        self,
+        texts: Sequence[str] | Mapping[str, str] | Sequence[Sample],
+        folder: str | Path,
+        *,
+        about: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        terminal: Terminal | None = None,
+    ) -> dict[str, Any]:
+        """Into a folder, a file a layer; resumed where it was begun, nothing done where it is whole.
+
+        Args:
+          texts: as for `extract`; or samples, whose ids and further values are kept.
+          about: what metadata.json should say besides; plain JSON.
+          overwrite: compute anew what is there.
+          terminal: where lines and the bar go; by default none are shown.
+
+        Returns:
+          What metadata.json says.
+
+        Raises:
+          UserError: anything that the user can mend; nothing that was committed is lost.
+        """
+        samples = _samples(texts)
+        source = Source(f"{len(samples)} texts", "text", True, lambda: iter(samples))
+        config = replace(self._config(), activations_dir=str(folder), overwrite=overwrite)
+        said = {"pooling": self.pooling, "pooling_is": _POOLING_TEXT[self.pooling], **(about or {})}
+        return extract_to_directory(config, terminal or Terminal(silent=True), source, said)
+
+    def _config(self) -> ExtractConfig:
+        config = ExtractConfig(model_path=self.model_path, layers_to_extract=self._layers(), **self._options())
+        config.check()
+        return config
+
+    def _options(self) -> dict[str, Any]:
+        """Fields of `ExtractConfig`."""
+        return {
+            "revision": self.revision,
+            "hook_points": tuple(self.hook_points),
+            "positions": self.pooling,
+            "max_seq_length": self.max_length,
+            "batch_size": self.batch_size,
+            "backend": self.backend,
+            "device": self.device,
+            "dtype": self.dtype,
+            "capture_dtype": self.capture_dtype,
+            "shard_format": "pt",
+            "one_file_per_layer": True,
+            "distributed": "off",
+            "allow_numeric_change": True,  # a run of one part is computed in one session, and tells in which
+        }
+
+    def _layers(self) -> tuple[int, ...]:
+        if self.layers is not None:
+            return tuple(int(layer) for layer in self.layers)
+        model = OpenModel.open(self.model_path, self.revision, None, needs_port=self.backend == "jax")
+        return tuple(range(model.config.num_hidden_layers))
+
+
+@dataclass(frozen=True)
+class LoRARepresentationExtractor(RepresentationExtractor):
+    """The same of a model under an adapter, whose matrices are saved too.
+
+    Attributes:
+      adapter: a folder that PEFT saved, or a hub id; `model_path` is the model it was trained on.
+    """
+
+    adapter: str
+
+    def adapter_weights(self) -> Matrices:
+        """Layer -> `A` or `B` -> module -> matrix: A [rank, inputs], B [outputs, rank]."""
+        return adapter_weights(find_adapter(self.adapter)[0])
+
+    def save(
+        self,
+        texts: Sequence[str] | Mapping[str, str] | Sequence[Sample],
+        folder: str | Path,
+        *,
+        about: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        terminal: Terminal | None = None,
+    ) -> dict[str, Any]:
+        """As `RepresentationExtractor.save`, with `adapter_weights/lora_A_layer_0.pt` and so on beside the rows."""
+        metadata = super().save(texts, folder, about=about, overwrite=overwrite, terminal=terminal)
+        save_adapter_weights(find_adapter(self.adapter)[0], Path(folder) / FOLDER)
+        return metadata
+
+    def _options(self) -> dict[str, Any]:
+        return {**super()._options(), "adapter": self.adapter}
+
+
+_OF_RUNS = frozenset(("shard_format", "one_file_per_layer", "distributed", "allow_numeric_change"))
+
+
+def _samples(texts: Sequence[str] | Mapping[str, str] | Sequence[Sample]) -> list[Sample]:
+    if not isinstance(texts, str | Mapping) and all(isinstance(text, Sample) for text in texts):
+        return [text for text in texts if isinstance(text, Sample)]
+    return list(named_texts(texts))  # type: ignore[arg-type]

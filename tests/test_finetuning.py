@@ -21,14 +21,12 @@ import yaml
 from finetune_worker import Ended, end, finetune, start
 from safetensors.numpy import load_file, save_file
 from small_run import ROOT
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_reviews import OTHERS, VOCABULARY, finetune_words, llama_config, write_base
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from jax_extract import cli
 from jax_extract.errors import UserError
-from jax_extract.inputs.benchmarks import BENCHMARKS, UNANSWERABLE, Example, benchmark_named
+from jax_extract.inputs.benchmarks import UNANSWERABLE, Example, benchmark_named
 from jax_extract.pytorch.finetuning import scores
 from jax_extract.pytorch.finetuning.examples import Collator, Encoder
 from jax_extract.pytorch.finetuning.folder import Results, open_trained, trained_models
@@ -36,47 +34,13 @@ from jax_extract.pytorch.finetuning.scoring import answer
 from jax_extract.store.storage.failpoints import VARIABLE
 
 METHODS = ["full_finetune", "lora"]
-GOOD, BAD = ("fine", "warm", "witty", "bright"), ("dull", "flat", "stale", "clumsy")
-OTHERS = [f"w{i}" for i in range(30)]
-VOCABULARY = ["<unk>", "</s>", *GOOD, *BAD, *OTHERS]
-VOCABULARY += sorted({word for b in BENCHMARKS for word in (*b.template.replace(":", " : ").split(), *b.label_words)})
-VOCABULARY = list(dict.fromkeys([*VOCABULARY, UNANSWERABLE, ":", "?", "."]))
 SHORT = ["--max_steps", 12, "--save_steps", 4]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny random Llama, `model`, and reviews of random words, one of which decides."""
-    folder = tmp_path_factory.mktemp("base")
-    words = Tokenizer(WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    LlamaForCausalLM(_config()).save_pretrained(folder / "model")
-    random = np.random.default_rng(0)
-    for split, count in (("train", 320), ("validation", 60)):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(_review(random)) + "\n" for _ in range(count)))
-    return folder
-
-
-def _config(**changes: Any) -> LlamaConfig:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    fixed = {"max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": None}
-    return LlamaConfig(**{**sizes, **fixed, "vocab_size": len(VOCABULARY), "tie_word_embeddings": False, **changes})
-
-
-def _review(random: np.random.Generator) -> dict[str, Any]:
-    label = int(random.integers(2))
-    words = [*random.choice(OTHERS, 4), str(random.choice(GOOD if label else BAD))]
-    random.shuffle(words)
-    return {"sentence": " ".join(words), "label": label}
-
-
-def _words(base: Path, method: str, *more: object) -> list[object]:
-    given = {"model_path": base / "model", "task": "sst2", "method": method, "device": "cpu", "max_length": 64}
-    given |= {"train_file": base / "train.jsonl", "validation_file": base / "validation.jsonl", "learning_rate": 3e-3}
-    given |= {"batch_size": 8, "gradient_accumulation_steps": 2}
-    return [*(word for name, value in given.items() for word in (f"--{name}", value)), *more]
+    return write_base(tmp_path_factory.mktemp("base"))
 
 
 def _only_folder(results: Path) -> Path:
@@ -98,7 +62,7 @@ def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """The folder of a short training by each method that nobody disturbed."""
     folder = tmp_path_factory.mktemp("undisturbed")
     for method in METHODS:
-        ended = finetune(_words(base, method, *SHORT, "--output_dir", method), folder)
+        ended = finetune(finetune_words(base, method, *SHORT, "--output_dir", method), folder)
         assert (ended.code, ended.err.count("Traceback")) == (0, 0), ended.err
     return {method: _only_folder(folder / method) for method in METHODS}
 
@@ -108,7 +72,7 @@ def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_model_learns_what_no_guess_could_score(method: str, base: Path, tmp_path: Path) -> None:
-    ended = finetune(_words(base, method, "--max_steps", 80), tmp_path)
+    ended = finetune(finetune_words(base, method, "--max_steps", 80), tmp_path)
     assert ended.code == 0, ended.err
     folder = _only_folder(tmp_path / "results")
     assert re.fullmatch(rf"{method}_\d{{8}}_\d{{6}}", folder.name)
@@ -165,7 +129,7 @@ def test_two_processes_make_one_folder_and_one_speaks(base: Path, tmp_path: Path
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    words = _words(base, "lora", *SHORT)
+    words = finetune_words(base, "lora", *SHORT)
     ranks = [{**meet, "RANK": str(i), "LOCAL_RANK": str(i), "LOCAL_WORLD_SIZE": "2"} for i in range(2)]
     main, other = [end(each) for each in [start(words, tmp_path, rank, f"rank{rank['RANK']}") for rank in ranks]]
     assert (main.code, other.code) == (0, 0), main.err + other.err
@@ -195,7 +159,7 @@ def test_two_processes_make_one_folder_and_one_speaks(base: Path, tmp_path: Path
 def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(
     method: str, failpoint: str, goes_on_from: int | None, base: Path, undisturbed: dict[str, Path], tmp_path: Path
 ) -> None:
-    words = _words(base, method, *SHORT)
+    words = finetune_words(base, method, *SHORT)
     assert finetune(words, tmp_path, {VARIABLE: failpoint}).code == -9
     folder = _only_folder(tmp_path / "results")
     with pytest.raises(UserError, match="half-saved"):
@@ -216,7 +180,7 @@ def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(
 def test_a_checkpoint_that_was_cut_short_is_passed_over(
     base: Path, undisturbed: dict[str, Path], tmp_path: Path
 ) -> None:
-    words = _words(base, "full_finetune", *SHORT)
+    words = finetune_words(base, "full_finetune", *SHORT)
     assert finetune(words, tmp_path, {VARIABLE: "finetune.step:after:9"}).code == -9
     folder = _only_folder(tmp_path / "results")
     optimizer = folder / "checkpoint-8" / "optimizer.pt"
@@ -232,16 +196,16 @@ def test_a_done_training_is_not_done_again_and_another_seed_is_another_folder(
     results = tmp_path / "results"
     shutil.copytree(undisturbed["lora"].parent, results)
     before = {path: path.stat().st_mtime_ns for path in results.rglob("*") if path.is_file() and path.name != ".lock"}
-    ended = finetune(_words(base, "lora", *SHORT, "--save_steps", 5), tmp_path)
+    ended = finetune(finetune_words(base, "lora", *SHORT, "--save_steps", 5), tmp_path)
     assert (ended.code, "done     already: " in ended.out) == (0, True)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    ended = finetune(_words(base, "lora", "--max_steps", 1, "--seed", 7), tmp_path)
+    ended = finetune(finetune_words(base, "lora", "--max_steps", 1, "--seed", 7), tmp_path)
     assert (ended.code, len(list(results.iterdir()))) == (0, 2)
     assert sorted(model.seed for model in trained_models(results)) == [7, 42]
 
 
 def test_two_commands_do_not_train_in_one_folder(base: Path, tmp_path: Path) -> None:
-    words = _words(base, "lora", *SHORT)
+    words = finetune_words(base, "lora", *SHORT)
     assert finetune(words, tmp_path, {VARIABLE: "finetune.step:after:2"}).code == -9
     with Results(_only_folder(tmp_path / "results")).claim():
         _refused(finetune(words, tmp_path), "another process is training in")
@@ -292,7 +256,7 @@ def test_the_likelier_answer_counts_whatever_its_length_and_the_batch(base: Path
     encoder = Encoder(PreTrainedTokenizerFast.from_pretrained(base / "model"), benchmark, 64)
     examples = [_example(i % 2, " ".join(OTHERS[i : 2 * i + 1])) for i in range(12)]
     torch.manual_seed(1)
-    model = LlamaForCausalLM(_config(initializer_range=0.6)).eval()
+    model = LlamaForCausalLM(llama_config(initializer_range=0.6)).eval()
     expected = []
     for scored in encoder.scored(examples):
         likelihoods = []
@@ -311,7 +275,7 @@ def test_a_free_answer_is_the_same_alone_and_in_a_batch(base: Path) -> None:
     texts = [{"context": " ".join(OTHERS[: 3 * i + 1]), "question": "w1 ?"} for i in range(4)]
     scored = encoder.scored(Example(str(i), text, ("w3",), None) for i, text in enumerate(texts))
     torch.manual_seed(1)
-    model = LlamaForCausalLM(_config(initializer_range=0.6))
+    model = LlamaForCausalLM(llama_config(initializer_range=0.6))
     alone = [answer(model, benchmark, encoder, [each])[0] for each in scored]
     assert answer(model, benchmark, encoder, scored) == alone
     assert len({each.given for each in alone}) > 1
@@ -338,7 +302,7 @@ def test_squad_is_trained_and_answered(base: Path, tmp_path: Path) -> None:
         for i in range(24)
     ]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = _words(base, "lora", "--task", "squad_v2", "--max_steps", 2)
+    words = finetune_words(base, "lora", "--task", "squad_v2", "--max_steps", 2)
     files = ["--train_file", "d.jsonl", "--validation_file", "d.jsonl"]
     ended = finetune(
         [*_without(words, "task", "train_file", "validation_file"), "--task", "squad_v2", *files], tmp_path
@@ -391,7 +355,7 @@ def test_a_mistake_is_one_sentence_before_any_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = _without(_words(base, "full_finetune"), *changes)
+    words = _without(finetune_words(base, "full_finetune"), *changes)
     words += [word for name, value in changes.items() if value is not None for word in (f"--{name}", value)]
     code = cli.main(["finetune", *map(str, words)])
     caught = capsys.readouterr()
@@ -401,13 +365,13 @@ def test_a_mistake_is_one_sentence_before_any_training(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_where_there_is_none_is_told_before_any_training(base: Path, tmp_path: Path) -> None:
-    words = [*_without(_words(base, "lora"), "device"), "--device", "cuda"]
+    words = [*_without(finetune_words(base, "lora"), "device"), "--device", "cuda"]
     _refused(finetune(words, tmp_path), "--device cuda was asked for, and torch ")
     assert not (tmp_path / "results").exists()
 
 
 def test_a_dataset_is_told_to_be_out_of_reach_before_any_training(base: Path, tmp_path: Path) -> None:
-    words = _without(_words(base, "lora"), "train_file", "validation_file")
+    words = _without(finetune_words(base, "lora"), "train_file", "validation_file")
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     ended = finetune(words, tmp_path, env)
     _refused(ended, "nyu-mll/glue")
@@ -418,13 +382,13 @@ def test_a_half_saved_model_is_refused(base: Path, undisturbed: dict[str, Path],
     half = tmp_path / undisturbed["full_finetune"].name
     shutil.copytree(undisturbed["full_finetune"], half)
     (half / "metadata.json").unlink()
-    words = [*_without(_words(base, "lora"), "model_path"), "--model_path", half / "final_model"]
+    words = [*_without(finetune_words(base, "lora"), "model_path"), "--model_path", half / "final_model"]
     _refused(finetune(words, tmp_path), "is half-saved: it has no metadata.json")
     torn = tmp_path / "torn"
     shutil.copytree(base / "model", torn)
     weights = torn / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    words = [*_without(_words(base, "lora"), "model_path"), "--model_path", torn]
+    words = [*_without(finetune_words(base, "lora"), "model_path"), "--model_path", torn]
     _refused(finetune(words, tmp_path), "it is truncated or damaged")
     tensors = load_file(base / "model" / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
@@ -443,7 +407,13 @@ def test_a_trained_file_of_another_size_is_told(undisturbed: dict[str, Path], tm
 
 
 def test_a_loss_that_is_no_number_ends_the_training(base: Path, tmp_path: Path) -> None:
-    words = [*_without(_words(base, "full_finetune"), "learning_rate"), "--learning_rate", "1e30", "--max_steps", 20]
+    words = [
+        *_without(finetune_words(base, "full_finetune"), "learning_rate"),
+        "--learning_rate",
+        "1e30",
+        "--max_steps",
+        20,
+    ]
     ended = finetune(words, tmp_path)
     assert ended.code == 2
     assert ended.err.splitlines()[-1].startswith("error: the loss is ")
@@ -451,7 +421,7 @@ def test_a_loss_that_is_no_number_ends_the_training(base: Path, tmp_path: Path) 
 
 
 def test_a_module_that_is_not_there_cannot_be_adapted(base: Path, tmp_path: Path) -> None:
-    words = _words(base, "lora", "--lora_target_modules", "query")
+    words = finetune_words(base, "lora", "--lora_target_modules", "query")
     _refused(finetune(words, tmp_path), "name modules of it with --lora_target_modules")
 
 

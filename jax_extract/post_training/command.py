@@ -167,7 +167,8 @@ def _refuse_other(folder: Path, subject: Subject, extractor: RepresentationExtra
     metadata: Mapping[str, Any] = open_activations(str(folder)).metadata
     anew = "compute all of them anew with --overwrite True, or choose another --output_dir and --base_dir"
     training = metadata.get("training")
-    if training is not None and Path(training).resolve() != Path(str(subject.said.get("training"))).resolve():
+    # By its name, which has the time in it: the results folder may have been named from elsewhere.
+    if training is not None and Path(training).name != Path(str(subject.said.get("training"))).name:
         raise UserError(f"{folder} is of another training, {training}; {anew}")
     dtype, backend = metadata["numerics"]["dtype"], metadata["numerics"].get("backend", "jax")
     if (dtype, backend) != (extractor.computed_in, extractor.backend):

@@ -126,9 +126,7 @@ class PostTrainingConfig:
             return
         for name in ("tasks", "methods", "seeds"):
             if len(getattr(self, name) or ()) != 1:
-                raise UserError(
-                    f"--model_path names one model and does not say its {name}; give --{name} with just one"
-                )
+                raise UserError(f"--model_path names one model and not its {name}; give --{name} with just one")
         for name in ("models", "checkpoints", "skip_half_saved"):
             if getattr(self, name):
                 raise UserError(f"--{name} chooses among the models of --results_dir; leave it or --model_path out")

@@ -67,6 +67,7 @@ class RepresentationExtractor:
     def check(self) -> None:
         """UserError where the model, its weights by name and shape, or the device are not what they should be."""
         self._job.weights()
+        self.tokenizer()
 
     @property
     def computed_in(self) -> str:

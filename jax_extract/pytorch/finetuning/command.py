@@ -189,7 +189,9 @@ def _train(job: _Job, results: Results, start: int | None, processes: Processes,
     trained, all_parameters = parameters(model)
     terminal.line("method", f"{_method_text(config)}: {trained:,} of {all_parameters:,} parameters are trained")
     terminal.line("folder", str(results.path))
-    training = Training(model, config, job.training.tokens, job.encoder.padding, results, processes, terminal)
+    training = Training(
+        model, job.tokenizer, config, job.training.tokens, job.encoder.padding, results, processes, terminal
+    )
     model = training.run(None if start is None else results.checkpoint(start))
     # Every process answers a share.
     mine = range(processes.index, len(job.validation), processes.count)

@@ -104,6 +104,7 @@ class Training:
     def __init__(
         self,
         model: Any,
+        tokenizer: Any,
         config: FinetuneConfig,
         examples: Sequence[Tokens],
         padding: int,
@@ -117,6 +118,7 @@ class Training:
             args=_arguments(config, results.path),
             train_dataset=_Examples(examples),
             data_collator=Collator(padding),
+            processing_class=tokenizer,  # so that a checkpoint is a whole Hugging Face folder
             callbacks=[self._steps],
         )
         self._trainer.remove_callback(PrinterCallback)

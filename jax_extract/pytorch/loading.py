@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModel
+from transformers.initialization import no_init_weights
 
 from jax_extract.weights.open_model import OpenModel
 from jax_extract.weights.unported import BLOCKS
@@ -48,7 +49,8 @@ def load_ours(model: OpenModel, layers: int, dtype: torch.dtype) -> Any:
     """With the tensors that our reader gives, merged with an adapter where there is one."""
     fields = dict(model.checkpoint.config)
     config = _without_upper_blocks(AutoConfig.for_model(fields.pop("model_type"), **fields), layers)
-    loaded = AutoModel.from_config(config, dtype=dtype, **_attention(model)).eval()
+    with no_init_weights():  # every parameter is written over
+        loaded = AutoModel.from_config(config, dtype=dtype, **_attention(model)).eval()
     stored = model.checkpoint.names()
     with torch.no_grad():
         for name, parameter in loaded.named_parameters():

@@ -118,9 +118,10 @@ def write_arc(path: Path, tasks: int = 4) -> Path:
     return path
 
 
-def run_here(model: Path, tasks_file: Path, directory: Path, **options: Any) -> dict[str, Any]:
+def run_here(model: Path, tasks_file: Path | None, directory: Path, **options: Any) -> dict[str, Any]:
     """An extraction in this process, silent; returns the metadata."""
-    config = ExtractConfig(model_path=str(model), tasks_file=str(tasks_file), activations_dir=str(directory), **options)
+    tasks = None if tasks_file is None else str(tasks_file)
+    config = ExtractConfig(model_path=str(model), tasks_file=tasks, activations_dir=str(directory), **options)
     return extract_to_directory(config, Terminal(silent=True))
 
 

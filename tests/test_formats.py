@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import gc
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import safetensors.numpy
 import torch
 
 from jax_extract.errors import UserError
-from jax_extract.store.formats import DTYPES, ENCODERS, SUFFIXES, load_shard
+from jax_extract.store.formats import DTYPES, ENCODERS, SUFFIXES, ShardHeader, load_shard
 from jax_extract.store.ledger import Ledger
 from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.reader import open_activations
@@ -198,6 +200,81 @@ def test_a_pickle_of_something_else_is_a_user_error(tmp_path: Path, content: obj
     path.write_bytes(pickle.dumps(content))
     with pytest.raises(UserError, match=r"other\.pkl"):
         load_shard(path)
+
+
+def _torch_zip(path: Path, content: bytes, **changes: Any) -> Path:
+    """A file of torch whose pickle is `content`; changes are of the zip's entries."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in {"data.pkl": content, "data/0": bytes(64)}.items():
+            entry = zipfile.ZipInfo(f"archive/{name}")
+            for field, value in changes.items():
+                setattr(entry, field, value)
+            archive.writestr(entry, data)
+    return path
+
+
+def _tensor(shape: bytes) -> bytes:
+    """The instructions of a tensor over the first 16 floats, its shape spelled so."""
+    storage = b"((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x10tQ"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n" + storage + b"K\x00" + shape + b"(K\x01t\x89NtR"
+
+
+_HOSTILE = {
+    "it calls posix.system": pickle.dumps({"activations": _Call(os.system, "true")}, 2),
+    "no plain array needs": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb.",
+    "remembers more": b"\x80\x02}r\xff\xff\xff\x3f.",
+    "sample ids are no list": b"\x80\x02}X\x0a\x00\x00\x00sample_ids]q\x00(h\x00h\x00es.",
+    "its bytes cannot have": b"\x80\x02}X\x01\x00\x00\x00a" + _tensor(b"(J\xff\xff\xff\x7ft") + b"s.",
+}
+
+
+@pytest.mark.parametrize("said", _HOSTILE)
+def test_a_hostile_file_of_torch_is_refused_and_nothing_of_it_runs(said: str, tmp_path: Path) -> None:
+    path = _torch_zip(tmp_path / "layer_3.pt", _HOSTILE[said])
+    with pytest.raises(UserError, match=said):
+        load_shard(path)
+
+
+def test_what_is_packed_small_is_not_unpacked(tmp_path: Path) -> None:
+    path = _torch_zip(tmp_path / "layer_3.pt", pickle.dumps({}), compress_type=zipfile.ZIP_DEFLATED)
+    with pytest.raises(UserError, match="is compressed or encrypted"):
+        load_shard(path)
+
+
+@every_format
+def test_whatever_bytes_are_damaged_it_is_told_or_makes_no_difference_to_the_form(
+    tmp_path: Path, shard_format: str
+) -> None:
+    path = _write(tmp_path, shard_format, "float32")
+    whole, random = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for at in random.integers(len(whole), size=3):
+            damaged[at] = random.integers(256)
+        path.write_bytes(damaged)
+        try:
+            shard = load_shard(path)
+        except UserError:
+            continue
+        assert shard["activations"].ndim == 2
+
+
+@pytest.mark.parametrize("shard_format", ["npz", "pt"])
+def test_a_file_that_is_given_up_is_forgotten_in_silence(shard_format: str) -> None:
+    header = ShardHeader(4, 2, "float32", "after_block", 3, ("a",), np.array([0, 4]))
+    encoder = ENCODERS[shard_format](CountingSink(), header)
+    encoder.append(bytes(8))
+    encoder.abandon()
+    del encoder
+    gc.collect()  # a complaint would be an error of this test
+
+
+class CountingSink:
+    size = 0
+
+    def write(self, data: Any) -> int:
+        self.size += len(data)
+        return len(data)
 
 
 @every_format

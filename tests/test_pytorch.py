@@ -6,21 +6,25 @@ devices and options that are not there. The truth of a family without a port is 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from small_run import run_here, shards
 from test_generation import write_texts
 from test_parity import SHORT_FAMILIES, assert_parity, print_worst
 from tiny_models import random_ids, row_errors, run_rows, save, tiny_folder
-from transformers import AutoModelForCausalLM, OPTConfig
+from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig
 
 from jax_extract import extract, load_shard, open_activations
 from jax_extract.errors import UserError
+from jax_extract.pytorch.backend import TorchBackend
 from jax_extract.terminal import Terminal
+from jax_extract.upkeep.status import SweepConfig, sweep_command
 from jax_extract.verification.command import verify
 
 LENGTHS = (1, 3, 40, 90)
@@ -150,10 +154,99 @@ def test_a_file_of_torch_is_what_torch_loads_and_one_a_layer(dtype: str, tmp_pat
             np.testing.assert_array_equal(ours, theirs)
 
 
+def test_a_family_without_a_port_that_computes_with_the_number_of_its_blocks_keeps_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 4}
+    heads = {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+    }
+    config = AutoConfig.for_model("minicpm3", vocab_size=131, scale_depth=1.4, v_head_dim=8, **sizes, **heads)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    save(model, tmp_path)
+    run = extract(str(tmp_path), texts_of(), backend="torch", layers=(0, 1), positions="all")
+    for i, ids in enumerate(random_ids(LENGTHS)):
+        with torch.inference_mode():
+            states = model(torch.from_numpy(ids.astype(np.int64))[None], output_hidden_states=True).hidden_states
+        for layer in (0, 1):
+            assert row_errors(run_rows(run, str(i))["after_block", layer], states[layer + 1][0].numpy()).max() <= 1e-5
+
+
+def test_rotations_that_depend_on_the_batch_are_refused_beyond_their_length(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
+    config = AutoConfig.for_model(
+        "phi3",
+        vocab_size=131,
+        pad_token_id=0,
+        max_position_embeddings=256,
+        original_max_position_embeddings=64,
+        rope_parameters={**rope, "original_max_position_embeddings": 64},
+        **sizes,
+    )
+    save(AutoModelForCausalLM.from_config(config), tmp_path)
+    with pytest.raises(UserError, match=r"rotates by other angles where a batch is longer than 64 tokens"):
+        extract(str(tmp_path), texts_of(), backend="torch", layers=(0,))
+    assert len(extract(str(tmp_path), texts_of(), backend="torch", layers=(0,), max_seq_length=64)) == len(LENGTHS)
+
+
+def test_what_is_no_decoder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "albert", "hidden_size": 8}')
+    save_file({"w": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"a 'albert' model is no causal language model"):
+        extract(str(tmp_path), ["!"], backend="torch")
+
+
+def test_final_states_of_another_width_are_no_hook_point(tmp_path: Path) -> None:
+    config = OPTConfig(hidden_size=48, ffn_dim=70, num_hidden_layers=2, num_attention_heads=6, vocab_size=131)
+    config.word_embed_proj_dim = 24
+    save(AutoModelForCausalLM.from_config(config), tmp_path)
+    assert extract(str(tmp_path), ["!"], backend="torch", hook_points=("*",)).hook_points == [
+        "embeddings",
+        "residual_before",
+        "after_block",
+    ]
+    with pytest.raises(UserError, match="final_norm"):
+        extract(str(tmp_path), ["!"], backend="torch", hook_points=("final_norm",))
+
+
+def test_a_first_cpu_is_the_cpu() -> None:
+    backend = TorchBackend.open("cpu:0", None)
+    assert (backend.device, backend.device_kind, backend.dtype) == ("cpu", "cpu", "float32")
+
+
+def test_a_run_of_one_file_a_layer_is_swept_of_nothing_that_a_damaged_record_had(tmp_path: Path) -> None:
+    inputs, place = write_texts(tmp_path / "t.jsonl", random_ids((5, 30))), tmp_path / "run"
+    options: dict[str, Any] = {"positions": "mean", "layers_to_extract": (0, 2), "shard_format": "pt"}
+    run_here(tiny_folder("llama"), inputs, place, one_file_per_layer=True, **options)
+    (place / "_run" / "commits" / "000001_001.json").write_text("{")
+    assert sweep_command(SweepConfig(str(place))) in (0, 1)
+    assert sorted(path.name for path in place.glob("*.pt")) == ["layer_0.pt", "layer_2.pt"]
+
+
+def test_an_ordinary_run_does_not_speak_of_files_a_layer(tmp_path: Path) -> None:
+    """Else runs that were begun before would be other runs."""
+    inputs = write_texts(tmp_path / "t.jsonl", random_ids((5,)))
+    run_here(tiny_folder("llama"), inputs, tmp_path / "run", layers_to_extract=(0,))
+    assert "one_file_per_layer" not in json.loads((tmp_path / "run" / "_run" / "run.json").read_text())["identity"]
+
+
+def test_a_stream_that_would_not_fit_one_file_a_layer_is_refused(tmp_path: Path) -> None:
+    inputs = write_texts(tmp_path / "t.jsonl", random_ids((5,)))
+    options: dict[str, Any] = {"dataset": str(inputs), "shard_format": "pt", "one_file_per_layer": True}
+    for n_samples, said in ((None, "an input of unknown length"), (100_000, "100,000")):
+        with pytest.raises(UserError, match=f"takes at most 65,536 samples, not {said}"):
+            run_here(tiny_folder("llama"), None, tmp_path / "run", n_samples=n_samples, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"backend": "torch", "device": "cuda"}, r"--device 'cuda' was asked for and torch finds 0 CUDA devices"),
+        ({"backend": "torch", "device": ""}, r"--device '' is no device"),
         ({"backend": "torch", "device": "tpu9"}, r"--device 'tpu9' is no device; give cpu, cuda or cuda:N"),
         ({"backend": "torch", "mesh_shape": "1,1"}, r"--mesh_shape is of --backend jax"),
         ({"backend": "torch", "max_new_tokens": 4}, r"--max_new_tokens is of --backend jax"),

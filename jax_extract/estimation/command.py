@@ -385,8 +385,13 @@ def tell(found: Estimate, terminal: Terminal) -> None:
     a_sample = output.shard_bytes / output.samples
     terminal.line(
         "sample",
-        f"{bytes_text(a_sample)} a sample; {bytes_text(a_sample * work.samples_per_batch)} a batch of "
-        f"{plural(work.samples_per_batch, 'sample')}",
+        f"{bytes_text(a_sample)} a sample"
+        + (
+            ""
+            if found.config.one_file_per_layer
+            else f"; {bytes_text(a_sample * work.samples_per_batch)} a batch of "
+            f"{plural(work.samples_per_batch, 'sample')}"
+        ),
     )
     for row in _table(output):
         terminal.line("", row)

@@ -225,8 +225,8 @@ class _Extraction:
         that cannot be read is refused before anything is written.
         """
         windows, counts = read()
-        if self.config.one_file_per_layer and not self.source.finite and self.config.n_samples is None:
-            raise UserError("--one_file_per_layer needs an input with an end; add --n_samples")
+        if self.config.one_file_per_layer and not self.source.finite:
+            _require_one_window(self.config.n_samples)
         if not self.source.finite:
             tell_input(self.source, counts, self.job, self.terminal)
             stream = iter(windows)
@@ -242,10 +242,8 @@ class _Extraction:
                 pass
         tell_input(self.source, counts, self.job, self.terminal)
         parts = [part for window in windows for part in window.parts]
-        if self.config.one_file_per_layer and len(parts) > 1:
-            raise UserError(
-                f"--one_file_per_layer takes at most {WINDOW_SAMPLES:,} samples, not {counts.samples:,}; leave it out"
-            )
+        if self.config.one_file_per_layer:
+            _require_one_window(counts.samples)
         require_rows(parts, self.job)
         tell_plan(parts, self.job.backend.devices, self.processes.count, self.terminal)
         pending = [part for part in parts if part.key not in committed]
@@ -289,6 +287,16 @@ def _open_source(config: ExtractConfig) -> Source:
     )
 
 
+def _require_one_window(samples: int | None) -> None:
+    """UserError where a layer's rows would not fit one part."""
+    if samples is None or samples > WINDOW_SAMPLES:
+        said = "an input of unknown length" if samples is None else f"{samples:,}"
+        raise UserError(
+            f"--one_file_per_layer takes at most {WINDOW_SAMPLES:,} samples, not {said}; give --n_samples, or leave it "
+            "out"
+        )
+
+
 def begin_anew(place: Place, processes: Processes) -> None:
     """Removes the run that is there, in both places."""
     with processes.together():
@@ -321,7 +329,8 @@ def run_of(config: ExtractConfig, job: Job, weights: Loadable, settings: PlanSet
             "shard_format": config.shard_format,
             "chat_template": config.chat_template,
             "answers": config.capture_answers,
-            "one_file_per_layer": config.one_file_per_layer,
+            # Only where it is so: runs that were begun before there was a choice go on.
+            **({"one_file_per_layer": True} if config.one_file_per_layer else {}),
             "weights": weights.provenance(),
             "tokenizer_hash": tokenizer_digest(job.model.tokenizer),
             "plan_settings": settings.as_json(),

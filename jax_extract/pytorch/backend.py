@@ -18,6 +18,7 @@ from jax_extract.errors import UserError
 from jax_extract.inputs.slabs import PlanSettings, SlabShape
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
+from jax_extract.weights.unported import UnportedConfig
 from models.hooks import HOOK_POINTS, CapturePlan
 from models.ports import Port, hook_width
 
@@ -44,7 +45,7 @@ class TorchBackend:
             raise UserError("--backend torch needs PyTorch, which is not installed; pip install 'jax_extract[torch]'")
         import torch
 
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
         try:
             found = torch.device(device)
         except RuntimeError:
@@ -57,7 +58,7 @@ class TorchBackend:
                 "install torch for the GPU's driver"
             )
         defaults = _GPU if found.type == "cuda" else _CPU
-        return cls(device, dtype or defaults.dtype)
+        return cls("cpu" if found.type == "cpu" else device, dtype or defaults.dtype)
 
     @property
     def name(self) -> str:
@@ -132,21 +133,28 @@ class TorchBackend:
         if self.dtype == "float32":  # everywhere: a GPU's matrix units would round the operands
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         is_port = isinstance(model.family, Port)
+        if isinstance(model.config, UnportedConfig):
+            _require_same_rotations(model.config, shapes)
         blocks = max(1, plan.blocks_needed(model.config.num_hidden_layers))
         load = load_ours if is_port else load_theirs
         try:
             with quiet():
                 loaded = load(model, blocks, getattr(torch, self.dtype)).to(self.device)
                 modules = hooked_modules(loaded, model)
+                device = torch.device(self.device)
+                program = TorchProgram(loaded, modules, plan, device, _widths(plan, model), needs_mask=not is_port)
+                program.try_out()
         except torch.cuda.OutOfMemoryError:
             raise UserError(
                 f"the model does not fit {self.device}; give --dtype bfloat16, or fewer layers, or a larger device"
             ) from None
-        except (ValueError, OSError, ImportError, AttributeError) as error:
+        except (ValueError, OSError, ImportError, AttributeError, KeyError, TypeError, RuntimeError) as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise UserError(f"transformers does not load {model.checkpoint.source} ({reason.rstrip('.')})") from None
-        device = torch.device(self.device)
-        return TorchProgram(loaded, modules, plan, device, _widths(plan, model), needs_mask=not is_port)
+            raise UserError(
+                f"transformers does not load or run {model.checkpoint.source} as a decoder with such hook points "
+                f"({reason.rstrip('.')}); check the folder, or ask for other --hook_points"
+            ) from None
+        return program
 
 
 @dataclass(frozen=True)
@@ -158,6 +166,17 @@ class _AllWeights:
     def provenance(self) -> str:
         checkpoint = self.model.checkpoint
         return f"hub:{checkpoint.revision}" if checkpoint.revision else checkpoint.digest(checkpoint.names())
+
+
+def _require_same_rotations(config: UnportedConfig, shapes: Iterable[SlabShape]) -> None:
+    """UserError where the rows of a short sample would depend on a long one beside it."""
+    most, longest = config.same_rotations_to, max(shape.length for shape in shapes)
+    if most is not None and longest > most:
+        raise UserError(
+            f"this {config.model_type!r} model rotates by other angles where a batch is longer than {most:,} "
+            f"tokens, and batches of {longest:,} are planned: rows would depend on their company; give "
+            f"--max_seq_length {most // 64 * 64 or most}"
+        )
 
 
 def _widths(plan: CapturePlan, model: OpenModel) -> dict[str, int]:

@@ -23,7 +23,11 @@ from models.ports import Module, Port
 
 
 def load_theirs(model: OpenModel, layers: int, dtype: torch.dtype) -> Any:
-    """As any user of transformers loads it."""
+    """As any user of transformers loads it.
+
+    A family without a port keeps its upper blocks: some compute with their number.
+    """
+    is_port = isinstance(model.family, Port)
     # Safetensors only: nothing is run.
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     options |= _attention(model)
@@ -34,14 +38,16 @@ def load_theirs(model: OpenModel, layers: int, dtype: torch.dtype) -> Any:
         source = path if path.exists() else model.checkpoint.source
         options["revision"] = model.checkpoint.revision or "main"
         config = AutoConfig.from_pretrained(source, revision=options["revision"], trust_remote_code=False)
-        _without_upper_blocks(config.get_text_config(), layers)
+        if is_port:
+            _without_upper_blocks(config.get_text_config(), layers)
         options["config"] = config
     loaded, info = AutoModel.from_pretrained(source, output_loading_info=True, **options)
     if lacking := sorted([*info["missing_keys"], *info["mismatched_keys"]]):
         raise ValueError(f"it did not find {lacking[0]!r}")  # and would compute with random numbers in its place
     loaded = getattr(loaded, "language_model", loaded)  # of a model that reads pictures too
-    del loaded.get_submodule(blocks_path(loaded, model))[layers:]
-    loaded.config.num_hidden_layers = layers
+    if is_port:
+        del loaded.get_submodule(blocks_path(loaded, model))[layers:]
+        loaded.config.num_hidden_layers = layers
     return loaded.eval()
 
 
@@ -76,9 +82,10 @@ def blocks_path(loaded: Any, model: OpenModel) -> str:
         return path
     lists = [name for name, module in loaded.named_modules() if isinstance(module, torch.nn.ModuleList)]
     outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    if len(outermost) != 1:
-        raise ValueError(f"it has {len(outermost)} lists of blocks")
-    return outermost[0]
+    blocks = [name for name in outermost if len(loaded.get_submodule(name)) == model.config.num_hidden_layers]
+    if len(blocks) != 1:
+        raise ValueError(f"{len(blocks)} of its lists of modules could be its {model.config.num_hidden_layers} blocks")
+    return blocks[0]
 
 
 def _attention(model: OpenModel) -> dict[str, str]:

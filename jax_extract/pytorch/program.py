@@ -7,6 +7,7 @@ selected, means taken and values cast on the device, and copied while the next s
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,16 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from jax_extract.errors import UserError
 from jax_extract.inputs.slabs import SlabShape
 from models.hooks import CapturePlan
 from models.ports import Module
 from models.positions import Positions
+
+
+class _Enough(Exception):
+    """All that is wanted was captured: the rest of the forward need not run."""
+
 
 SiteKey = tuple[str, int | None]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,6 +57,7 @@ class TorchProgram:
         self._dtype = _DTYPES[plan.dtype]
         self._captured: dict[SiteKey, torch.Tensor] = {}
         self._selection: _Selection | None = None
+        self._sites = len(list(plan.sites()))
         for hook, layer in plan.sites():
             self._listen(modules, hook, layer)
 
@@ -71,8 +79,16 @@ class TorchProgram:
     def _keep(self, key: SiteKey, value: Any) -> None:
         """Selects and casts on the device, and copies: the model may write over its own."""
         value = value if isinstance(value, torch.Tensor) else value[0]
+        if value.shape[-1] != self._widths[key[0]]:
+            raise ValueError(f"its {key[0]} is {value.shape[-1]} wide and not {self._widths[key[0]]}")
         assert self._selection is not None
         self._captured[key] = self._selection.of(value).to(self._dtype, copy=True)
+        if len(self._captured) == self._sites:
+            raise _Enough
+
+    def try_out(self) -> None:
+        """One token; ValueError where the model does not give what its configuration promises."""
+        self.run(np.zeros((1, 1), np.int32), np.ones((1, 1), np.int32))
 
     def compiled(self, shape: SlabShape) -> None:
         """Nothing is."""
@@ -88,9 +104,17 @@ class TorchProgram:
             columns = np.arange(tokens.shape[1])[None, :]
             real = columns < np.maximum(lengths, 1)  # a row without any would have nothing to attend to
             given["attention_mask"] = torch.from_numpy(real.astype(np.int64)).to(self._device)
-        with torch.inference_mode():
-            self._model(**given, use_cache=False)
-            return _OnItsWay(self._captured, self._device)
+        try:
+            with torch.inference_mode():
+                with contextlib.suppress(_Enough):
+                    self._model(**given, use_cache=False)
+                captured, self._captured = self._captured, {}
+                return _OnItsWay(captured, self._device)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"{self._device} has not enough memory for {tokens.shape[0]} rows of {tokens.shape[1]} tokens; give a "
+                "smaller --batch_size or --slab_tokens, or --dtype bfloat16"
+            ) from None
 
     def on_host(self, captured: Any) -> list[Mapping[SiteKey, np.ndarray]]:
         return [captured.arrays()]

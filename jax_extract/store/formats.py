@@ -110,6 +110,9 @@ class ShardEncoder(ABC):
     @abstractmethod
     def _finish(self) -> None: ...
 
+    def abandon(self) -> None:  # noqa: B027 (most have nothing to give up)
+        """The file will not be completed."""
+
     def leave_out_rows(self) -> None:
         """Stands for `append` where only the size of the rest is wanted."""
         self._written = self._header.nbytes
@@ -158,12 +161,31 @@ class PickleEncoder(ShardEncoder):
         self._sink.write(self._tail)
 
 
-class NpzEncoder(ShardEncoder):
+class _ZipEncoder(ShardEncoder):
+    """An uncompressed zip whose last member are the rows."""
+
+    def __init__(self, sink: Sink, header: ShardHeader) -> None:
+        self._zip = zipfile.ZipFile(_Unseekable(sink), "w", zipfile.ZIP_STORED)  # type: ignore[arg-type]
+        self._member: Any = None
+        super().__init__(sink, header)
+
+    def append(self, rows: Chunk) -> None:
+        self._member.write(rows)
+        self._written += len(rows)
+
+    def _finish(self) -> None:
+        self._member.close()
+        self._zip.close()
+
+    def abandon(self) -> None:
+        self._zip.fp = None  # else it would try to complete the file when it is forgotten, and complain
+
+
+class NpzEncoder(_ZipEncoder):
     """An uncompressed npz: one member a value, `activations` last."""
 
     def _start(self) -> None:
         header = self._header
-        self._zip = zipfile.ZipFile(_Unseekable(self._sink), "w", zipfile.ZIP_STORED)  # type: ignore[arg-type]
         members = {
             "layer": np.int64(-1 if header.layer is None else header.layer),
             "hook": np.str_(header.hook),
@@ -178,14 +200,6 @@ class NpzEncoder(ShardEncoder):
         shape = {"descr": header.stored_dtype.str, "fortran_order": False, "shape": (header.rows, header.width)}
         npy.write_array_header_1_0(self._member, shape)
         self.offset = self._sink.size
-
-    def append(self, rows: Chunk) -> None:
-        self._member.write(rows)
-        self._written += len(rows)
-
-    def _finish(self) -> None:
-        self._member.close()
-        self._zip.close()
 
 
 class SafetensorsEncoder(ShardEncoder):
@@ -222,7 +236,7 @@ class SafetensorsEncoder(ShardEncoder):
         self._sink.write(self._tail)
 
 
-class TorchEncoder(ShardEncoder):
+class TorchEncoder(_ZipEncoder):
     """What `torch.save` makes of a dictionary of tensors, strings and numbers, written without torch.
 
     An uncompressed zip: `data.pkl` refers to the bytes of tensors, which are members of their own. The last one is
@@ -240,7 +254,6 @@ class TorchEncoder(ShardEncoder):
             "sample_ids": list(header.sample_ids),
             "row_offsets": torch_pickle.Tensor("0", "int64", offsets.shape),
         }
-        self._zip = zipfile.ZipFile(_Unseekable(self._sink), "w", zipfile.ZIP_STORED)  # type: ignore[arg-type]
         torch_file.head(self._zip, content)
         with self._zip.open(torch_file.member("data/0"), "w") as member:
             member.write(offsets.tobytes())
@@ -250,14 +263,6 @@ class TorchEncoder(ShardEncoder):
         self._member = self._zip.open(last, "w", force_zip64=True)
         self.offset = self._sink.size
         assert self.offset % _ALIGNMENT == 0
-
-    def append(self, rows: Chunk) -> None:
-        self._member.write(rows)
-        self._written += len(rows)
-
-    def _finish(self) -> None:
-        self._member.close()
-        self._zip.close()
 
 
 ENCODERS: dict[str, type[ShardEncoder]] = {
@@ -395,7 +400,10 @@ def read_shard(file: BinaryIO, path: str | Path) -> dict[str, Any]:
     try:
         with damage_is_told(f"shard {path}", "extract that batch again"):
             return _checked(readers[suffix](file))
-    except (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, EOFError, SafetensorError) as error:
+    except (
+        *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, EOFError, SafetensorError),
+        *(NotImplementedError, RuntimeError),  # a zip of kinds that Python does not read, or that wants a password
+    ) as error:
         raise UserError(
             f"shard {path} was not read ({error}); a shard holds plain arrays and nothing else: it is damaged, or none"
         ) from None
@@ -430,6 +438,9 @@ def _load_npz(file: BinaryIO) -> dict[str, Any]:
 
 def _load_torch(file: BinaryIO) -> dict[str, Any]:
     content = torch_file.load(file)
+    ids = content["sample_ids"]
+    if not isinstance(ids, list) or not all(type(name) is str for name in ids):
+        raise ValueError("its sample ids are no list of texts")
     return {**content, "sample_ids": np.array(content["sample_ids"], np.str_)}
 
 

@@ -144,6 +144,8 @@ def _maybe_of(unreadable: Collection[str], files: Mapping[str, int]) -> set[str]
 
 def _part_of(name: str) -> str | None:
     """Which part a shard or sidecar is of; a batch of one part has no number of the part in its shards' names."""
+    if (shard := ShardName.parse(name)) and shard.is_whole:
+        return part_name((1, 1))  # the only one
     match = _OF_PART.fullmatch(name)
     return part_name((int(match[1]), int(match[2] or 1))) if match else None
 

@@ -14,6 +14,8 @@ import numpy as np
 
 from jax_extract.store import torch_pickle
 
+_ENCRYPTED = 1  # bit of a member's flags
+
 
 def save(file: BinaryIO, content: Mapping[str, Any]) -> None:
     """Writes the whole file; arrays become tensors, in float32, float16, bfloat16, float64, int64 or int32."""
@@ -39,8 +41,16 @@ def load(file: BinaryIO) -> dict[str, Any]:
       pickle.UnpicklingError, zipfile.BadZipFile, KeyError: it is none, or holds anything else; nothing of it is run.
     """
     with zipfile.ZipFile(file) as archive:
+        members = {entry.filename: entry for entry in archive.infolist()}
         root = archive.namelist()[0].partition("/")[0]
-        return torch_pickle.loads(archive.read(f"{root}/data.pkl"), lambda key: archive.read(f"{root}/data/{key}"))
+
+        def read(name: str) -> bytes:
+            # Nothing that is small in the file is large in memory.
+            if members[name].compress_type != zipfile.ZIP_STORED or members[name].flag_bits & _ENCRYPTED:
+                raise zipfile.BadZipFile(f"its member {name[:80]!r} is compressed or encrypted")
+            return archive.read(name)
+
+        return torch_pickle.loads(read(f"{root}/data.pkl"), lambda key: read(f"{root}/data/{key}"))
 
 
 def head(archive: zipfile.ZipFile, content: Mapping[str, Any]) -> None:

@@ -30,6 +30,7 @@ _STORAGES = {
 _DTYPES = {storage: dtype for dtype, storage in _STORAGES.items()}
 _REBUILD = ("torch._utils", "_rebuild_tensor_v2")
 _PROTOCOL = 2  # as torch writes
+_MOST_AXES, _MOST = 8, 2**48
 # Instructions that set attributes of what stands for torch's functions here, or make objects in other ways.
 _CHANGES_OBJECTS = frozenset("BUILD NEWOBJ NEWOBJ_EX OBJ INST EXT1 EXT2 EXT4 STACK_GLOBAL PERSID".split())
 
@@ -86,9 +87,11 @@ def loads(data: bytes, storage: Callable[[str], bytes]) -> dict[str, Any]:
     Raises:
       pickle.UnpicklingError: it holds something else.
     """
-    for instruction, _, _ in pickletools.genops(data):
+    for instruction, argument, _ in pickletools.genops(data):
         if instruction.name in _CHANGES_OBJECTS:
             raise pickle.UnpicklingError(f"it has the instruction {instruction.name}, which no plain array needs")
+        if instruction.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(data):
+            raise pickle.UnpicklingError("it remembers more than it holds")  # would take that much memory
     content = _Unpickler(data, storage).load()
     if not isinstance(content, dict):
         raise pickle.UnpicklingError("it does not hold a dictionary")
@@ -99,6 +102,7 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, data: bytes, storage: Callable[[str], bytes]) -> None:
         super().__init__(io.BytesIO(data))
         self._storage = storage
+        self._read: dict[str, bytes] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _DTYPES:
@@ -113,7 +117,10 @@ class _Unpickler(pickle.Unpickler):
         plain = isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage"  # noqa: PLR2004 (as torch has them)
         if not plain or type(pid[1]) is not _Storage or not (isinstance(pid[2], str) and pid[2].isdecimal()):
             raise pickle.UnpicklingError("it refers to something that is no storage")
-        return np.frombuffer(self._storage(pid[2]), pid[1].dtype)
+        key = pid[2]
+        if key not in self._read:
+            self._read[key] = self._storage(key)
+        return np.frombuffer(self._read[key], pid[1].dtype)
 
 
 class _Storage:
@@ -129,6 +136,12 @@ def _array(storage: object, offset: object, shape: object, strides: object, *_: 
     if not plain or not all(type(n) is int and n >= 0 for n in (offset, *shape)):  # type: ignore[misc]
         raise pickle.UnpicklingError("it holds a tensor that is not plain")
     assert isinstance(storage, np.ndarray) and isinstance(offset, int) and isinstance(shape, tuple)
+    if (
+        len(shape) > _MOST_AXES
+        or (0 not in shape and any(n > storage.size for n in shape))
+        or max(shape, default=0) > _MOST
+    ):
+        raise pickle.UnpicklingError("it holds a tensor of a shape that its bytes cannot have")
     contiguous = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     count = math.prod(shape)
     if (strides != contiguous and count) or offset + count > storage.size:

@@ -339,6 +339,8 @@ class _Shard:
         return StoredArray(self.site, self.published.name, self._opened().offset, tuple(self._checksums.values()))
 
     def discard(self) -> None:
+        if self._encoder is not None:
+            self._encoder.abandon()
         if self._file is not None:
             self._file.discard()
 

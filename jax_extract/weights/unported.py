@@ -16,18 +16,29 @@ from models.ports import Family, Module
 
 BLOCKS = "{blocks}"  # the list of blocks of the base model, whatever it is called there
 
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+_NO_LIMIT = 1 << 20
+_ROTATIONS_BY_LENGTH = ("longrope", "dynamic")
+
 _HOOKS = ("embeddings", "residual_before", "after_block", "final_norm")
 
 
 @dataclass(frozen=True)
 class UnportedConfig:
-    """The figures that an extraction needs; sizes in values, positions in tokens."""
+    """The figures that an extraction needs; sizes in values, positions in tokens.
+
+    Attributes:
+      output_width: of the final hidden states, where the model projects them.
+      same_rotations_to: longest batch whose rotations are those of a shorter one; None where they always are.
+    """
 
     model_type: str
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
     max_position_embeddings: int
+    output_width: int
+    same_rotations_to: int | None
 
     @property
     def intermediate_size(self) -> int:
@@ -37,14 +48,18 @@ class UnportedConfig:
 def _config(config: Mapping[str, Any]) -> UnportedConfig:
     """As transformers reads config.json; UserError where it does not know the architecture, or it is no decoder."""
     from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise UserError(f"model_type {model_type!r} is none that transformers knows; check config.json")
-    fields = {key: value for key, value in config.items() if key != "model_type"}
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.get("is_encoder_decoder"):
+        raise UserError(f"a {model_type!r} model is no causal language model of transformers; give one that is")
     try:
-        read = CONFIG_MAPPING[model_type](**fields).get_text_config()
-        sizes = [read.vocab_size, read.hidden_size, read.num_hidden_layers, read.max_position_embeddings]
+        read = CONFIG_MAPPING[model_type].from_dict(dict(config)).get_text_config()
+        sizes = [read.vocab_size, read.hidden_size, read.num_hidden_layers, _longest(read)]
+        output_width = getattr(read, "word_embed_proj_dim", None) or read.hidden_size  # OPT-350m's
+        rotations = _same_rotations_to(read)
     except Exception as error:  # noqa: BLE001 (every configuration class fails in its own way)
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"config.json of this {model_type!r} model cannot be used ({reason})") from None
@@ -52,12 +67,29 @@ def _config(config: Mapping[str, Any]) -> UnportedConfig:
         raise UserError(
             f"config.json of this {model_type!r} model has the sizes {sizes}; expected whole numbers from 1 on"
         )
-    return UnportedConfig(model_type, *sizes)
+    vocabulary, width, blocks, positions = sizes
+    return UnportedConfig(model_type, vocabulary, width, blocks, positions, output_width, rotations)
 
 
-def _hook_points(_: UnportedConfig) -> HookPoints:
+def _longest(read: Any) -> int:
+    """Positions that the model has; where it knows no limit (Mamba, ALiBi), as many as anyone would want."""
+    return next((value for name in _LENGTHS if isinstance(value := getattr(read, name, None), int)), _NO_LIMIT)
+
+
+def _same_rotations_to(read: Any) -> int | None:
+    """Two kinds of rotary embedding are chosen by the length of the whole batch, padding included."""
+    given = getattr(read, "rope_parameters", None) or {}
+    for kind in (given, *(value for value in given.values() if isinstance(value, Mapping))):
+        if kind.get("rope_type") in _ROTATIONS_BY_LENGTH:
+            original = kind.get("original_max_position_embeddings")
+            return int(original or getattr(read, "original_max_position_embeddings", None) or _longest(read))
+    return None
+
+
+def _hook_points(config: UnportedConfig) -> HookPoints:
+    there = [hook for hook in _HOOKS if hook != "final_norm" or config.output_width == config.hidden_size]
     # What enters its first block has positions in it, for all that is known here.
-    return {hook: None if hook == "embeddings" else HOOK_POINTS[hook].alias for hook in _HOOKS}
+    return {hook: None if hook == "embeddings" else HOOK_POINTS[hook].alias for hook in there}
 
 
 def _modules(_: UnportedConfig) -> Mapping[str, Module]:

@@ -6,6 +6,7 @@ already; every results folder that cannot be trusted.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -18,10 +19,10 @@ import numpy as np
 import pytest
 import torch
 from finetune_worker import finetune
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from small_run import ROOT
 from tiny_reviews import finetune_words, save_changed, seem_trained, write_base
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
 import jax_extract
 from jax_extract import LoRARepresentationExtractor, RepresentationExtractor, cli, find_representations
@@ -214,8 +215,6 @@ def test_one_command_trains_and_another_extracts_whatever_was_trained(base: Path
     for name in names:  # the last checkpoint is the final model
         last, final = (tmp_path / OUTPUT / name / f"step_{step:06d}" / "layer_1.pt" for step in (8, 0))
         assert last.read_bytes() == final.read_bytes()
-    again = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-    assert again.returncode == 0 and "7 of them were there already" in again.stdout
 
 
 def test_a_killed_command_goes_on_to_the_files_of_one_that_was_not(place: Path, tmp_path: Path) -> None:
@@ -278,6 +277,32 @@ def test_a_model_that_was_trained_elsewhere_is_named_by_flags(base: Path, tmp_pa
     )
 
 
+def test_a_model_from_elsewhere_that_is_something_else_is_refused(base: Path, place: Path) -> None:
+    options: dict[str, Any] = {"tasks": ("sst2",), "seeds": (1,), "base_model": str(base / "model")}
+    lora, whole = (next((place / "results").glob(f"{method}_*")) for method in ("lora", "full_finetune"))
+    adapter = str(lora / "final_model")
+    refused(place, r"is an adapter, and --methods says full", model_path=adapter, methods=("full_finetune",), **options)
+    (whole / "metadata.json").unlink()
+    final = str(whole / "final_model")
+    refused(place, r"is half-saved: it has no metadata.json", model_path=final, methods=("full_finetune",), **options)
+
+
+def test_an_adapter_of_the_head_alone_has_rows_and_no_matrices_of_layers(base: Path, place: Path) -> None:
+    shutil.rmtree(next((place / "results").glob("full_finetune_*")))
+    folder = next((place / "results").glob("lora_*/final_model"))
+    model: Any = get_peft_model(
+        LlamaForCausalLM.from_pretrained(base / "model"), LoraConfig(r=4, target_modules=["lm_head"])
+    )
+    model.save_pretrained(folder, save_embedding_layers=False)
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    _rewrite(folder.parent, {"final_model": sizes})
+    stale = place / OUTPUT / "lora_sst2_seed42" / "step_000000" / "adapter_weights" / "lora_A_layer_9.pt"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"of a deeper adapter")
+    run(place)
+    assert [path.name for path in stale.parent.iterdir()] == ["adapter_config.json"]
+
+
 # ------------------------------------------------------------------------------------------------- extractors
 
 
@@ -299,6 +324,46 @@ def test_an_extractor_gives_in_memory_what_it_saves(base: Path, tmp_path: Path) 
         extractor.save("w1", tmp_path / "other")
 
 
+def test_a_model_is_gone_before_the_next_one_comes(base: Path, tmp_path: Path) -> None:
+    def models() -> int:
+        return sum(type(each) is LlamaModel for each in gc.get_objects())
+
+    gc.collect()
+    before = models()
+    gc.disable()
+    try:
+        RepresentationExtractor(str(base / "model"), device="cpu").save(["w1"], tmp_path / "saved")
+        assert models() == before
+    finally:
+        gc.enable()
+
+
+def test_an_extractor_takes_what_people_write(base: Path, tmp_path: Path) -> None:
+    extractor = RepresentationExtractor(base / "model", layers=1, hook_points="after_block", device="cpu")  # type: ignore[arg-type]
+    extractor.save((text for text in ("w1", "w2")), tmp_path / "saved", about={"total_samples": 99, "mine": 1})
+    saved = jax_extract.open_activations(str(tmp_path / "saved"))
+    assert (saved.layers, saved.metadata["total_samples"], saved.metadata["mine"]) == ([1], 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"layers": [0.9]}, "are not whole numbers"),
+        ({"hook_points": None}, "--hook_points is empty"),
+        ({"pooling": "first:2"}, "pooling 'first:2' is none of mean, last"),
+    ],
+)
+def test_an_extractor_refuses_what_it_cannot_do(options: dict[str, Any], said: str, base: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        RepresentationExtractor(str(base / "model"), device="cpu", **options).extract(["w1"])
+
+
+def test_what_is_said_about_a_run_must_be_json(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="about cannot be written as JSON"):
+        RepresentationExtractor(str(base / "model")).save(["w1"], tmp_path / "x", about={"where": tmp_path})
+    assert not (tmp_path / "x").exists()
+
+
 def test_an_adapter_has_an_extractor_of_its_own(base: Path, place: Path) -> None:
     adapter = str(next((place / "results").glob("lora_*/final_model")))
     extractor = LoRARepresentationExtractor(str(base / "model"), adapter, device="cpu")
@@ -310,7 +375,7 @@ def test_an_adapter_has_an_extractor_of_its_own(base: Path, place: Path) -> None
     plain = RepresentationExtractor(str(base / "model"), device="cpu").extract(["w1 w2"])
     assert run.layers == [0, 1] and run.hook_points == ["after_block", "final_norm"]
     assert not np.allclose(run.sample("0").get(layer=0), plain.sample("0").get(layer=0))
-    with pytest.raises(UserError, match=r"no adapter_model.safetensors|adapter_config.json is missing"):
+    with pytest.raises(UserError, match=r"no adapter_model.safetensors"):
         LoRARepresentationExtractor(str(base / "model"), str(base / "model"), device="cpu").adapter_weights()
 
 
@@ -334,9 +399,9 @@ def refused(place: Path, said: str, **options: Any) -> None:
         ({"models": ("lora_sst2_seed1",)}, r"--models 'lora_sst2_seed1' is none of full_finetune_sst2_seed42"),
         ({"seeds": ()}, r"--seeds is empty"),
         ({"device": "cuda"}, r"--device 'cuda' was asked for and torch finds 0 CUDA devices"),
-        ({"max_length": 1000}, r"--max_seq_length 1000 is more than the 128 positions"),
+        ({"max_length": 1000}, r"--max_length 1000 is more than the 128 positions"),
         ({"max_length": 10}, r"--max_length 10 must be at least 64"),
-        ({"checkpoints": True}, r"holds no checkpoint; train with --keep_checkpoints True"),
+        ({"checkpoints": True}, r"holds no checkpoint; train it with --keep_checkpoints True into another"),
         ({"data_dir": "/nowhere"}, r"--data_dir has neither /nowhere/sst2/validation.jsonl nor .csv"),
         ({"base_model": "/nowhere"}, r"model '/nowhere' was not found"),
         ({"model_path": "m"}, r"--model_path names one model and not its tasks; give --tasks with just one"),
@@ -412,7 +477,9 @@ def test_rows_of_another_training_or_dtype_are_not_gone_on_with(base: Path, plac
     run(place)
     refused(place, r"was computed in float32 with torch, and this command would use bfloat16", dtype="bfloat16")
     refused(place, r"was computed in float32 with torch.*float32 with jax; give", backend="jax")
-    refused(place, r"holds another run: .*positions", pooling="last")
+    refused(
+        place, r"was made with --pooling mean, and this command says last; compute all of them anew", pooling="last"
+    )
     shutil.rmtree(next((place / "results").glob("lora_*")))
     other = seem_trained(base, place / "results", "lora", steps=24)
     other.rename(place / "results" / "lora_20300101_000000")

@@ -160,7 +160,10 @@ class _Extraction:
         config, processes, terminal = self.config, self.processes, self.terminal
         with processes.together():
             run = run_of(config, self.job, self.weights, settings)
-            run["description"] = {**self.about, **run["description"]}
+            run["description"] |= {
+                "source": run["description"]["source"] or self.source.name,
+                "about": dict(self.about),
+            }
             if found:
                 found.require_same(run["identity"], run["numerics"], config.allow_numeric_change)
         same = hashlib.sha256(json.dumps([run["identity"], run["numerics"]], sort_keys=True).encode()).hexdigest()

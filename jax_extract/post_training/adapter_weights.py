@@ -14,7 +14,7 @@ import numpy as np
 
 from jax_extract.errors import UserError
 from jax_extract.store import torch_file
-from jax_extract.store.folders import write_file
+from jax_extract.store.folders import remove_unfinished, write_file
 from jax_extract.weights.adapter import SETTINGS, WEIGHTS
 from jax_extract.weights.checkpoint import SafetensorsFiles
 
@@ -25,11 +25,14 @@ Matrices = dict[int, dict[str, dict[str, np.ndarray]]]
 _MATRIX = re.compile(r".+?\.(?P<layer>\d+)\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 
+_FILE = re.compile(r"lora_[AB]_layer_\d+\.pt")
+
+
 def adapter_weights(adapter: Path) -> Matrices:
     """Layer -> `A` or `B` -> module -> matrix, in the dtype that it is stored in.
 
     Raises:
-      UserError: there is no adapter in the folder, or none of its matrices belongs to a layer.
+      UserError: there is no adapter in the folder.
     """
     if not (adapter / WEIGHTS).is_file():
         raise UserError(f"there is no {WEIGHTS} in {adapter}; give the folder of an adapter")
@@ -39,19 +42,25 @@ def adapter_weights(adapter: Path) -> Matrices:
         if part := _MATRIX.fullmatch(name):
             sides = found.setdefault(int(part["layer"]), {"A": {}, "B": {}})
             sides[part["side"]][part["module"]] = file.read(name)
-    if not found:
-        raise UserError(f"{adapter / WEIGHTS} holds no LoRA matrix of a layer; save the adapter again")
     return found
 
 
 def save_adapter_weights(adapter: Path, target: Path) -> None:
-    """Writes the files into a folder, over those that are there."""
-    target.mkdir(parents=True, exist_ok=True)
+    """Writes the files into a folder, instead of those of another adapter that are there."""
     settings = (adapter / SETTINGS).read_bytes()
+    files = {
+        f"lora_{side}_layer_{layer}.pt": modules
+        for layer, sides in adapter_weights(adapter).items()
+        for side, modules in sides.items()
+    }
+    target.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(target)
+    for stale in target.iterdir():
+        if _FILE.fullmatch(stale.name) and stale.name not in files:
+            stale.unlink()
     write_file(target / SETTINGS, lambda path: _write(path, settings))
-    for layer, sides in adapter_weights(adapter).items():
-        for side, modules in sides.items():
-            write_file(target / f"lora_{side}_layer_{layer}.pt", lambda path, modules=modules: _save(path, modules))
+    for name, modules in files.items():
+        write_file(target / name, lambda path, modules=modules: _save(path, modules))
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jax_extract.errors import UserError
+from jax_extract.errors import UserError, damage_is_told
 from jax_extract.inputs.benchmarks import VALIDATION, benchmark_named
 from jax_extract.inputs.benchmarks_prompts import prompt_samples
 from jax_extract.inputs.benchmarks_rows import read_examples
@@ -69,11 +69,16 @@ def representations(config: PostTrainingConfig, terminal: Terminal | None = None
     subjects = find_subjects(config)
     extractors = [_extractor(subject, config) for subject in subjects]
     folders = [_folder(subject, config) for subject in subjects]
-    for extractor in extractors:
+    for subject, extractor in zip(subjects, extractors, strict=True):
+        if (length := subject.prompts.max_length) > extractor.most_tokens:
+            raise UserError(
+                f"--max_length {length} is more than the {extractor.most_tokens} positions of the model; lower it"
+            )
         extractor.check()
     for subject, extractor, folder in zip(subjects, extractors, folders, strict=True):
-        if not config.overwrite:
-            _refuse_other(folder, subject, extractor)
+        if not config.overwrite and (folder / "_run" / "run.json").is_file():
+            with damage_is_told(f"the run in {folder}", "compute it anew with --overwrite True"):
+                _refuse_other(folder, subject, extractor)
     tasks = _tasks(subjects, extractors)
     trained = sum(subject.name.method != BASE for subject in subjects)
     base = " and their base model" if trained < len(subjects) else ""
@@ -162,14 +167,16 @@ def _said(subject: Subject) -> dict[str, Any]:
 
 def _refuse_other(folder: Path, subject: Subject, extractor: RepresentationExtractor) -> None:
     """UserError where a folder holds something that rows of this command could not be compared with."""
-    if not (folder / "_run" / "run.json").is_file():
-        return
     metadata: Mapping[str, Any] = open_activations(str(folder)).metadata
     anew = "compute all of them anew with --overwrite True, or choose another --output_dir and --base_dir"
     training = metadata.get("training")
     # By its name, which has the time in it: the results folder may have been named from elsewhere.
     if training is not None and Path(training).name != Path(str(subject.said.get("training"))).name:
         raise UserError(f"{folder} is of another training, {training}; {anew}")
+    wanted = {"pooling": extractor.pooling, "max_length": subject.prompts.max_length}
+    for name, value in {**wanted, "capture_dtype": extractor.capture_dtype}.items():
+        if (there := metadata.get(name)) != value:
+            raise UserError(f"{folder} was made with --{name} {there}, and this command says {value}; {anew}")
     dtype, backend = metadata["numerics"]["dtype"], metadata["numerics"].get("backend", "jax")
     if (dtype, backend) != (extractor.computed_in, extractor.backend):
         raise UserError(

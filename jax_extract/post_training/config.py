@@ -15,6 +15,7 @@ from jax_extract.inputs.benchmarks_prompts import ANSWER_TOKENS
 from jax_extract.pytorch.finetuning.folder import METHODS
 
 _LARGEST = 2**31 - 1
+_LARGEST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ class PostTrainingConfig:
             if method not in METHODS:
                 raise UserError(f"--methods {method!r} is none of {', '.join(METHODS)}")
         for seed in self.seeds or ():
-            if not 0 <= seed <= _LARGEST:
-                raise UserError(f"--seeds {seed} must be from 0 to {_LARGEST}")
+            if not 0 <= seed <= _LARGEST_SEED:
+                raise UserError(f"--seeds {seed} must be from 0 to {_LARGEST_SEED}")
         for name in ("validation_samples", "batch_size"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= _LARGEST:

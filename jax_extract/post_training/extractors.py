@@ -7,13 +7,15 @@ they are computed, and nothing of a layer is held until the others are done.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from jax_extract.config import ExtractConfig
+from jax_extract.errors import UserError, user_path
 from jax_extract.extraction.command import extract_to_directory
 from jax_extract.extraction.notebook import extract
 from jax_extract.extraction.prepare import Job
@@ -23,11 +25,13 @@ from jax_extract.inputs.sources import Source
 from jax_extract.inputs.text import named_texts
 from jax_extract.post_training.adapter_weights import FOLDER, Matrices, adapter_weights, save_adapter_weights
 from jax_extract.store.reader import Run
+from jax_extract.store.storage.verbs import BUCKET_SCHEME
 from jax_extract.terminal import Terminal
 from jax_extract.weights.adapter import find_adapter
 from jax_extract.weights.open_model import OpenModel
 
 Pooling = Literal["mean", "last"]
+Texts = Iterable[str] | Mapping[str, str] | Iterable[Sample]
 _POOLING_TEXT = {
     "mean": "mean over the tokens of the text, special ones included, padding never",
     "last": "the last token of the text",
@@ -54,8 +58,8 @@ class RepresentationExtractor:
     model_path: str
     _: KW_ONLY
     revision: str | None = None
-    layers: Sequence[int] | None = None
-    hook_points: Sequence[str] = ("after_block", "final_norm")
+    layers: Sequence[int] | int | None = None
+    hook_points: Sequence[str] | str = ("after_block", "final_norm")
     pooling: Pooling = "mean"
     max_length: int | None = None
     batch_size: int = 8
@@ -64,10 +68,28 @@ class RepresentationExtractor:
     dtype: Literal["float32", "bfloat16"] | None = None
     capture_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
+    def __post_init__(self) -> None:
+        """UserError for what no representations can be had of."""
+        given = {"model_path": str(self.model_path), "hook_points": _words(self.hook_points)}
+        if self.layers is not None:
+            layers = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
+            if not all(isinstance(layer, int) for layer in layers):
+                raise UserError(f"layers {layers!r:.80} are not whole numbers; give numbers from 0")
+            given["layers"] = layers
+        if self.pooling not in _POOLING_TEXT:
+            raise UserError(f"pooling {self.pooling!r} is none of {', '.join(_POOLING_TEXT)}")
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
+
     def check(self) -> None:
         """UserError where the model, its weights by name and shape, or the device are not what they should be."""
         self._job.weights()
-        self.tokenizer()
+        ids = self.tokenizer()("a")["input_ids"]
+        if ids and ids[-1] == self.tokenizer().eos_token_id:
+            raise UserError(
+                f"the tokenizer of {self.model_path} puts its end token behind every text, where no model is trained "
+                "to read it; set add_eos_token to false in its tokenizer_config.json"
+            )
 
     @property
     def computed_in(self) -> str:
@@ -87,6 +109,11 @@ class RepresentationExtractor:
     def _job(self) -> Job:
         return Job.open(self._config())
 
+    @property
+    def most_tokens(self) -> int:
+        """The longest text that the model takes."""
+        return self._model.config.max_position_embeddings
+
     def extract(self, texts: Sequence[str] | Mapping[str, str]) -> Run:
         """In memory: `run.sample("0").get(layer=3)` -> [1, width].
 
@@ -101,7 +128,7 @@ class RepresentationExtractor:
 
     def save(
         self,
-        texts: Sequence[str] | Mapping[str, str] | Sequence[Sample],
+        texts: Texts,
         folder: str | Path,
         *,
         about: Mapping[str, Any] | None = None,
@@ -123,6 +150,7 @@ class RepresentationExtractor:
           UserError: anything that the user can mend; nothing that was committed is lost.
         """
         samples = _samples(texts)
+        _require_json(about)
         source = Source(f"{len(samples)} texts", "text", True, lambda: iter(samples))
         config = replace(self._config(), activations_dir=str(folder), overwrite=overwrite)
         said = {"pooling": self.pooling, "pooling_is": _POOLING_TEXT[self.pooling], **(about or {})}
@@ -153,9 +181,14 @@ class RepresentationExtractor:
 
     def _layers(self) -> tuple[int, ...]:
         if self.layers is not None:
-            return tuple(int(layer) for layer in self.layers)
-        model = OpenModel.open(self.model_path, self.revision, None, needs_port=self.backend == "jax")
-        return tuple(range(model.config.num_hidden_layers))
+            assert not isinstance(self.layers, int)  # see above
+            return tuple(self.layers)
+        return tuple(range(self._model.config.num_hidden_layers))
+
+    @cached_property
+    def _model(self) -> OpenModel:
+        """Without an adapter."""
+        return OpenModel.open(self.model_path, self.revision, None, needs_port=self.backend == "jax")
 
 
 @dataclass(frozen=True)
@@ -168,13 +201,17 @@ class LoRARepresentationExtractor(RepresentationExtractor):
 
     adapter: str
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "adapter", str(self.adapter))
+
     def adapter_weights(self) -> Matrices:
         """Layer -> `A` or `B` -> module -> matrix: A [rank, inputs], B [outputs, rank]."""
         return adapter_weights(find_adapter(self.adapter)[0])
 
     def save(
         self,
-        texts: Sequence[str] | Mapping[str, str] | Sequence[Sample],
+        texts: Texts,
         folder: str | Path,
         *,
         about: Mapping[str, Any] | None = None,
@@ -182,8 +219,12 @@ class LoRARepresentationExtractor(RepresentationExtractor):
         terminal: Terminal | None = None,
     ) -> dict[str, Any]:
         """As `RepresentationExtractor.save`, with `adapter_weights/lora_A_layer_0.pt` and so on beside the rows."""
+        if str(folder).startswith(BUCKET_SCHEME):
+            raise UserError(
+                f"{folder} is in a bucket, where adapter weights are not written; give a folder, then upload"
+            )
         metadata = super().save(texts, folder, about=about, overwrite=overwrite, terminal=terminal)
-        save_adapter_weights(find_adapter(self.adapter)[0], Path(folder) / FOLDER)
+        save_adapter_weights(find_adapter(self.adapter)[0], user_path(str(folder), "folder") / FOLDER)
         return metadata
 
     def _options(self) -> dict[str, Any]:
@@ -193,7 +234,20 @@ class LoRARepresentationExtractor(RepresentationExtractor):
 _OF_RUNS = frozenset(("shard_format", "one_file_per_layer", "distributed", "allow_numeric_change"))
 
 
-def _samples(texts: Sequence[str] | Mapping[str, str] | Sequence[Sample]) -> list[Sample]:
-    if not isinstance(texts, str | Mapping) and all(isinstance(text, Sample) for text in texts):
-        return [text for text in texts if isinstance(text, Sample)]
-    return list(named_texts(texts))  # type: ignore[arg-type]
+def _samples(texts: Texts) -> list[Sample]:
+    if isinstance(texts, str | Mapping):
+        return list(named_texts(texts))  # type: ignore[arg-type]
+    given = list(texts)
+    samples = [text for text in given if isinstance(text, Sample)]
+    return samples if len(samples) == len(given) else list(named_texts(given))  # type: ignore[arg-type]
+
+
+def _words(hook_points: Sequence[str] | str | None) -> tuple[str, ...]:
+    return (hook_points,) if isinstance(hook_points, str) else tuple(hook_points or ())
+
+
+def _require_json(about: Mapping[str, Any] | None) -> None:
+    try:
+        json.dumps(dict(about or {}), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"about cannot be written as JSON ({error}); give plain values") from None

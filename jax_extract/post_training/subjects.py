@@ -14,6 +14,7 @@ from typing import Any
 
 from jax_extract.errors import UserError, damage_is_told, user_path
 from jax_extract.inputs.benchmarks import MAX_LENGTH, VALIDATION_SAMPLES
+from jax_extract.inputs.benchmarks_prompts import ANSWER_TOKENS
 from jax_extract.post_training.config import PostTrainingConfig
 from jax_extract.post_training.names import BASE, FINAL_STEP, Name
 from jax_extract.pytorch.finetuning.base_model import describe_base
@@ -21,6 +22,7 @@ from jax_extract.pytorch.finetuning.folder import (
     METADATA_FILE,
     TrainedModel,
     half_saved_models,
+    refuse_half_saved,
     trained_models,
     whole_checkpoints,
 )
@@ -197,7 +199,8 @@ def _subjects(model: TrainedModel, base: _Base, config: PostTrainingConfig) -> I
         found = whole_checkpoints(model.folder)
         if not found:
             raise UserError(
-                f"{model.folder} holds no checkpoint; train with --keep_checkpoints True, or leave --checkpoints out"
+                f"{model.folder} holds no checkpoint; train it with --keep_checkpoints True into another --output_dir, "
+                "or leave --checkpoints out"
             )
         folders |= found
     for step, folder in sorted(folders.items()):
@@ -218,7 +221,13 @@ def _prompts(model: TrainedModel, config: PostTrainingConfig) -> Prompts:
         source = validation["source"]
         file, revision = (source, None) if isinstance(source, str) else (None, source["revision"])
         trained = Prompts(model.task, file, revision, int(validation["asked_for"]), int(model.metadata["max_length"]))
-    if config.data_dir is None and file is not None and not Path(file).expanduser().is_file():
+        if trained.asked_for < 1 or trained.max_length < 2 * ANSWER_TOKENS:
+            raise ValueError(f"{trained.asked_for} samples of {trained.max_length} tokens")
+    if (
+        config.data_dir is None
+        and file is not None
+        and not user_path(file, f"{model.folder}, validation data").is_file()
+    ):
         raise UserError(
             f"{model.folder} was trained with the validation data {file}, which is not there; give --data_dir DIR with "
             f"{model.task}/validation.jsonl or .csv in it"
@@ -287,11 +296,14 @@ def _elsewhere(config: PostTrainingConfig) -> Subject:
     """The model of --model_path, of which the flags say what it is."""
     assert config.model_path is not None and config.wanted_tasks and config.methods and config.seeds
     folder = user_path(config.model_path, "--model_path")
+    refuse_half_saved(folder)
     name = Name(config.methods[0], config.wanted_tasks[0], config.seeds[0])
     prompts = _under(config, Prompts(name.task, None, None, VALIDATION_SAMPLES, MAX_LENGTH))
     base = config.base_model
     adapter = None
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").exists():
+        if name.method != "lora":
+            raise UserError(f"{folder} is an adapter, and --methods says {name.method}; give --methods lora")
         adapter = config.model_path
         base = base or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         if not isinstance(base, str) or not base:

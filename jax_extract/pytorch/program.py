@@ -8,6 +8,7 @@ selected, means taken and values cast on the device, and copied while the next s
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,11 +70,12 @@ class TorchProgram:
             (path, side), at = modules["after_block"], layer - 1
         module = self._model.get_submodule(path.format(i=at))
         key = (hook, layer)
+        me = weakref.proxy(self)  # else model and program would keep each other, and the next model would lack memory
         if side == "output":
-            module.register_forward_hook(lambda _, args, result: self._keep(key, result))
+            module.register_forward_hook(lambda _, args, result: me._keep(key, result))
         else:
             module.register_forward_pre_hook(
-                lambda _, args, kwargs: self._keep(key, args or kwargs["hidden_states"]), with_kwargs=True
+                lambda _, args, kwargs: me._keep(key, args or kwargs["hidden_states"]), with_kwargs=True
             )
 
     def _keep(self, key: SiteKey, value: Any) -> None:

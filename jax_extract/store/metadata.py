@@ -50,6 +50,7 @@ def _metadata(ledger: Ledger, records: Mapping[Key, Record]) -> dict[str, Any]:
     plan = (ledger.plans() or [{}])[-1]
     layers = sorted({site["layer"] for site in identity["sites"] if site["layer"] is not None})
     return {
+        **description.get("about", {}),
         "model_name": description["model_name"],
         "layers_extracted": layers,
         "hidden_dim": description["hidden_dim"],
@@ -66,7 +67,7 @@ def _metadata(ledger: Ledger, records: Mapping[Key, Record]) -> dict[str, Any]:
         "plan_fingerprint": plan.get("digest"),
         "input": plan.get("input"),
         "numerics": ledger.run["numerics"],
-        **{key: value for key, value in description.items() if key not in ("model_name", "hidden_dim")},
+        **{key: value for key, value in description.items() if key not in ("model_name", "hidden_dim", "about")},
         "sessions": sessions,
         "batches": [batches[batch] for batch in sorted(batches)],
     }

@@ -19,7 +19,13 @@ import pytest
 from jax_extract.errors import UserError
 from jax_extract.inputs import benchmarks_rows
 from jax_extract.inputs.benchmarks import BENCHMARKS, UNANSWERABLE, VALIDATION_SAMPLES, Benchmark, benchmark_named
-from jax_extract.inputs.benchmarks_prompts import ANSWER_TOKENS, fitted_prompt, prompt_samples
+from jax_extract.inputs.benchmarks_prompts import (
+    ANSWER_TOKENS,
+    fitted_prompt,
+    prompt_ids,
+    prompt_samples,
+    prompt_token_counter,
+)
 from jax_extract.inputs.benchmarks_rows import read_examples
 
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -123,6 +129,21 @@ def test_a_long_context_is_cut_and_the_question_stays() -> None:
     assert prompt.endswith("\nQuestion: Where was Ann born?\nAnswer:")
 
 
+def test_a_prompt_is_counted_without_the_end_that_its_tokenizer_adds() -> None:
+    class Ending:
+        eos_token_id = 1
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [0, *[5] * words(text), 1]}
+
+    assert prompt_ids(Ending(), "a b") == (0, 5, 5)
+    assert prompt_token_counter(Ending())("a b") == 3
+    squad = benchmark_named("squad_v2")
+    [example] = list(_examples(squad, [{**ROWS["squad_v2"][0], "context": " ".join(f"w{i}" for i in range(500))}]))
+    prompt = fitted_prompt(squad, example, prompt_token_counter(Ending()), 384)
+    assert words(prompt) + 1 == 384 - ANSWER_TOKENS
+
+
 def test_a_question_that_does_not_fit_is_refused_with_the_length_that_would_do() -> None:
     squad = benchmark_named("squad_v2")
     [example] = list(_examples(squad, [{**ROWS["squad_v2"][0], "question": "why " * 100}]))
@@ -150,6 +171,9 @@ def test_the_samples_of_an_extraction_are_the_prompts_that_were_trained_on() -> 
         ("v.jsonl", "", "holds no row"),
         ("v.csv", "sentence,label\na,b,1\n", "quote commas"),
         ("v.csv", 'sentence,label\n"a,1\n', "is not CSV"),
+        ("v.csv", "sentence,label,label\na,0,1\n", "names the column 'label' more than once"),
+        ("v.csv", "id,sentence,label\n,a,1\n", "line 2, has an empty id"),
+        ("v.csv", "sentence,label\na,2\n", "line 2 has the label '2'"),
         ("v.csv", "sentence;label\na;1\n", "has no column 'sentence' but sentence;label"),
         ("v.txt", "a\n", "give a .jsonl or a .csv"),
         ("v.csv", None, "there is no file"),

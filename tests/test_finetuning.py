@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,29 @@ import yaml
 from finetune_worker import Ended, end, finetune, start
 from safetensors.numpy import load_file, save_file
 from small_run import ROOT
+from tiny_models import tiny_folder
 from tiny_reviews import OTHERS, VOCABULARY, finetune_words, llama_config, write_base
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from jax_extract import cli
 from jax_extract.errors import UserError
 from jax_extract.inputs.benchmarks import UNANSWERABLE, Example, benchmark_named
-from jax_extract.pytorch.finetuning import scores
+from jax_extract.inputs.benchmarks_prompts import prompt_ids, prompt_samples, prompt_token_counter
+from jax_extract.pytorch.finetuning import command, scores, training
+from jax_extract.pytorch.finetuning.base_model import absolute, describe_base
+from jax_extract.pytorch.finetuning.config import FinetuneConfig
 from jax_extract.pytorch.finetuning.examples import Collator, Encoder
-from jax_extract.pytorch.finetuning.folder import Results, open_trained, trained_models
+from jax_extract.pytorch.finetuning.folder import Results, half_saved_models, open_trained, trained_models
+from jax_extract.pytorch.finetuning.processes import Processes, SharedRefusal
 from jax_extract.pytorch.finetuning.scoring import answer
 from jax_extract.store.storage.failpoints import VARIABLE
+from jax_extract.terminal import Terminal
+from jax_extract.weights.checkpoint import open_checkpoint
+from jax_extract.weights.open_model import OpenModel
 
 METHODS = ["full_finetune", "lora"]
+# peft asks for it, and transformers calls it deprecated.
+OF_PEFT = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
 SHORT = ["--max_steps", 12, "--save_steps", 4]
 
 
@@ -105,11 +116,9 @@ def test_a_folder_holds_the_model_its_configuration_and_metadata(method: str, un
     assert yaml.safe_load((folder / "config.yaml").read_text())["options"]["max_steps"] == 12
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")  # peft asks for it, transformers calls it deprecated
+@OF_PEFT
 def test_jax_extract_reads_what_was_trained(base: Path, undisturbed: dict[str, Path]) -> None:
     from peft import PeftModel
-
-    from jax_extract.extraction.prepare import OpenModel
 
     adapter = str(undisturbed["lora"] / "final_model")
     ours = OpenModel.open(str(base / "model"), None, adapter).checkpoint
@@ -211,6 +220,47 @@ def test_two_commands_do_not_train_in_one_folder(base: Path, tmp_path: Path) -> 
         _refused(finetune(words, tmp_path), "another process is training in")
 
 
+def test_a_training_that_was_moved_and_linked_is_found_and_nothing_is_removed_through_the_link(
+    undisturbed: dict[str, Path], tmp_path: Path
+) -> None:
+    away, results = tmp_path / "away", tmp_path / "results"
+    shutil.copytree(undisturbed["lora"], away)
+    (away / "checkpoint-4").mkdir()
+    results.mkdir()
+    link = results / undisturbed["lora"].name
+    link.symlink_to(away)
+    assert [model.folder for model in trained_models(results)] == [link]
+    identity = yaml.safe_load((away / "config.yaml").read_text())["identity"]
+    found = Results.open(results, "lora", {}, identity)
+    found.remove_checkpoints()
+    assert (found.path, found.is_whole, (away / "checkpoint-4").is_dir()) == (link, True, True)
+    (away / "metadata.json").unlink()
+    assert (trained_models(results), half_saved_models(results)) == ([], [link])
+    with pytest.raises(UserError, match="a link to a half-saved training"):
+        Results.open(results, "lora", {}, identity)
+    assert list(results.iterdir()) == [link]
+
+
+def test_a_default_said_aloud_is_the_same_training(base: Path, tmp_path: Path) -> None:
+    options = {"model_path": str(base / "model"), "task": "sst2", "device": "cpu", "max_length": 64}
+    files = {f"{split}_file": str(base / f"{split}.jsonl") for split in ("train", "validation")}
+    deciding = []
+    for dtype in (None, "float32", "bfloat16"):
+        config: Any = FinetuneConfig(**options, **files, dtype=dtype)  # type: ignore[arg-type]
+        deciding.append(replace(config, dtype=command._dtype(config)).deciding())
+    assert deciding[0] == deciding[1] != deciding[2]
+
+
+def test_a_path_means_the_same_from_every_folder(
+    base: Path, undisturbed: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(base)
+    assert describe_base(open_checkpoint("model"))["model_path"] == str(base / "model")
+    assert absolute("owner/name") == "owner/name"
+    said = {"source": absolute("validation.jsonl")}
+    assert said == {"source": str(base / "validation.jsonl")}
+
+
 # ------------------------------------------------------------------------------------------------ what is learned
 
 
@@ -248,10 +298,85 @@ def test_an_answer_that_was_cut_off_is_not_learned(base: Path) -> None:
     assert all(tokens.length <= 64 for tokens in learned.tokens)
 
 
+def test_a_blank_question_of_a_context_that_was_cut_is_compared_with_the_context(base: Path) -> None:
+    encoder = _encoder(base, "squad_v2")
+    rows = [f"{' '.join(['w1'] * 60)} fine", f"fine {' '.join(['w1'] * 60)}"]
+    examples = [Example(text, {"context": text, "question": ""}, ("fine",), None) for text in rows]
+    learned = encoder.training(examples)
+    assert (len(learned.tokens), learned.cut_answers) == (1, 1)
+
+
+def test_an_end_that_the_tokenizer_adds_changes_no_prompt_and_no_answer(base: Path) -> None:
+    class Ending:
+        def __init__(self, tokenizer: Any) -> None:
+            self._tokenizer = tokenizer
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._tokenizer, name)
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            ids = self._tokenizer(text)["input_ids"]
+            return {"input_ids": [*ids, self.eos_token_id] if add_special_tokens else ids}
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base / "model")
+    squad, text = benchmark_named("squad_v2"), {"context": " ".join(["w1"] * 60), "question": "w2 ?"}
+    example = Example("e", text, (UNANSWERABLE,), None)
+    [plain], [ended] = (Encoder(each, squad, 64).training([example]).tokens for each in (tokenizer, Ending(tokenizer)))
+    assert (ended.ids.tolist(), ended.prompt) == (plain.ids.tolist(), plain.prompt)
+    [sample] = prompt_samples(squad, [example], prompt_token_counter(Ending(tokenizer)), 64)
+    assert prompt_ids(Ending(tokenizer), sample.text) == tuple(ended.ids[: ended.prompt].tolist())
+
+
+@OF_PEFT
+@pytest.mark.parametrize("method", METHODS)
+def test_scoring_computes_in_float32_also_behind_a_training_in_bfloat16(
+    method: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # Trainer sets it
+    words = finetune_words(base, method, "--max_steps", 1, "--dtype", "bfloat16", "--output_dir", tmp_path)
+    config: Any = cli._parse(FinetuneConfig, list(map(str, words)), "finetune")
+    encoder = _encoder(base, "sst2")
+    examples = encoder.training([_example(i % 2, f"w{i}") for i in range(16)]).tokens
+    model = training.load_model(config, None)
+    ids = torch.tensor([examples[0].ids.tolist()])
+    results = Results.open(tmp_path, method, {}, {})
+    run = training.Training(
+        model,
+        encoder._tokenizer,
+        config,
+        examples,
+        encoder.padding,
+        results,
+        Processes(cpu=True),
+        Terminal(silent=True),
+    )
+    trained = run.run(None).eval()
+    with torch.no_grad():
+        given = trained(input_ids=ids).logits
+        expected = type(trained).forward(trained, input_ids=ids).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = type(trained).forward(trained, input_ids=ids).logits.float()
+    assert torch.equal(given, expected)
+    assert not torch.equal(given, rounded)
+
+
+@OF_PEFT
+@pytest.mark.parametrize("targets", [None, ("q_proj", "down_proj")])
+def test_an_adapter_of_a_model_that_reads_pictures_too_is_of_its_language_model(
+    targets: tuple[str, ...] | None, tmp_path: Path
+) -> None:
+    base = tiny_folder("gemma3_with_pictures")
+    config = FinetuneConfig(str(base), "sst2", "lora", lora_target_modules=targets)
+    adapted = training.load_model(config, None)
+    trained = {name for name, each in adapted.named_parameters() if each.requires_grad}
+    assert trained
+    assert all(".language_model.layers." in name for name in trained)
+    adapted.save_pretrained(tmp_path, save_embedding_layers=False)
+    assert OpenModel.open(str(base), None, str(tmp_path)).checkpoint.adapter == str(tmp_path)
+
+
 def test_the_likelier_answer_counts_whatever_its_length_and_the_batch(base: Path) -> None:
     """Against one sum of log-probabilities at a time, without padding, label words of two tokens among them."""
-    from dataclasses import replace
-
     benchmark = replace(benchmark_named("sst2"), label_words=("w1 w2", "positive"))
     encoder = Encoder(PreTrainedTokenizerFast.from_pretrained(base / "model"), benchmark, 64)
     examples = [_example(i % 2, " ".join(OTHERS[i : 2 * i + 1])) for i in range(12)]
@@ -404,6 +529,59 @@ def test_a_trained_file_of_another_size_is_told(undisturbed: dict[str, Path], tm
         file.write(b"x")
     with pytest.raises(UserError, match=r"adapter_model\.safetensors is not the file of [\d,]+ bytes"):
         open_trained(damaged)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"method": "../../../../evil"},
+        {"method": "base"},
+        {"method": ["lora"]},
+        {"task": "SST-2"},
+        {"seed": -1},
+        {"seed": 10**12},
+        {"seed": True},
+        {"seed": "42"},
+        {"final_model": {}},
+        {"final_model": {"../model": 5}},
+        {"final_model": {"..": 5}},
+        {"final_model": {"model": 5.5}},
+        {"final_model": ["model"]},
+    ],
+)
+def test_metadata_that_no_training_wrote_are_damaged(
+    said: dict[str, Any], undisturbed: dict[str, Path], tmp_path: Path
+) -> None:
+    metadata = json.loads((undisturbed["lora"] / "metadata.json").read_text())
+    (tmp_path / "metadata.json").write_text(json.dumps({**metadata, **said}))
+    (tmp_path / "final_model").symlink_to(undisturbed["lora"] / "final_model")
+    with pytest.raises(UserError, match=r"metadata\.json is damaged \(.+\); restore it from a copy, or train again$"):
+        open_trained(tmp_path)
+
+
+def test_another_process_says_what_it_alone_is_refused_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["finetune", "--model_path", str(tmp_path / "nowhere"), "--task", "sst2"]) == 2
+    assert capsys.readouterr().err.startswith("error: process 1: model ")
+    refusal: Any = None
+
+    def refuse(*_: Any) -> None:
+        raise refusal
+
+    monkeypatch.setattr(command, "finetune", refuse)
+    config = FinetuneConfig(model_path="model", task="sst2")
+    refusal = SharedRefusal("said by the main one")
+    assert command.finetune_command(config) == 2
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SharedRefusal, match=r"^said by the main one$"):
+        command.finetune_command(config)
+    refusal = UserError("its own")
+    with pytest.raises(UserError, match=r"^its own$"):
+        command.finetune_command(config)
+    with pytest.raises(SharedRefusal):
+        Processes(cpu=True).from_main(refuse)
 
 
 def test_a_loss_that_is_no_number_ends_the_training(base: Path, tmp_path: Path) -> None:

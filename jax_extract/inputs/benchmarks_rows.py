@@ -55,7 +55,7 @@ def _hub_rows(benchmark: Benchmark, split: str, revision: str | None) -> Iterato
     columns = benchmark.columns
     rows = open_rows(benchmark.dataset, benchmark.dataset_config, split, columns, ("id",), revision)
     for number, row in enumerate(rows()):
-        yield f"Dataset {benchmark.dataset}, split {split}, row {number},", row
+        yield f"Dataset {benchmark.dataset}, split {split}, row {number}", row
 
 
 def _file_rows(file: str, split: str) -> Iterator[Row]:
@@ -75,8 +75,11 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
+            names = [name for name in reader.fieldnames or () if name]
+            if repeated := [name for name in names if names.count(name) > 1]:
+                raise UserError(f"{path} names the column {repeated[0]!r} more than once; give each its own name")
             for row in reader:
-                where = f"{path}, line {reader.line_num},"
+                where = f"{path}, line {reader.line_num}"
                 if None in row or None in row.values():
                     raise UserError(f"{where} has not as many fields as the first line names; quote commas in texts")
                 yield where, row

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from jax_extract.weights.checkpoint import Checkpoint
@@ -17,8 +18,14 @@ def describe_base(checkpoint: Checkpoint) -> dict[str, Any]:
     total = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
     total.update((checkpoint.revision or checkpoint.digest(checkpoint.names())).encode())
     return {
-        "model_path": checkpoint.source,
+        "model_path": checkpoint.source if checkpoint.revision else absolute(checkpoint.source),
         "revision": checkpoint.revision,
         "model_type": checkpoint.config.get("model_type"),
         "digest": f"sha256:{total.hexdigest()}",
     }
+
+
+def absolute(path: str) -> str:
+    """A local file or folder by a name that means the same from every folder; a hub id as it is."""
+    local = Path(path).expanduser()
+    return str(local.absolute()) if local.exists() else path

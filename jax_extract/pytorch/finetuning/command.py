@@ -15,15 +15,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jax_extract.errors import UserError
 from jax_extract.inputs.benchmarks import TRAIN, VALIDATION, Example
 from jax_extract.inputs.benchmarks_rows import read_examples
-from jax_extract.pytorch.finetuning.base_model import describe_base
+from jax_extract.pytorch.finetuning.base_model import absolute, describe_base
 from jax_extract.pytorch.finetuning.config import FinetuneConfig
 from jax_extract.pytorch.finetuning.folder import FINAL_MODEL, Results, open_trained, refuse_half_saved
-from jax_extract.pytorch.finetuning.processes import Processes, is_main
+from jax_extract.pytorch.finetuning.processes import Processes, SharedRefusal, is_main, rank
 from jax_extract.terminal import Terminal, duration_text
 from jax_extract.weights.checkpoint import Checkpoint, SafetensorsCheckpoint, open_checkpoint
 
@@ -60,13 +60,17 @@ class _Job:
 
 
 def finetune_command(config: FinetuneConfig) -> int:
-    """Trains, scores and saves; only the main process speaks."""
+    """Trains, scores and saves; only the main process speaks, but for what another one alone is refused for."""
     try:
         finetune(config, Terminal(silent=not is_main()))
-    except UserError:
+    except SharedRefusal:
         if is_main():
             raise
         return 2
+    except UserError as error:
+        if is_main():
+            raise
+        raise UserError(f"process {rank()}: {error}") from None
     return 0
 
 
@@ -80,6 +84,7 @@ def finetune(config: FinetuneConfig, terminal: Terminal | None = None) -> Path:
     config.check()
     checkpoint = _checkpoint(config)
     config = replace(config, device=_device(config.device))
+    config = replace(config, dtype=_dtype(config))
     _quiet()
     job = _job(config, checkpoint)
     processes = Processes(cpu=config.device == "cpu")
@@ -122,6 +127,16 @@ def _device(asked: str | None) -> str:
         built = "sees no NVIDIA GPU here" if torch.version.cuda else "was installed without CUDA"
         raise UserError(f"--device cuda was asked for, and torch {built}; give --device cpu, or mend the installation")
     return asked or ("cuda" if there else "cpu")
+
+
+def _dtype(config: FinetuneConfig) -> Literal["float32", "bfloat16"]:
+    """Of matrix products; the default said aloud is the same training."""
+    import torch
+
+    if config.dtype is not None:
+        return config.dtype
+    cuda = config.device == "cuda"
+    return "bfloat16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
 
 
 def _job(config: FinetuneConfig, checkpoint: SafetensorsCheckpoint) -> _Job:
@@ -181,8 +196,8 @@ def _open_results(job: _Job, processes: Processes, held: contextlib.ExitStack) -
 
 
 def _train(job: _Job, results: Results, start: int | None, processes: Processes, terminal: Terminal) -> None:
-    from jax_extract.pytorch.finetuning.scoring import answer, scores
-    from jax_extract.pytorch.finetuning.training import Training, computed_in, load_model, parameters
+    from jax_extract.pytorch.finetuning.scoring import SCORED_IN, answer, scores
+    from jax_extract.pytorch.finetuning.training import Training, load_model, parameters
 
     config, began = job.config, time.monotonic()
     model = load_model(config, job.base["revision"])
@@ -207,7 +222,8 @@ def _train(job: _Job, results: Results, start: int | None, processes: Processes,
                 **_described(job, processes),
                 "base_model": {**job.base, "parameters": all_parameters},
                 "trained_parameters": trained,
-                "computed_in": computed_in(config),
+                "computed_in": config.dtype,
+                "scored_in": SCORED_IN,
                 "steps": training.steps,
                 "losses": training.losses,
                 "resumed_from_step": start,
@@ -237,9 +253,12 @@ def _described(job: _Job, processes: Processes) -> dict[str, Any]:
     config, training, used = job.config, job.training, len(job.validation)
     benchmark = config.benchmark
     hub = {"dataset": benchmark.dataset, "config": benchmark.dataset_config, "revision": config.dataset_revision}
-    train = {"source": hub if config.train_file is None else config.train_file, "examples": len(training.tokens)}
+    train = {
+        "source": hub if config.train_file is None else absolute(config.train_file),
+        "examples": len(training.tokens),
+    }
     validation = {
-        "source": hub if config.validation_file is None else config.validation_file,
+        "source": hub if config.validation_file is None else absolute(config.validation_file),
         "asked_for": config.validation_samples,
         "used": used,
         "whole_split": used < config.validation_samples,

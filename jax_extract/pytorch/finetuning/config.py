@@ -16,8 +16,9 @@ from jax_extract.inputs.benchmarks_prompts import ANSWER_TOKENS
 
 Method = Literal["full_finetune", "lora"]
 
+LARGEST_SEED = 2**32 - 1  # that NumPy takes
+
 _LARGEST = 2**31 - 1
-_LARGEST_SEED = 2**32 - 1  # that NumPy takes
 _LEARNING_RATES = {"full_finetune": 2e-5, "lora": 2e-4}
 # What may differ between a command and the one that goes on with its work: where things are, and what is kept.
 _PLACES = frozenset("model_path revision output_dir train_file validation_file save_steps keep_checkpoints".split())
@@ -125,8 +126,8 @@ class FinetuneConfig:
                 f"--max_length {self.max_length} must be at least {2 * ANSWER_TOKENS}: {ANSWER_TOKENS} tokens are "
                 "kept for the answer"
             )
-        if not 0 <= self.seed <= _LARGEST_SEED:
-            raise UserError(f"--seed {self.seed} must be from 0 to {_LARGEST_SEED}")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise UserError(f"--seed {self.seed} must be from 0 to {LARGEST_SEED}")
         for name in ("epochs", "learning_rate", "lora_alpha"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 from jax_extract.errors import UserError
 from jax_extract.inputs.benchmarks import UNANSWERABLE, Benchmark, Example
-from jax_extract.inputs.benchmarks_prompts import fitted_prompt
+from jax_extract.inputs.benchmarks_prompts import fitted_texts, prompt_ids
 
 _IGNORED = -100  # what torch's cross entropy passes over
 
@@ -84,10 +84,11 @@ class Encoder:
         kept: list[Tokens] = []
         cut = long = 0
         for example in examples:
-            prompt = self._prompt(example)
-            if self._was_cut(example, prompt):
+            texts = self._texts(example)
+            if self._was_cut(example, texts):
                 cut += 1
                 continue
+            prompt = self._benchmark.prompt(texts)
             ids = self._ids(prompt)
             tokens = Tokens.of(ids, self._answer(prompt, ids, example.answers[0]))
             if tokens.length > self._max_length:
@@ -103,7 +104,7 @@ class Encoder:
     def scored(self, examples: Iterable[Example]) -> list[Scored]:
         found = []
         for example in examples:
-            prompt = self._prompt(example)
+            prompt = self._benchmark.prompt(self._texts(example))
             ids = self._ids(prompt)
             words = self._benchmark.label_words
             found.append(Scored(example, ids, tuple(self._answer(prompt, ids, word) for word in words)))
@@ -112,21 +113,19 @@ class Encoder:
     def text(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-    def _prompt(self, example: Example) -> str:
-        return fitted_prompt(self._benchmark, example, lambda text: len(self._ids(text)), self._max_length)
+    def _texts(self, example: Example) -> Mapping[str, str]:
+        return fitted_texts(self._benchmark, example, lambda text: len(self._ids(text)), self._max_length)
 
-    def _was_cut(self, example: Example, prompt: str) -> bool:
+    def _was_cut(self, example: Example, texts: Mapping[str, str]) -> bool:
+        """Whether the answer is in the part of the text that did not fit."""
         answer = example.answers[0]
-        if self._benchmark.label_words or answer == UNANSWERABLE or prompt == self._benchmark.prompt(example.texts):
+        if self._benchmark.label_words or answer == UNANSWERABLE or texts == example.texts:
             return False
-        before, _, _ = prompt.rpartition(example.texts["question"])
-        return answer not in before
+        return answer not in texts[self._benchmark.long_text]
 
     def _ids(self, text: str) -> tuple[int, ...]:
-        """With the special tokens that begin a text; some tokenizers end it too, which a prompt must not."""
         if self._last[0] != text or not text:  # a prompt is counted first, and wanted then
-            ids = tuple(self._tokenizer(text)["input_ids"])
-            self._last = text, ids[:-1] if ids and ids[-1] == self.end else ids
+            self._last = text, prompt_ids(self._tokenizer, text)
         return self._last[1]
 
     def _answer(self, prompt: str, prompt_ids: tuple[int, ...], answer: str) -> tuple[int, ...]:

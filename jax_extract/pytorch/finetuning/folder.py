@@ -22,6 +22,8 @@ from typing import Any
 import yaml
 
 from jax_extract.errors import UserError, damage_is_told
+from jax_extract.inputs.benchmarks import BENCHMARKS
+from jax_extract.pytorch.finetuning.config import LARGEST_SEED
 from jax_extract.store.ledger import to_json
 from jax_extract.store.storage.failpoints import step
 from jax_extract.store.storage.local import Directory
@@ -61,13 +63,34 @@ def open_trained(folder: Path) -> TrainedModel:
         raise UserError(f"{folder} is half-saved: it has no {METADATA_FILE}; {again}")
     with damage_is_told(str(folder / METADATA_FILE), "restore it from a copy, or train again"):
         metadata = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
-        model = TrainedModel(folder, str(metadata["method"]), str(metadata["task"]), int(metadata["seed"]), metadata)
-        sizes = {str(name): int(size) for name, size in metadata[FINAL_MODEL].items()}
+        model = _trained(folder, metadata)
+        sizes = _sizes(metadata[FINAL_MODEL])
     for name, size in sizes.items():
-        file = model.final_model / Path(name).name
+        file = model.final_model / name
         if not file.is_file() or file.stat().st_size != size:
             raise UserError(f"{file} is not the file of {size:,} bytes that was saved; restore it, or train again")
     return model
+
+
+def _trained(folder: Path, metadata: Mapping[str, Any]) -> TrainedModel:
+    """What metadata.json says, and folders are named by; ValueError where no training could have said it."""
+    for name, known in (("method", METHODS), ("task", tuple(benchmark.name for benchmark in BENCHMARKS))):
+        if metadata[name] not in known:
+            raise ValueError(f"{name} is {metadata[name]!r:.80}, none of {', '.join(known)}")
+    seed = metadata["seed"]
+    if type(seed) is not int or not 0 <= seed <= LARGEST_SEED:  # True is an int too
+        raise ValueError(f"seed is {seed!r:.80}, no whole number from 0 to {LARGEST_SEED}")
+    return TrainedModel(folder, metadata["method"], metadata["task"], seed, metadata)
+
+
+def _sizes(files: Mapping[str, Any]) -> Mapping[str, int]:
+    """The saved files and their sizes; ValueError where it is none, or one lies elsewhere."""
+    if not files:
+        raise ValueError(f"{FINAL_MODEL} names no file")
+    for name, size in files.items():
+        if name in ("", "..") or Path(name).name != name or type(size) is not int or size < 0:
+            raise ValueError(f"{FINAL_MODEL} has {name!r:.80}: {size!r:.40}, no file's name and size")
+    return files
 
 
 def trained_models(results: Path) -> list[TrainedModel]:
@@ -95,12 +118,9 @@ def refuse_half_saved(model_path: Path) -> None:
 
 
 def _folders(results: Path) -> Iterator[Path]:
+    """Links to folders among them: one may have been moved to a larger disk."""
     if results.is_dir():
-        yield from (
-            path
-            for path in sorted(results.iterdir())
-            if _FOLDER.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
-        )
+        yield from (path for path in sorted(results.iterdir()) if _FOLDER.fullmatch(path.name) and path.is_dir())
 
 
 class Results:
@@ -117,12 +137,17 @@ class Results:
         Args:
           options: all of the command's, for who reads config.yaml.
           identity: what decides the outcome; plain values.
+
+        Raises:
+          UserError: it is half-saved and elsewhere: to go on removes files, which is not done through a link.
         """
         Directory(results).require_usable()
         wanted = json.loads(json.dumps(identity))
         for folder in _folders(results):
             if folder.name.startswith(f"{method}_") and _identity(folder) == wanted:
-                return cls(folder)
+                found = cls(folder)
+                found._require_removable()
+                return found
         made = cls(_new_folder(results, method))
         content = yaml.safe_dump({"options": dict(options), "identity": wanted}, sort_keys=False)
         made._directory.write(CONFIG_FILE, content.encode())
@@ -131,6 +156,13 @@ class Results:
     @property
     def is_whole(self) -> bool:
         return (self.path / METADATA_FILE).is_file()
+
+    def _require_removable(self) -> None:
+        if self.path.is_symlink() and not self.is_whole:
+            raise UserError(
+                f"{self.path} is a link to a half-saved training in {self.path.resolve()}, which is not gone on with "
+                "through a link; move it back in the link's place, or choose another --output_dir"
+            )
 
     def claim(self) -> Any:
         """Keeps other processes out as long as what is returned is open; UserError where one is in there."""
@@ -167,6 +199,9 @@ class Results:
         return self.path / f"checkpoint-{number}"
 
     def remove_checkpoints(self) -> None:
+        """Nothing where the folder is a link: what lies elsewhere is not ours to remove."""
+        if self.path.is_symlink():
+            return
         for path in list(self.path.iterdir()):
             if _CHECKPOINT.fullmatch(path.name) and not path.is_symlink():
                 shutil.rmtree(path)

@@ -14,9 +14,18 @@ from jax_extract.errors import UserError
 T = TypeVar("T")
 
 
+class SharedRefusal(UserError):
+    """What all processes are refused for alike, so that it is enough when the main one says it."""
+
+
+def rank() -> int:
+    """The number of this process; known before the processes have met."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_main() -> bool:
-    """Whether this process is the one that speaks; known before the processes have met."""
-    return int(os.environ.get("RANK", "0")) == 0
+    """Whether this process is the one that speaks."""
+    return rank() == 0
 
 
 class Processes:
@@ -33,7 +42,7 @@ class Processes:
         self.device: Any = self._state.device
 
     def from_main(self, work: Callable[[], T]) -> T:
-        """What `work` gives in the main process, in all of them; a UserError of it is raised in all."""
+        """What `work` gives in the main process, in all of them; a UserError of it is a `SharedRefusal` in all."""
         answer: tuple[str | None, Any] = (None, None)
         if self.is_main:
             try:
@@ -42,7 +51,7 @@ class Processes:
                 answer = str(error), None
         refusal, value = self._broadcast(answer)
         if refusal is not None:
-            raise UserError(refusal)
+            raise SharedRefusal(refusal)
         return value
 
     def _broadcast(self, value: Any) -> Any:

@@ -18,6 +18,7 @@ from jax_extract.inputs.benchmarks_prompts import ANSWER_TOKENS
 from jax_extract.pytorch.finetuning.examples import Collator, Encoder, Scored, Tokens
 from jax_extract.pytorch.finetuning.scores import exact_match, f1, majority_share, p_value
 
+SCORED_IN = "float32"  # as the weights are, whatever training computed in
 _ROWS = 16  # that are computed at once
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from jax_extract.errors import UserError
 from jax_extract.pytorch.finetuning.config import FinetuneConfig
 from jax_extract.pytorch.finetuning.examples import Collator, Tokens
 from jax_extract.pytorch.finetuning.folder import Results
-from jax_extract.pytorch.finetuning.processes import Processes
+from jax_extract.pytorch.finetuning.processes import Processes, SharedRefusal
 from jax_extract.store.storage.failpoints import step
 from jax_extract.terminal import Terminal
 
@@ -40,7 +41,7 @@ def load_model(config: FinetuneConfig, commit: str | None) -> Any:
     options: dict[str, Any] = {} if path.exists() else {"revision": commit}
     with _told(f"model {config.model_path!r} cannot be loaded by transformers", "give a decoder that it knows"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path if path.exists() else config.model_path,
+            path.absolute() if path.exists() else config.model_path,  # which an adapter's settings repeat
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
@@ -71,8 +72,16 @@ def _adapted(model: Any, config: FinetuneConfig) -> Any:
                 lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType] (any number does)
                 lora_dropout=config.lora_dropout,
                 target_modules="all-linear" if targets is None else list(targets),
+                exclude_modules=_outside_text(model),
             ),
         )
+
+
+def _outside_text(model: Any) -> str | None:
+    """A pattern of all modules but those of the language model, where there is more: what reads pictures stays."""
+    text = model.get_decoder()
+    name = next((name for name, module in model.named_modules() if module is text), "")
+    return rf"(?!{re.escape(name)}\.).*" if hasattr(model.config, "text_config") and name else None
 
 
 @contextlib.contextmanager
@@ -88,14 +97,6 @@ def parameters(model: Any) -> tuple[int, int]:
     """(trained, all)."""
     counts = [(each.numel(), each.requires_grad) for each in model.parameters()]
     return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
-
-
-def computed_in(config: FinetuneConfig) -> str:
-    """The dtype of matrix products."""
-    if config.dtype is not None:
-        return config.dtype
-    cuda = config.device == "cuda"
-    return "bfloat16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
 
 
 class Training:
@@ -124,15 +125,14 @@ class Training:
         self._trainer.remove_callback(PrinterCallback)
 
     def run(self, checkpoint: Path | None) -> Any:
-        """The trained model.
+        """The trained model, as it was before Trainer made it compute in another dtype than its weights.
 
         Raises:
           UserError: the loss is no number, or the device has not enough memory.
         """
         try:
-            if checkpoint is not None and self._is_last(checkpoint):
-                return self._trainer.model
-            self._trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if checkpoint is None or not self._is_last(checkpoint):
+                self._trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except torch.OutOfMemoryError:
             raise UserError(
                 "the device has not enough memory for this training; lower --batch_size (and raise "
@@ -140,7 +140,7 @@ class Training:
             ) from None
         finally:
             self._steps.close()
-        return self._trainer.model
+        return self._trainer.accelerator.unwrap_model(self._trainer.model, keep_fp32_wrapper=False)
 
     def _is_last(self, checkpoint: Path) -> bool:
         """Whether nothing is left to train; Trainer would make one step more. The model is the checkpoint's then."""
@@ -179,7 +179,7 @@ def _arguments(config: FinetuneConfig, folder: Path) -> TrainingArguments:
         lr_scheduler_type="linear",
         optim="adamw_torch",
         use_cpu=config.device == "cpu",
-        bf16=computed_in(config) == "bfloat16",
+        bf16=config.dtype == "bfloat16",
         save_strategy="steps",
         save_steps=config.save_steps,
         save_total_limit=None if config.keep_checkpoints else _CHECKPOINTS,
@@ -232,7 +232,7 @@ class _Steps(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" in (logs or {}) and not math.isfinite(logs["loss"]):
-            raise UserError(
+            raise SharedRefusal(  # the mean over all processes
                 f"the loss is {logs['loss']} at step {state.global_step}; lower --learning_rate "
                 f"({args.learning_rate:g} now)"
             )

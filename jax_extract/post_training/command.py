@@ -14,7 +14,7 @@ from typing import Any
 
 from jax_extract.errors import UserError, damage_is_told
 from jax_extract.inputs.benchmarks import VALIDATION, benchmark_named
-from jax_extract.inputs.benchmarks_prompts import prompt_samples
+from jax_extract.inputs.benchmarks_prompts import prompt_samples, prompt_token_counter
 from jax_extract.inputs.benchmarks_rows import read_examples
 from jax_extract.inputs.samples import Sample
 from jax_extract.post_training.config import PostTrainingConfig
@@ -143,11 +143,7 @@ def _tasks(subjects: Sequence[Subject], extractors: Sequence[RepresentationExtra
         prompts = subject.prompts
         if prompts.task in tasks:
             continue
-        tokenizer, benchmark = extractor.tokenizer(), benchmark_named(prompts.task)
-
-        def count(text: str, tokenizer: Any = tokenizer) -> int:
-            return len(tokenizer(text)["input_ids"])
-
+        count, benchmark = prompt_token_counter(extractor.tokenizer()), benchmark_named(prompts.task)
         examples = read_examples(benchmark, VALIDATION, prompts.file, prompts.asked_for, prompts.revision)
         samples = list(prompt_samples(benchmark, examples, count, prompts.max_length))
         tasks[prompts.task] = _Task(prompts, samples, sum(count(sample.text) for sample in samples))

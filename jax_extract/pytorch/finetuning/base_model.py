@@ -16,7 +16,8 @@ from jax_extract.weights.checkpoint import Checkpoint
 def describe_base(checkpoint: Checkpoint) -> dict[str, Any]:
     """Where it is, its type, its commit on the hub, and its digest: `sha256:…`."""
     total = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
-    total.update((checkpoint.revision or checkpoint.digest(checkpoint.names())).encode())
+    # Of the weights themselves: a commit would make a local copy of a hub model another one.
+    total.update(checkpoint.digest(checkpoint.names()).encode())
     return {
         "model_path": checkpoint.source if checkpoint.revision else absolute(checkpoint.source),
         "revision": checkpoint.revision,

@@ -14,6 +14,8 @@ from small_run import snapshot
 from stage02 import make_walks, trained, write_preset
 
 from jax_extract import cli
+from jax_extract.inputs.walk_dataset import WalkDataset
+from jax_extract.training.checkpoints import STATE_FILE
 from jax_extract.training.step import TrainProgram
 
 Refused = Callable[..., str]
@@ -165,6 +167,20 @@ def _flip(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
+def _edit(**changes: object) -> Callable[[Path], None]:
+    return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **changes})) and None
+
+
+def _edit_files(lost: str) -> Callable[[Path], None]:
+    """Takes the files with such names out of what is said of them."""
+
+    def change(path: Path) -> None:
+        files = json.loads(path.read_text())["files"]
+        _edit(files={name: of for name, of in files.items() if not name.startswith(lost)})(path)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("file", "change", "said"),
     [
@@ -174,6 +190,20 @@ def _flip(path: Path) -> None:
         ("optimizer/state/manifest.ocdbt", Path.unlink, "lacks optimizer/state/manifest.ocdbt"),
         ("trainer_state.json", Path.unlink, "has no trainer_state.json"),
         ("trainer_state.json", _cut, "is damaged"),
+        ("trainer_state.json", _edit(log_history=None), "is damaged"),
+        ("trainer_state.json", _edit(log_history=[1]), "is damaged"),
+        ("trainer_state.json", _edit(log_history=[{"eval_loss": "x"}]), "is damaged"),
+        ("trainer_state.json", _edit(log_history=[{"eval_loss": float("nan")}]), "is damaged"),
+        ("trainer_state.json", _edit(pending_losses={"2": 1}), "is damaged"),
+        ("trainer_state.json", _edit(settings={"model_config": "x"}), "is damaged"),
+        ("trainer_state.json", _edit(numerics=None), "is damaged"),
+        ("trainer_state.json", _edit(epoch="1"), "is damaged"),
+        ("trainer_state.json", _edit(global_step=4.0), "is damaged"),
+        ("trainer_state.json", _edit(files={}), "is damaged"),
+        ("trainer_state.json", _edit(files=[]), "is damaged"),
+        ("trainer_state.json", _edit(files={"config.json": 5}), "is damaged"),
+        ("trainer_state.json", _edit_files("model.safetensors"), "is damaged"),
+        ("trainer_state.json", _edit_files("optimizer/"), "is damaged"),
     ],
 )
 def test_a_checkpoint_that_is_not_whole_is_named_with_what_to_remove(
@@ -183,12 +213,27 @@ def test_a_checkpoint_that_is_not_whole_is_named_with_what_to_remove(
     change(place / "run" / "checkpoint-4" / file)
     told = train(output_dir=place / "run", batch_size=10, save_steps=2)
     assert said in told
-    assert "checkpoint-4 to go on from step 2, or start anew" in told
+    # What overwriting may remove is what trainer_state.json says, so it is no mend where that is damaged itself.
+    assert told.endswith("checkpoint-4 to go on from step 2\n") == (file == STATE_FILE)
+    assert ("checkpoint-4 to go on from step 2, or start anew with --overwrite True" in told) == (file != STATE_FILE)
 
 
 def test_a_final_model_that_is_not_whole_is_refused(train: Refused, place: Path) -> None:
     _cut(place / "run" / "final_model" / "model.safetensors")
     assert "damaged: model.safetensors" in train(output_dir=place / "run", batch_size=10)
+
+
+@pytest.mark.parametrize("history", [None, [1], [{"eval_loss": "x"}]])
+def test_a_final_model_whose_log_is_none_is_refused(history: object, train: Refused, place: Path) -> None:
+    _edit(log_history=history)(place / "run" / "final_model" / STATE_FILE)
+    assert f"{STATE_FILE} is damaged" in train(output_dir=place / "run", batch_size=10)
+
+
+def test_a_model_that_transformers_trained_is_not_called_damaged(train: Refused, place: Path) -> None:
+    shutil.rmtree(place / "run" / "final_model")
+    (place / "run" / "checkpoint-4" / STATE_FILE).write_text('{"global_step": 4, "log_history": []}')
+    told = train(output_dir=place / "run", batch_size=10)
+    assert "checkpoint-4 was not written by jax-extract train" in told and "remove" not in told
 
 
 def test_another_training_is_not_mixed_with_the_one_that_is_there(train: Refused, place: Path) -> None:
@@ -201,13 +246,27 @@ def test_another_training_is_not_mixed_with_the_one_that_is_there(train: Refused
     assert "other data than the dataset holds" in train(**there)
 
 
+def test_a_column_is_not_mixed_with_another(train: Refused, place: Path) -> None:
+    for name in ("train.jsonl", "validation.jsonl"):
+        path = place / "dataset" / name
+        lines = [{**json.loads(line), "other": "0 1 2"} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    digest = WalkDataset.open(place / "dataset").digest
+    state = json.loads((place / "run" / "final_model" / STATE_FILE).read_text())
+    _edit(settings={**state["settings"], "dataset": digest})(place / "run" / "final_model" / STATE_FILE)
+    said = train(output_dir=place / "run", batch_size=10, text_column="other")
+    assert "holds a training with text_column 'text', and 'other' was asked for" in said
+
+
 def test_other_devices_or_versions_are_not_mixed_unasked(train: Refused, place: Path) -> None:
     shutil.rmtree(place / "run" / "final_model")
     path = place / "run" / "checkpoint-4" / "trainer_state.json"
     state = json.loads(path.read_text())
     state["numerics"]["jax"] = "0.0.1"
     path.write_text(json.dumps(state))
-    assert "was computed with jax 0.0.1" in train(output_dir=place / "run", batch_size=10)
+    said = train(output_dir=place / "run", batch_size=10)
+    assert "was computed with jax 0.0.1" in said
+    assert "--allow_numeric_change True (ALLOW_NUMERIC_CHANGE=true)" in said and "(OVERWRITE=true)" in said
 
 
 def test_two_trainings_do_not_write_to_one_place(train: Refused, place: Path) -> None:
@@ -216,9 +275,46 @@ def test_two_trainings_do_not_write_to_one_place(train: Refused, place: Path) ->
         assert "another training is writing to" in train(output_dir=place / "run", batch_size=10)
 
 
-def test_overwriting_removes_no_folder_of_the_user(train: Refused, place: Path) -> None:
-    (place / "run" / "final_model" / "trainer_state.json").unlink()
-    assert "was not written by jax-extract train" in train(output_dir=place / "run", batch_size=10, overwrite=True)
+def _of_transformers(checkpoint: Path) -> None:
+    (checkpoint / STATE_FILE).write_text('{"global_step": 4, "log_history": []}')
+
+
+def _with_notes(checkpoint: Path) -> None:
+    (checkpoint / "optimizer" / "MY_NOTES.txt").write_text("mine")
+
+
+def _as_a_link(checkpoint: Path) -> None:
+    checkpoint.symlink_to(checkpoint.rename(checkpoint.with_name("elsewhere")))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda checkpoint: (checkpoint / STATE_FILE).unlink(), "it is no whole model of jax-extract train; move it"),
+        (_of_transformers, "was not written by jax-extract train, as its trainer_state.json shows; move it away"),
+        (_with_notes, "MY_NOTES.txt was not written by jax-extract train; move it away"),
+        (_as_a_link, "is a link, which jax-extract train does not write; move it away"),
+    ],
+)
+@pytest.mark.parametrize("folder", ["checkpoint-2", "checkpoint-4", "final_model"])
+def test_overwriting_removes_nothing_of_the_user_and_then_nothing_else(
+    folder: str, change: Callable[[Path], None], said: str, train: Refused, place: Path
+) -> None:
+    (place / "run" / folder / "optimizer").mkdir(exist_ok=True)
+    change(place / "run" / folder)
+    assert said in train(output_dir=place / "run", batch_size=10, overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_name_that_training_needs_and_that_is_no_folder_is_told_before_it_begins(
+    overwrite: bool, train: Refused, place: Path
+) -> None:
+    shutil.rmtree(place / "run" / "final_model")
+    (place / "run" / "checkpoint-2000").write_text("a file of the user")
+    assert "checkpoint-2000 is no folder" in train(output_dir=place / "run", batch_size=10, overwrite=overwrite)
+    (place / "run" / "checkpoint-2000").unlink()
+    (place / "run" / "final_model").symlink_to(place / "nowhere")
+    assert "final_model is no folder" in train(output_dir=place / "run", batch_size=10, overwrite=overwrite)
 
 
 # ---------------------------------------------------------------------------------- representations

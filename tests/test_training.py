@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -12,13 +13,15 @@ import numpy as np
 import pytest
 import torch
 from small_run import ROOT, command, environment
-from stage02 import make_walks, trained, write_preset
+from stage02 import make_walks, settings, trained, write_preset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jax_extract.devices.mesh import make_mesh
+from jax_extract.errors import UserError
 from jax_extract.inputs.walk_dataset import Walks
 from jax_extract.training.batches import Batches
 from jax_extract.training.checkpoints import checkpoint_folder, read_state, saved_steps
+from jax_extract.training.command import train
 from jax_extract.training.model import TrainedModel
 from jax_extract.training.step import TrainProgram, linear_decay_adamw
 from jax_extract.weights.checkpoint import SafetensorsCheckpoint
@@ -196,6 +199,8 @@ def test_killed_by_sigkill_it_goes_on_to_the_same_weights_bit_by_bit(dataset: Pa
     for name in ("model.safetensors", "config.json", "tokenizer.json", "vocab.json"):
         assert (again["folder"] / name).read_bytes() == (whole["folder"] / name).read_bytes(), name
     assert again["loss"] == whole["loss"]
+    logs = [read_state(each["folder"], "").log_history for each in (again, whole)]
+    assert logs[0] == logs[1] and len(logs[0]) == 5
     assert not list((tmp_path / "killed").glob(".unfinished*"))
 
 
@@ -237,6 +242,36 @@ def test_the_state_of_a_checkpoint_says_what_was_logged(dataset: Path, tmp_path:
     assert [entry["step"] for entry in state["log_history"]] == [2, 2]
     assert {"loss", "learning_rate"} <= set(state["log_history"][0])
     assert {"eval_loss", "walk_entropy"} <= set(state["log_history"][1])
+
+
+def test_a_walk_of_one_word_is_left_out_and_told(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_short = Path(shutil.copytree(dataset, tmp_path / "short"))
+    for name in ("train.jsonl", "validation.jsonl"):
+        with (with_short / name).open("a") as file:
+            file.write('{"text": "3"}\n')
+    preset = write_preset(tmp_path / "p.json", num_hidden_layers=1)
+    expected = trained(preset, dataset, tmp_path / "without")
+    done = train(settings(preset, with_short, tmp_path / "run"))
+    assert "200 walks to train on, 30 to evaluate on" in (said := capsys.readouterr().out)
+    assert "; 2 walks of fewer than 2 words left out" in said
+    assert done["loss"] == expected["loss"]
+    names = [each["folder"] / "model.safetensors" for each in (done, expected)]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+@pytest.mark.parametrize("every", [{}, {"save_steps": 1, "logging_steps": 1000, "eval_steps": 1000}])
+def test_a_training_that_diverges_is_refused_and_nothing_of_it_is_kept(
+    every: dict[str, int], dataset: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"(the loss|a parameter) is .* at step [1-4], .*; give a smaller --learning"):
+        preset = write_preset(tmp_path / "p.json", num_hidden_layers=1)
+        trained(preset, dataset, tmp_path / "run", learning_rate=1e30, **every)
+    assert not (tmp_path / "run" / "final_model").exists()
+    for step in saved_steps(tmp_path / "run"):
+        file = SafetensorsCheckpoint(checkpoint_folder(tmp_path / "run", step), "")
+        assert all(np.isfinite(file.read(name)).all() for name in file.names())
 
 
 def test_several_devices_share_a_batch_and_come_to_the_same_loss(dataset: Path, tmp_path: Path) -> None:

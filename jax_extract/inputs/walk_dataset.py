@@ -39,6 +39,11 @@ class Walks:
         """What a model predicts of them: every token but the first of each walk."""
         return int(np.maximum(self.lengths - 1, 0).sum())
 
+    def predicted(self) -> Walks:
+        """Those with something to predict, which takes two tokens."""
+        some = self.lengths > 1
+        return self if some.all() else Walks(self.tokens[some], self.lengths[some])
+
     def cut(self, most: int) -> Walks:
         """The same, none longer than so many tokens."""
         return Walks(self.tokens[:, :most], np.minimum(self.lengths, most))

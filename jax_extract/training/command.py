@@ -25,6 +25,7 @@ from jax_extract.inputs.walk_dataset import WalkDataset
 from jax_extract.terminal import Terminal, duration_text, plural
 from jax_extract.training.batches import Batches
 from jax_extract.training.checkpoints import (
+    ANEW,
     FINAL_MODEL,
     OPTIMIZER_FOLDER,
     SavedModel,
@@ -33,7 +34,7 @@ from jax_extract.training.checkpoints import (
     save,
 )
 from jax_extract.training.config import TrainConfig
-from jax_extract.training.loop import Every, Log, TrainLoop, above_text
+from jax_extract.training.loop import Every, Log, TrainLoop, above_text, diverged
 from jax_extract.training.model import TrainedModel
 from jax_extract.training.optimizer_state import load_optimizer, save_optimizer
 from jax_extract.training.place import Found, find, held, require_usable
@@ -78,7 +79,7 @@ class _Training:
         numerics = None if self.config.allow_numeric_change else self._numerics()
         found = find(self.output, self._settings(), numerics)
         batches = self._batches()
-        validation = self.dataset.validation.cut(self.config.max_length)
+        validation = self.dataset.validation.predicted().cut(self.config.max_length)
         entropy, of_what = self.dataset.entropy(validation)
         self._tell(batches, entropy, of_what)
         if found is not None and found.is_final:
@@ -86,22 +87,32 @@ class _Training:
         optimizer = linear_decay_adamw(self.config.learning_rate, batches.steps)
         numerics_of_products = Numerics(self.config.dtype)
         program = TrainProgram(self.model.port, self.model.config, self.mesh, numerics_of_products, optimizer)
-        done, log = (found.state.global_step, found.state.log_history) if found else (0, [])
+        before = found.state if found else None
+        done, log, pending = (before.global_step, before.log_history, before.pending_losses) if before else (0, [], [])
         every = Every(self.config.logging_steps, self.config.eval_steps, self.config.save_steps)
         loop = TrainLoop(
-            program, batches, validation, entropy, self.config.learning_rate, every, self._save, self.terminal, log
+            program,
+            batches,
+            validation,
+            entropy,
+            self.config.learning_rate,
+            every,
+            self._save,
+            self.terminal,
+            log,
+            pending,
         )
         state = self._state(program, found)
         started = time.perf_counter()
         state, _ = loop.run(state, done)
-        self._save(batches.steps, state, loop.log, final=True)
+        self._save(batches.steps, state, loop.log, [], final=True)
         return self._conclude(batches.steps, loop.log, entropy, time.perf_counter() - started)
 
     # --------------------------------------------------------------------------- what decides what
 
     def _settings(self) -> dict[str, Any]:
         """What decides the weights, in JSON."""
-        of_command = "epochs batch_size grad_accum learning_rate max_length seed dtype".split()
+        of_command = "epochs batch_size grad_accum learning_rate max_length seed dtype text_column".split()
         return {
             "model_config": self.model.said,
             "dataset": self.dataset.digest,
@@ -115,7 +126,7 @@ class _Training:
 
     def _batches(self) -> Batches:
         config = self.config
-        walks = self.dataset.train.cut(config.max_length)
+        walks = self.dataset.train.predicted().cut(config.max_length)
         return Batches(walks, config.batch_size, config.grad_accum, config.epochs, config.seed, self.mesh.size)
 
     # ------------------------------------------------------------------------------ state, and back
@@ -123,7 +134,7 @@ class _Training:
     def _state(self, program: TrainProgram, found: Found | None) -> TrainState:
         if found is None:
             return program.start(self.model.first_parameters(self.config.seed))
-        mend = f"remove {found.folder} to go on from the checkpoint before it, or start anew with --overwrite True"
+        mend = f"remove {found.folder} to go on from the checkpoint before it, {ANEW}"
         checkpoint = SafetensorsCheckpoint(found.folder, str(found.folder))
         layers = self.model.config.num_hidden_layers
         weights = Weights(checkpoint, self.model.port, self.model.config, layers, head=True)
@@ -132,12 +143,13 @@ class _Training:
         self.terminal.line("resume", f"goes on from step {found.state.global_step:,} of {found.folder}/")
         return TrainState(state.params, optimizer)
 
-    def _save(self, step: int, state: TrainState, log: Log, final: bool = False) -> None:
+    def _save(self, step: int, state: TrainState, log: Log, pending: list[float], final: bool = False) -> None:
         batches = self._batches()
-        said = TrainerState(
-            step, batches.steps, step / batches.steps_an_epoch, list(log), self._settings(), self._numerics()
-        )
+        epoch = step / batches.steps_an_epoch
+        said = TrainerState(step, batches.steps, epoch, list(log), self._settings(), self._numerics(), pending)
         tensors = hugging_face_tensors(self.model.port, self.model.config, state.params)
+        if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
+            raise diverged("a parameter is no finite number", step)
         most = self.model.config.max_position_embeddings
         saved = SavedModel(self.model.said, self.dataset.vocabulary, most)
         if final:
@@ -150,7 +162,7 @@ class _Training:
 
     def _tell(self, batches: Batches, entropy: float, of_what: str) -> None:
         model, mesh = self.model.config, self.mesh.shape
-        walks, validation = batches.walks, self.dataset.validation
+        walks, validation = batches.walks, self.dataset.validation.predicted()
         kind = self.mesh.devices.flat[0].device_kind
         self.terminal.line(
             "model",
@@ -159,11 +171,13 @@ class _Training:
             f"{plural(self.mesh.size, kind + ' device')}, mesh {mesh['data']},{mesh['model']}",
         )
         cut = int((self.dataset.train.lengths > self.config.max_length).sum())
+        short = sum(int((of.lengths <= 1).sum()) for of in (self.dataset.train, self.dataset.validation))
         self.terminal.line(
             "input",
             f"{self.dataset.folder}: {plural(len(walks.tokens), 'walk')} to train on, {len(validation.tokens):,} to "
             f"evaluate on, {plural(len(self.dataset.vocabulary), 'word')}, longest {self.dataset.train.lengths.max():,}"
-            + (f"; {plural(cut, 'walk')} cut to {self.config.max_length} words" if cut else ""),
+            + (f"; {plural(cut, 'walk')} cut to {self.config.max_length} words" if cut else "")
+            + (f"; {plural(short, 'walk')} of fewer than 2 words left out" if short else ""),
         )
         self.terminal.line(
             "plan",

@@ -12,6 +12,7 @@ from typing import Literal
 
 from jax_extract.devices.choice import DeviceChoice
 from jax_extract.errors import UserError
+from jax_extract.inputs.walk_dataset import TEXT_COLUMN
 
 _MOST = 2**31 - 1
 
@@ -56,7 +57,7 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: DeviceChoice = "auto"
     mesh_shape: str | None = None
-    text_column: str = "text"
+    text_column: str = TEXT_COLUMN
     overwrite: bool = False
     allow_numeric_change: bool = False
 

@@ -6,6 +6,7 @@ The losses stay on the device until a line is due, so that no step waits for the
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from jax_extract.devices.exhaustion import refusing_exhaustion
+from jax_extract.errors import UserError
 from jax_extract.extraction.preemption import on_preemption
 from jax_extract.inputs.walk_dataset import Walks
 from jax_extract.store.storage import failpoints
@@ -24,7 +26,7 @@ from jax_extract.training.batches import Batches, evaluation_batches
 from jax_extract.training.step import TrainProgram, TrainState
 
 Log = list[dict[str, Any]]
-Save = Callable[[int, TrainState, Log], None]
+Save = Callable[[int, TrainState, Log, list[float]], None]
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class TrainLoop:
     """Attributes:
     entropy: nats a transition that no model can go below, of the evaluation's walks.
     learning_rate: of step 0; falls linearly to 0.
-    save: writes a checkpoint of a step.
+    save: writes a checkpoint of a step: its state, the log, and the losses that no line of the log has yet.
+    pending: those of the checkpoint that is gone on from.
     """
 
     program: TrainProgram
@@ -53,6 +56,7 @@ class TrainLoop:
     save: Save
     terminal: Terminal
     log: Log = field(default_factory=list)
+    pending: list[float] = field(default_factory=list)
     _asked: threading.Event = field(default_factory=threading.Event)
     _safe: threading.Event = field(default_factory=threading.Event)
     _saved: int = 0
@@ -61,7 +65,7 @@ class TrainLoop:
     def run(self, state: TrainState, done: int) -> tuple[TrainState, float]:
         """Goes on from a state after so many steps; the last state, and its loss on the walks of the evaluation."""
         self._saved = done
-        losses: list[Array] = []
+        losses: list[Array | float] = [*self.pending]
         last = None
         tokens = int(self.batches.walks.lengths.sum()) * self.batches.epochs
         with (
@@ -74,12 +78,12 @@ class TrainLoop:
                 losses.append(loss)
                 bar.update(int(lengths.sum()))
                 if step % self.every.logging == 0 or step == self.batches.steps:
-                    self._tell_training(step, float(np.mean([np.asarray(each) for each in losses])), bar)
+                    self._tell_training(step, _finite(losses, step), bar)
                     losses.clear()
                 if step % self.every.evaluation == 0 or step == self.batches.steps:
                     last = self._evaluate(step, state, bar)
                 if (step % self.every.saving == 0 and step < self.batches.steps) or self._asked.is_set():
-                    self.save(step, state, self.log)
+                    self.save(step, state, self.log, _finite(losses, step))
                     self._saved = step
                 self._end_if_asked()
             self._safe.set()
@@ -91,7 +95,8 @@ class TrainLoop:
         sums = [self.program.evaluate(state.params, tokens, lengths) for tokens, lengths in pairs]
         return float(np.sum([np.asarray(each, np.float64) for each in sums]) / self.validation.transitions)
 
-    def _tell_training(self, step: int, loss: float, bar: Any) -> None:
+    def _tell_training(self, step: int, losses: list[float], bar: Any) -> None:
+        loss = float(np.mean(losses))
         rate = self.learning_rate * (1 - step / self.batches.steps)
         self.log.append({"step": step, "epoch": self._epoch(step), "loss": loss, "learning_rate": rate})
         bar.clear()
@@ -102,7 +107,7 @@ class TrainLoop:
         )
 
     def _evaluate(self, step: int, state: TrainState, bar: Any) -> float:
-        loss = self.validation_loss(state)
+        (loss,) = _finite([self.validation_loss(state)], step)
         self.log.append({"step": step, "epoch": self._epoch(step), "eval_loss": loss, "walk_entropy": self.entropy})
         bar.clear()
         self.terminal.line(
@@ -125,6 +130,19 @@ class TrainLoop:
         if self._asked.is_set():
             self._safe.set()
             time.sleep(60)  # the watcher of the signal ends the process meanwhile
+
+
+def _finite(losses: list[Array | float], last: int) -> list[float]:
+    """Losses of the steps up to `last`, on the host; UserError where one is no number any more."""
+    found = [float(each) for each in losses]
+    for step, loss in enumerate(found, last - len(found) + 1):
+        if not math.isfinite(loss):
+            raise diverged(f"the loss is {loss}", step)
+    return found
+
+
+def diverged(what: str, step: int) -> UserError:
+    return UserError(f"{what} at step {step}, so training does not converge; give a smaller --learning_rate")
 
 
 def above_text(loss: float, entropy: float) -> str:

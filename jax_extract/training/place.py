@@ -17,11 +17,13 @@ from typing import Any
 from jax_extract.errors import UserError
 from jax_extract.store.folders import remove_unfinished
 from jax_extract.training.checkpoints import (
+    ANEW,
     FINAL_MODEL,
     TrainerState,
     checkpoint_folder,
     read_state,
     remove_training,
+    require_free,
     saved_steps,
 )
 
@@ -57,6 +59,7 @@ def held(output: Path, overwrite: bool) -> Iterator[None]:
             raise UserError(
                 f"another training is writing to {output}; wait until it has ended, or give another --output_dir"
             ) from None
+        require_free(output)
         remove_unfinished(output)
         if overwrite:
             remove_training(output)
@@ -65,15 +68,14 @@ def held(output: Path, overwrite: bool) -> Iterator[None]:
 
 def find(output: Path, settings: Mapping[str, Any], numerics: Mapping[str, Any] | None) -> Found | None:
     """What to go on from; `numerics` None where they may be others."""
-    anew = "or start anew with --overwrite True"
     final = output / FINAL_MODEL
     steps = saved_steps(output)
     if final.exists():
-        found = Found(final, read_state(final, f"remove {final} to make it again, {anew}"), True)
+        found = Found(final, read_state(final, f"remove {final} to make it again"), True)
     elif steps:
         folder = checkpoint_folder(output, steps[-1])
         before = f"from step {steps[-2]}" if len(steps) > 1 else "from the beginning"
-        found = Found(folder, read_state(folder, f"remove {folder} to go on {before}, {anew}"), False)
+        found = Found(folder, read_state(folder, f"remove {folder} to go on {before}"), False)
         if found.state.global_step != steps[-1]:
             raise UserError(
                 f"{folder} is of step {found.state.global_step}; give it its own name back, or remove it to go on "
@@ -84,8 +86,9 @@ def find(output: Path, settings: Mapping[str, Any], numerics: Mapping[str, Any] 
     _require_same(output, found, settings)
     if not found.is_final and numerics is not None and (other := _first_other(found.state.numerics, numerics)):
         raise UserError(
-            f"{found.folder} was computed with {other} {found.state.numerics.get(other)} and here it is "
-            f"{numerics.get(other)}, which changes the last bits; go on with --allow_numeric_change True, {anew}"
+            f"{found.folder} was computed with {other} {found.state.numerics.get(other)!s:.80} and here it is "
+            f"{numerics.get(other)}, which changes the last bits; go on with --allow_numeric_change True "
+            f"(ALLOW_NUMERIC_CHANGE=true), {ANEW}"
         )
     return found
 
@@ -95,17 +98,14 @@ def _require_same(output: Path, found: Found, settings: Mapping[str, Any]) -> No
     if (other := _first_other(before, settings)) is None:
         return
     if other == "model_config":
-        said, asked = before[other] or {}, settings[other]
+        said, asked = before[other], settings[other]
         inner = _first_other(said, asked)
         what = f"a model with {inner} {said.get(inner)!r}, and {asked.get(inner)!r} was asked for"
     elif other == "dataset":
         what = "a training on other data than the dataset holds"
     else:
         what = f"a training with {other} {before.get(other)!r}, and {settings.get(other)!r} was asked for"
-    raise UserError(
-        f"{output} holds {what}; give another --output_dir (RUN_NAME or OUTPUT_DIR), or start anew with "
-        "--overwrite True (OVERWRITE=true)"
-    )
+    raise UserError(f"{output} holds {what}; give another --output_dir (RUN_NAME or OUTPUT_DIR), {ANEW}")
 
 
 def _first_other(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:

@@ -14,6 +14,8 @@ import numpy as np
 
 from models.ports import ModelConfig, Parameters, Port
 
+WEIGHTS_FILE = "model.safetensors"
+
 
 def hugging_face_tensors(port: Port, config: ModelConfig, params: Parameters) -> dict[str, np.ndarray]:
     """Every parameter, float32, on the host, under its name in a checkpoint."""
@@ -36,4 +38,4 @@ def write_weights(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """model.safetensors, as transformers marks its own."""
     from safetensors.numpy import save_file
 
-    save_file(dict(tensors), folder / "model.safetensors", {"format": "pt"})
+    save_file(dict(tensors), folder / WEIGHTS_FILE, {"format": "pt"})

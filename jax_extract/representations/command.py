@@ -27,7 +27,7 @@ from jax_extract.inputs.graphs import Graph
 from jax_extract.inputs.plan import Part, Window, plan_windows
 from jax_extract.inputs.text import jsonl_samples
 from jax_extract.inputs.tokenize import InputCounts, TokenizedSample
-from jax_extract.inputs.walk_dataset import TEXT_COLUMN, WalkDataset
+from jax_extract.inputs.walk_dataset import WalkDataset
 from jax_extract.representations.averages import TokenMeans, bytes_of_sums
 from jax_extract.representations.config import RepresentationsConfig
 from jax_extract.representations.distances import GraphDistances, graph_distances, measurable
@@ -54,7 +54,7 @@ def token_representations(config: RepresentationsConfig, terminal: Terminal | No
     model = OpenModel.open(config.model_path)
     dataset = None
     if config.dataset_dir is not None:
-        dataset = WalkDataset.open(user_path(config.dataset_dir, "--dataset_dir"))
+        dataset = WalkDataset.open(user_path(config.dataset_dir, "--dataset_dir"), config.text_column)
         _require_same_vocabulary(model, dataset)
     use_devices(config.device)
     return _Representations(config, folder, dataset, _job(config, model), terminal).run()
@@ -144,7 +144,7 @@ class _Representations:
                 TokenizedSample(token, str(token), np.array([token], np.int32), 1, {}) for token in range(vocab_size)
             )
         assert self.dataset is not None
-        walks = jsonl_samples(self.dataset.folder / f"{self.config.walks}.jsonl", TEXT_COLUMN)
+        walks = jsonl_samples(self.dataset.folder / f"{self.config.walks}.jsonl", self.dataset.text_column)
         return self.job.tokenized(walks, False, counts)
 
     # -------------------------------------------------------------------------------------- writing
@@ -163,8 +163,8 @@ class _Representations:
                 yield key, array
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / INFO_FILE).unlink(missing_ok=True)  # of other arrays
-        write_file(self.folder / NPZ_FILE, lambda path: _write_npz(path, arrays()))
+        old = self.folder / INFO_FILE  # of the arrays that are replaced
+        write_file(self.folder / NPZ_FILE, lambda path: _write_npz(path, arrays()), lambda: old.unlink(missing_ok=True))
         info = self._info(means, counts, shapes, distances, graph)
         text = json.dumps(info, indent=2) + "\n"
         write_file(self.folder / INFO_FILE, lambda path: _write_text(path, text))

@@ -10,6 +10,7 @@ from typing import Literal
 
 from jax_extract.devices.choice import DeviceChoice
 from jax_extract.errors import UserError
+from jax_extract.inputs.walk_dataset import TEXT_COLUMN
 from models.hooks import DEFAULT_HOOK_POINT
 
 
@@ -25,6 +26,7 @@ class RepresentationsConfig:
       source: tokens: each token alone, as an input of one token; occurrences: its mean over all walks of dataset_dir.
       dataset_dir: of the walks; with its graph.json, distances of representations by distance in the graph are told.
       walks: which walks of dataset_dir the occurrences are in.
+      text_column: field of the .jsonl files that holds the walk, words between spaces.
       dtype: of the computation; by default bfloat16 on TPU and GPU, float32 on CPU.
       device: auto, cpu, gpu or tpu.
       mesh_shape: DATA,MODEL over all devices; by default all on DATA.
@@ -38,6 +40,7 @@ class RepresentationsConfig:
     source: Literal["tokens", "occurrences"] = "tokens"
     dataset_dir: str | None = None
     walks: Literal["train", "validation"] = "train"
+    text_column: str = TEXT_COLUMN
     dtype: Literal["float32", "bfloat16"] | None = None
     device: DeviceChoice = "auto"
     mesh_shape: str | None = None

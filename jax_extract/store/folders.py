@@ -37,13 +37,15 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     _sync(target.parent)
 
 
-def write_file(target: Path, fill: Callable[[Path], None]) -> None:
-    """Makes or replaces one file, filled by `fill`."""
+def write_file(target: Path, fill: Callable[[Path], None], before_rename: Callable[[], None] | None = None) -> None:
+    """Makes or replaces one file, filled by `fill`; `before_rename` is called when all of it is on the disk."""
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = _unfinished(target)
     try:
         fill(unfinished)
         _sync(unfinished)
+        if before_rename is not None:
+            before_rename()
         unfinished.rename(target)
     except BaseException:
         unfinished.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from stage02 import write_preset
 
 SCRIPTS = ROOT / "launch" / "stage02"
 DATASET = "results/king_torus_10x10/dataset"
+OF_RUN = ("02a_model_training.sh", "02b_representation_extraction.sh", "run_stage02.sh")
 FAKE = """#!/bin/bash
 printf '%s\\n' "$*" >>"$CALLS"
 case $1 in
@@ -132,6 +133,38 @@ def test_one_script_runs_all_of_it_on_one_run(start: Scripts) -> None:
     assert f"--model_path {run}/final_model " in extract and f"--dataset_dir {DATASET}" in extract
 
 
+def test_walks_that_are_there_are_compared_with_what_is_said_of_them(start: Scripts) -> None:
+    """By 01 itself, which refuses to mix; not where nothing is said, nor where the walks are the user's own."""
+    dataset = start.place / DATASET
+    dataset.mkdir(parents=True)
+    assert [line.split()[0] for line in start("run_stage02.sh", NODES="400")] == ["train", "token-representations"]
+    (dataset / "graph.json").touch()
+    assert [line.split()[0] for line in start("run_stage02.sh", SEED="4")] == ["train", "token-representations"]
+    for name in ("GRAPH", "NODES", "NEIGHBOURS", "GRAPH_SEED", "TRAIN_WALKS", "VALIDATION_WALKS", "WALK_LENGTH"):
+        assert start("run_stage02.sh", **{name: "9"})[0] == f"walks --dataset_dir {DATASET} --{name.lower()} 9"
+
+
+def test_hook_points_may_stand_on_several_lines(start: Scripts) -> None:
+    (start.place / "model").mkdir()
+    said = {"MODEL_DIR": "model", "REPRESENTATIONS": "\nafter_block\n ffn_gate  ffn_up\n"}
+    (command,) = start("02b_representation_extraction.sh", **said)
+    assert " --representations after_block ffn_gate ffn_up --device" in command
+
+
+def test_the_mends_that_are_told_are_variables(start: Scripts) -> None:
+    said = {"OVERWRITE": "yes", "ALLOW_NUMERIC_CHANGE": "true", "TEXT_COLUMN": "walk"}
+    (command,) = start("02a_model_training.sh", **said)
+    assert command.endswith("--text_column walk --overwrite True --allow_numeric_change True")
+    (start.place / "model").mkdir()
+    (command,) = start("02b_representation_extraction.sh", MODEL_DIR="model", TEXT_COLUMN="walk")
+    assert command.endswith("--text_column walk")
+
+
+def test_representations_lie_beside_the_model_that_they_are_of(start: Scripts) -> None:
+    *_, extract = start("run_stage02.sh", OUTPUT_DIR="mine", CONFIG="configs/config_2M_llama.json")
+    assert "--model_path mine/final_model --representation_dir mine/token_representations " in extract
+
+
 def test_walks_take_their_variables(start: Scripts) -> None:
     (command,) = start("01_graph_walks.sh", DATASET_NAME="ring", GRAPH="ring", NODES="50", WALK_LENGTH="9")
     assert command == "walks --dataset_dir results/ring/dataset --graph ring --nodes 50 --walk_length 9"
@@ -145,7 +178,16 @@ def test_walks_take_their_variables(start: Scripts) -> None:
         ("02a_model_training.sh", [], {"DATASET_NAME": "../up"}, "is no name of a folder"),
         ("02a_model_training.sh", [], {"RUN_NAME": "$(touch owned)"}, "is no name of a folder"),
         ("02a_model_training.sh", ["EPOCHS=3"], {}, "takes variables of the environment"),
+        *((script, [], {"CONFIG": ".."}, "RUN_NAME, as CONFIG gives it, .. is no name") for script in OF_RUN),
+        *((script, [], {"CONFIG": "a/config_.json"}, "CONFIG gives it, '' is no name") for script in OF_RUN),
         ("02b_representation_extraction.sh", [], {}, "there is no trained model"),
+        (
+            "02b_representation_extraction.sh",
+            [],
+            {"DATASET_DIR": "typo"},
+            "there is no dataset folder DATASET_DIR typo",
+        ),
+        ("02b_representation_extraction.sh", [], {"MODEL_DIR": "/", "REPRESENTATIONS": " \n"}, "names no hook point"),
     ],
 )
 def test_a_variable_that_is_none_is_refused(

@@ -8,10 +8,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/stage02.sh"
 stage02_help "$@"
 
-if [[ -z ${RUN_NAME:-} ]]; then
-  RUN_NAME=$(basename "${CONFIG:-config_400K_llama.json}" .json)
-  RUN_NAME=${RUN_NAME#config_}
-fi
+run_name_of_config
 CONFIG=${CONFIG:-configs/config_$RUN_NAME.json}
 if [[ ! -e $CONFIG && -e $root/$CONFIG ]]; then
   CONFIG=$root/$CONFIG
@@ -28,7 +25,7 @@ command+=(--device "$DEVICE")
 add seed SEED
 add dtype DTYPE
 add mesh_shape MESH_SHAPE
-if is_true OVERWRITE; then
-  command+=(--overwrite True)
-fi
+add text_column TEXT_COLUMN
+add_switch overwrite OVERWRITE
+add_switch allow_numeric_change ALLOW_NUMERIC_CHANGE
 exec "${command[@]}"

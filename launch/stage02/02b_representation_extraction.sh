@@ -8,15 +8,16 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/stage02.sh"
 stage02_help "$@"
 
+[[ -z $dataset_given || -d $dataset_given ]] ||
+  refuse "there is no dataset folder DATASET_DIR $(quoted "$dataset_given"); name the one with the walks, or leave it out"
 if [[ -n ${MODEL_DIR:-} && -z $dataset_given ]]; then
   DATASET_DIR='' # whatever the model was trained on, it need not be the default
 fi
 if [[ -z ${MODEL_DIR:-} && -n ${OUTPUT_DIR:-} ]]; then
   MODEL_DIR=$OUTPUT_DIR/final_model
 fi
-if [[ -z ${RUN_NAME:-} && -n ${CONFIG:-} ]]; then
-  RUN_NAME=$(basename "$CONFIG" .json)
-  RUN_NAME=${RUN_NAME#config_}
+if [[ -n ${CONFIG:-} ]]; then
+  run_name_of_config
 fi
 if [[ -z ${RUN_NAME:-} && -z ${MODEL_DIR:-} ]]; then
   for model in "results/$DATASET_NAME"/*/final_model; do
@@ -28,11 +29,12 @@ fi
 MODEL_DIR=${MODEL_DIR:-results/$DATASET_NAME/${RUN_NAME:-400K_llama}/final_model}
 [[ -d $MODEL_DIR ]] ||
   refuse "there is no trained model $(quoted "$MODEL_DIR"); train one with 02a_model_training.sh, or name it in MODEL_DIR"
-if [[ -n ${RUN_NAME:-} ]]; then
+if [[ -n ${RUN_NAME:-} && -z ${OUTPUT_DIR:-} ]]; then
   REPRESENTATION_DIR=${REPRESENTATION_DIR:-results/$DATASET_NAME/$RUN_NAME/token_representations}
 fi
 REPRESENTATION_DIR=${REPRESENTATION_DIR:-$(dirname "$MODEL_DIR")/token_representations}
-read -r -a types <<<"${REPRESENTATIONS:-after_block}"
+read -r -d '' -a types <<<"${REPRESENTATIONS:-after_block}" || true # over lines too: no NUL ends it
+((${#types[@]})) || refuse "REPRESENTATIONS $(quoted "$REPRESENTATIONS") names no hook point; name some, such as after_block"
 choose_device
 
 find_jax_extract
@@ -43,6 +45,7 @@ if [[ -d $DATASET_DIR ]]; then
 fi
 add source SOURCE
 add walks WALKS
+add text_column TEXT_COLUMN
 add dtype DTYPE
 add mesh_shape MESH_SHAPE
 exec "${command[@]}"

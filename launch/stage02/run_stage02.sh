@@ -7,11 +7,14 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/stage02.sh"
 stage02_help "$@"
 
-if [[ -z ${RUN_NAME:-}${OUTPUT_DIR:-} ]]; then # the same for training and extraction, whatever else was trained
-  RUN_NAME=$(basename "${CONFIG:-config_400K_llama.json}" .json)
-  export RUN_NAME=${RUN_NAME#config_}
+if [[ -z ${OUTPUT_DIR:-} ]]; then # the same for training and extraction, whatever else was trained
+  run_name_of_config
+  export RUN_NAME
 fi
-if [[ ! -e $DATASET_DIR ]]; then
+# Walks that are there are made again where it is said how they were made: 01 refuses to mix them with others. SEED is
+# the training's too and says nothing of them. Walks without a graph.json are the user's own.
+of_walks=${GRAPH:-}${NODES:-}${NEIGHBOURS:-}${GRAPH_SEED:-}${TRAIN_WALKS:-}${VALIDATION_WALKS:-}${WALK_LENGTH:-}
+if [[ ! -e $DATASET_DIR || (-n $of_walks && -e $DATASET_DIR/graph.json) ]]; then
   "$stage02/01_graph_walks.sh"
 fi
 "$stage02/02a_model_training.sh"

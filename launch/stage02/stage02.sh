@@ -8,11 +8,21 @@ stage02=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/common.sh
 source "$stage02/../common.sh"
 
+require_folder_name() { # VARIABLE VALUE
+  matches "$2" '[A-Za-z0-9_][A-Za-z0-9._-]*' ||
+    refuse "$1 $(quoted "$2") is no name of a folder; write letters, digits, _, . and -"
+}
+
+run_name_of_config() { # sets RUN_NAME, where it is not given: 2M_llama of configs/config_2M_llama.json
+  [[ -z ${RUN_NAME:-} ]] || return 0
+  RUN_NAME=$(basename -- "${CONFIG:-config_400K_llama.json}" .json)
+  RUN_NAME=${RUN_NAME#config_}
+  [[ -n ${OUTPUT_DIR:-} ]] || require_folder_name 'RUN_NAME, as CONFIG gives it,' "$RUN_NAME"
+}
+
 DATASET_NAME=${DATASET_NAME:-king_torus_10x10}
-matches "$DATASET_NAME" '[A-Za-z0-9_][A-Za-z0-9._-]*' ||
-  refuse "DATASET_NAME $(quoted "$DATASET_NAME") is no name of a folder; write letters, digits, _, . and -"
-[[ -z ${RUN_NAME:-} ]] || matches "$RUN_NAME" '[A-Za-z0-9_][A-Za-z0-9._-]*' ||
-  refuse "RUN_NAME $(quoted "$RUN_NAME") is no name of a folder; write letters, digits, _, . and -"
+require_folder_name DATASET_NAME "$DATASET_NAME"
+[[ -z ${RUN_NAME:-} ]] || require_folder_name RUN_NAME "$RUN_NAME"
 # shellcheck disable=SC2034 # of the script that extracts
 dataset_given=${DATASET_DIR:-}
 DATASET_DIR=${DATASET_DIR:-results/$DATASET_NAME/dataset}
@@ -26,6 +36,12 @@ stage02_help() { # WORDS of the command line, then what it is
       ;;
     *) refuse "$(quoted "$1") is not expected; $program takes variables of the environment, as docs/stage02.md lists them" ;;
   esac
+}
+
+add_switch() { # FLAG VARIABLE: the flag, where the variable says true; adds to `command`
+  if is_true "$2"; then
+    command+=("--$1" True)
+  fi
 }
 
 is_true() { # VARIABLE: whether it says true

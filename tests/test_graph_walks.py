@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from jax_extract.inputs.graph_walks import bigram_entropy, random_walks, transit
 from jax_extract.inputs.graphs import Graph, make_graph
 from jax_extract.inputs.walk_dataset import WalkDataset
 from jax_extract.inputs.walk_tokenizer import write_tokenizer
+from jax_extract.store.folders import write_file, write_folder
 
 PATH = Graph.of("a path of 4 nodes", 4, [(0, 1), (1, 2), (2, 3)])
 
@@ -71,6 +73,53 @@ def test_without_a_graph_the_entropy_is_estimated_from_transitions() -> None:
     walks = random_walks(PATH, 5_000, 10, np.random.default_rng(1))
     estimated = bigram_entropy(4, walks, np.full(len(walks), 10))
     assert estimated == pytest.approx(PATH.entropy_rate, rel=0.01)
+
+
+def test_an_estimate_needs_no_room_for_all_pairs_of_words() -> None:
+    tokens, words = np.array([[59_999, 7, 59_999, 8]], np.int32), 60_000
+    # Of three transitions, two leave the last word, each for another one.
+    tracemalloc.start()
+    try:
+        assert bigram_entropy(words, tokens, np.array([4])) == pytest.approx(2 / 3 * math.log(2), abs=1e-12)
+        assert tracemalloc.get_traced_memory()[1] < 100 * words
+    finally:
+        tracemalloc.stop()
+
+
+def test_more_walks_than_are_made_in_memory_are_refused(tmp_path: Path) -> None:
+    for options in ({"train_walks": 2**31 - 1}, {"walk_length": 2**31 - 1}, {"validation_walks": 2**31 - 1}):
+        with pytest.raises(UserError, match="give fewer or shorter walks"):
+            make_walks(tmp_path / "walks", **options)
+
+
+def test_a_dataset_is_made_where_a_link_leads_and_not_where_nothing_can_be(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    assert WalkDataset.open(make_walks(tmp_path / "link")).vocabulary
+    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "astray").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    for name, said in (("astray", "is no folder"), ("file/sub", "is no folder"), ("/proc/x/y", "cannot be written to")):
+        with pytest.raises(UserError, match=rf"--dataset_dir .* {said}"):
+            make_walks(tmp_path / name)
+
+
+def test_what_a_killed_attempt_left_is_removed_by_the_next_and_what_another_writes_is_not(tmp_path: Path) -> None:
+    left, other = (tmp_path / f".unfinished-{name}-0123456789ab" for name in ("dataset", "dataset-2"))
+    for folder in (left, other):
+        folder.mkdir()
+        (folder / "train.jsonl").write_text("half")
+
+    def fill(folder: Path) -> None:
+        make_walks(tmp_path / "dataset")
+        assert folder.is_dir()
+
+    with pytest.raises(UserError, match="dataset cannot be written"):  # by then the other one has the name
+        write_folder(tmp_path / "dataset", fill)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "dataset"]
+    left.write_text("half of a file")
+    write_file(tmp_path / "dataset-3", lambda path: path.write_text("whole") and None)
+    assert left.exists()
 
 
 def test_a_graph_that_no_walk_can_cover_is_refused() -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from small_run import snapshot
 from stage02 import SILENT, make_walks, trained, write_preset
 from transformers import AutoModelForCausalLM
 
+from jax_extract.errors import UserError
 from jax_extract.inputs.graphs import make_graph
 from jax_extract.inputs.walk_dataset import WalkDataset
+from jax_extract.representations import command as representations
 from jax_extract.representations.command import token_representations
 from jax_extract.representations.config import RepresentationsConfig
 from jax_extract.representations.distances import graph_distances
@@ -39,8 +44,7 @@ def extracted(place: Path, output: Path, **options: Any) -> tuple[dict[str, np.n
         RepresentationsConfig(
             model_path=str(place / "run" / "final_model"),
             representation_dir=str(output),
-            dataset_dir=str(place / "dataset"),
-            **options,
+            **{"dataset_dir": str(place / "dataset"), **options},
         ),
         SILENT,
     )
@@ -66,7 +70,7 @@ def test_neighbours_are_nearer_than_distant_nodes_once_the_walks_are_learnt(plac
     untrained = graph_distances(
         np.random.default_rng(0).normal(size=(NODES, HIDDEN)), make_graph("torus", NODES, 8, 0).hops()
     )
-    assert untrained.neighbours > 0.95
+    assert untrained is not None and untrained.neighbours > 0.95
 
 
 def test_each_token_alone_has_the_rows_of_transformers(place: Path, tmp_path: Path) -> None:
@@ -103,6 +107,32 @@ def test_the_same_request_gives_the_same_bytes_and_another_takes_its_place(place
     extracted(place, tmp_path)
     assert (tmp_path / "token_representations.npz").read_bytes() == first
     assert sorted(path.name for path in tmp_path.iterdir()) == ["representation_info.json", "token_representations.npz"]
+
+
+def test_what_is_said_of_arrays_stays_until_others_are_there(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extracted(place, tmp_path)
+    before = snapshot(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(representations, "_write_npz", full)
+    with pytest.raises(UserError, match=r"token_representations.npz cannot be written \(No space left on device\)"):
+        extracted(place, tmp_path, representations=("ffn_up",))
+    assert snapshot(tmp_path) == before
+
+
+def test_without_two_neighbours_that_occur_no_distance_is_told_and_another_column_is_read(
+    place: Path, tmp_path: Path
+) -> None:
+    dataset = Path(shutil.copytree(place / "dataset", tmp_path / "dataset"))
+    (dataset / "train.jsonl").write_text('{"walk": "0 14 0"}\n')
+    named = {"dataset_dir": str(dataset), "text_column": "walk", "source": "occurrences"}
+    arrays, info = extracted(place, tmp_path / "out", **named)
+    assert info["graph_distances"] == {} and info["occurrences"] == 3
+    assert np.isfinite(arrays["layer_0_after_block"][[0, 14]]).all()
 
 
 def test_a_token_that_never_occurs_has_no_row_and_is_named(place: Path, tmp_path: Path) -> None:

@@ -133,6 +133,9 @@ def test_a_configuration_that_is_no_json_is_refused(train: Refused, place: Path)
         ("train.jsonl", '{"text": "3"}\n', "no walk of"),
         ("validation.jsonl", '{"text": "0 x"}\n', "has the word 'x'"),
         ("vocab.json", '{"0": 0, "1": 2}', "its token ids are not 0 to 1, each once"),
+        ("vocab.json", '{"\\ud800": 0}', r"'\ud800' is no word"),
+        ("vocab.json", '{"": 0}', "'' is no word"),
+        ("vocab.json", '{"0": 0, "a b": 1}', "'a b' is no word: it is empty, has a space in it or is not Unicode"),
         ("vocab.json", '{"0": 0, "1": 1}', "has 25 nodes and vocab.json 2 words that are not those nodes"),
         ("graph.json", '{"name": "g", "nodes": 25, "edges": [[3, 3]]}', "its edges are not pairs of nodes"),
         ("graph.json", "[]", "is damaged"),
@@ -328,6 +331,8 @@ def test_a_name_that_training_needs_and_that_is_no_folder_is_told_before_it_begi
         ({"source": "occurrences"}, "--source occurrences needs walks"),
         ({"model_path": "nowhere"}, "model 'nowhere' was not found"),
         ({"device": "gpu"}, "--device gpu was asked for"),
+        ({"representation_dir": "/proc/x/y"}, "--representation_dir /proc/x/y cannot be written to"),
+        ({"representation_dir": "/dev/null/sub"}, "/dev/null is no folder; name another directory"),
     ],
 )
 def test_representations_that_cannot_be_are_refused(

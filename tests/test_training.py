@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,9 +21,17 @@ from jax_extract.devices.mesh import make_mesh
 from jax_extract.errors import UserError
 from jax_extract.inputs.walk_dataset import Walks
 from jax_extract.training.batches import Batches
-from jax_extract.training.checkpoints import checkpoint_folder, read_state, saved_steps
+from jax_extract.training.checkpoints import (
+    SavedModel,
+    TrainerState,
+    checkpoint_folder,
+    read_state,
+    save,
+    saved_steps,
+)
 from jax_extract.training.command import train
 from jax_extract.training.model import TrainedModel
+from jax_extract.training.optimizer_state import save_optimizer
 from jax_extract.training.step import TrainProgram, linear_decay_adamw
 from jax_extract.weights.checkpoint import SafetensorsCheckpoint
 from jax_extract.weights.load import Weights
@@ -272,6 +281,30 @@ def test_a_training_that_diverges_is_refused_and_nothing_of_it_is_kept(
     for step in saved_steps(tmp_path / "run"):
         file = SafetensorsCheckpoint(checkpoint_folder(tmp_path / "run", step), "")
         assert all(np.isfinite(file.read(name)).all() for name in file.names())
+
+
+@pytest.mark.parametrize("large", ["weights", "optimizer"])
+def test_a_full_disk_is_told_and_leaves_no_checkpoint(large: str, tmp_path: Path) -> None:
+    """Each in its library's own way, by a limit on the size of a file."""
+    numbers = np.random.default_rng(0).standard_normal(200_000, np.float32)
+    tensors = {"w": numbers if large == "weights" else numbers[:1]}
+    state = jax.device_put(numbers if large == "optimizer" else numbers[:1])
+    said = TrainerState(1, 2, 0.5, [], {"model_config": {}}, {}, [])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"checkpoint-1 cannot be written \(.*\); what is whole stays"):
+            saved = SavedModel({}, {"0": 0}, 9)
+            save(tmp_path / "checkpoint-1", saved, tensors, said, lambda to: save_optimizer(to, state))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_beyond_the_data_are_those_of_the_data(dataset: Path, tmp_path: Path) -> None:
+    preset = write_preset(tmp_path / "p.json", num_hidden_layers=1)
+    done = trained(preset, dataset, tmp_path / "run", batch_size=2**31 - 1, grad_accum=2**31 - 1)
+    assert done["steps"] == 1
 
 
 def test_several_devices_share_a_batch_and_come_to_the_same_loss(dataset: Path, tmp_path: Path) -> None:

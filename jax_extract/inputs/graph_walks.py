@@ -36,8 +36,7 @@ def transition_entropy(graph: Graph, tokens: np.ndarray, lengths: np.ndarray) ->
 def bigram_entropy(nodes: int, tokens: np.ndarray, lengths: np.ndarray) -> float:
     """Nats a step, estimated from the transitions alone, where no graph is known; a little low for few walks."""
     left = np.arange(tokens.shape[1] - 1)[None] < lengths[:, None] - 1
-    pairs = tokens[:, :-1][left].astype(np.int64) * nodes + tokens[:, 1:][left]
-    counts = np.bincount(pairs, minlength=nodes * nodes).reshape(nodes, nodes)
-    of_node = np.repeat(counts.sum(axis=1, keepdims=True), nodes, axis=1)
-    seen = counts > 0
-    return float(-(counts[seen] * np.log(counts[seen] / of_node[seen])).sum() / counts.sum())
+    here = tokens[:, :-1][left]
+    seen, counts = np.unique(here.astype(np.int64) * nodes + tokens[:, 1:][left], return_counts=True)
+    of_node = np.bincount(here, minlength=nodes)[seen // nodes]
+    return float(-(counts * np.log(counts / of_node)).sum() / counts.sum())

@@ -145,6 +145,11 @@ def node_vocabulary(graph: Graph) -> dict[str, int]:
     return {str(node): node for node in range(graph.nodes)}
 
 
+def _is_word(text: str) -> bool:
+    """Whether a text can have it between two spaces; half of a surrogate pair is in JSON, but no text."""
+    return text.split() == [text] and not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _read_vocabulary(path: Path) -> dict[str, int]:
     mend = "make the dataset anew with jax-extract walks"
     with damage_is_told(f"the vocabulary {path}", mend):
@@ -154,4 +159,6 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
         ids = sorted(token if type(token) is int else -1 for token in said.values())
         if ids != list(range(len(said))):
             raise ValueError(f"its token ids are not 0 to {len(said) - 1}, each once")
+        if others := [word for word in said if not _is_word(word)]:
+            raise ValueError(f"{others[0]!a:.40} is no word: it is empty, has a space in it or is not Unicode")
     return said

@@ -32,7 +32,7 @@ from jax_extract.representations.averages import TokenMeans, bytes_of_sums
 from jax_extract.representations.config import RepresentationsConfig
 from jax_extract.representations.distances import GraphDistances, graph_distances, measurable
 from jax_extract.store.budget import ByteBudget, default_limit
-from jax_extract.store.folders import write_file
+from jax_extract.store.folders import require_usable, write_file
 from jax_extract.terminal import Terminal, bytes_text, plural
 from jax_extract.weights.open_model import OpenModel
 
@@ -49,8 +49,7 @@ def token_representations(config: RepresentationsConfig, terminal: Terminal | No
     config.check()
     terminal = terminal or Terminal()
     folder = user_path(config.representation_dir, "--representation_dir")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--representation_dir {folder} is a file; name a directory")
+    require_usable(folder, "--representation_dir")
     model = OpenModel.open(config.model_path)
     dataset = None
     if config.dataset_dir is not None:
@@ -158,8 +157,9 @@ class _Representations:
         def arrays() -> Iterator[tuple[str, np.ndarray]]:
             for key, array in means.means():
                 shapes[key] = list(array.shape)
-                if hops is not None and array.shape[0] == len(hops):
-                    distances[key] = graph_distances(array, hops)
+                found = None if hops is None or len(array) != len(hops) else graph_distances(array, hops)
+                if found is not None:
+                    distances[key] = found
                 yield key, array
 
         self.folder.mkdir(parents=True, exist_ok=True)

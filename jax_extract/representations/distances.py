@@ -39,8 +39,10 @@ class GraphDistances:
         }
 
 
-def graph_distances(representations: np.ndarray, hops: np.ndarray) -> GraphDistances:
+def graph_distances(representations: np.ndarray, hops: np.ndarray) -> GraphDistances | None:
     """Euclidean, float64; nodes whose row is not finite (they never occurred) are left out.
+
+    None where no two neighbours are left.
 
     Args:
       representations: [nodes, width].
@@ -51,6 +53,8 @@ def graph_distances(representations: np.ndarray, hops: np.ndarray) -> GraphDista
     distances = np.sqrt(np.maximum(squares[:, None] + squares[None] - 2 * rows @ rows.T, 0))
     pairs = np.triu(np.isfinite(distances), 1)
     by_hops = {int(n): float(distances[pairs & (hops == n)].mean()) for n in np.unique(hops[pairs])}
+    if 1 not in by_hops:
+        return None
     return GraphDistances(by_hops, float(distances[pairs].mean()))
 
 

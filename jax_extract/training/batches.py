@@ -62,6 +62,7 @@ class Batches:
 
 def evaluation_batches(walks: Walks, rows: int, multiple: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """All walks in order: int32 [b, t] and [b], all of one shape."""
+    rows = min(rows, len(walks.tokens))
     whole = Batches(walks, rows, 1, 1, 0, multiple)
     for start in range(0, len(walks.tokens), rows):
         tokens, lengths = whole.rows_of(np.arange(start, min(start + rows, len(walks.tokens))))

@@ -22,6 +22,7 @@ from jax_extract.devices.mesh import make_mesh, parse_mesh_shape
 from jax_extract.devices.platform import device_kind
 from jax_extract.errors import user_path
 from jax_extract.inputs.walk_dataset import WalkDataset
+from jax_extract.store.folders import require_usable
 from jax_extract.terminal import Terminal, duration_text, plural
 from jax_extract.training.batches import Batches
 from jax_extract.training.checkpoints import (
@@ -37,7 +38,7 @@ from jax_extract.training.config import TrainConfig
 from jax_extract.training.loop import Every, Log, TrainLoop, above_text, diverged
 from jax_extract.training.model import TrainedModel
 from jax_extract.training.optimizer_state import load_optimizer, save_optimizer
-from jax_extract.training.place import Found, find, held, require_usable
+from jax_extract.training.place import Found, find, held
 from jax_extract.training.step import TrainProgram, TrainState, linear_decay_adamw
 from jax_extract.weights.checkpoint import SafetensorsCheckpoint
 from jax_extract.weights.load import Weights
@@ -57,7 +58,7 @@ def train(config: TrainConfig, terminal: Terminal | None = None) -> dict[str, An
     output = user_path(config.output_dir, "--output_dir")
     dataset = WalkDataset.open(user_path(config.dataset_dir, "--dataset_dir"), config.text_column)
     model = TrainedModel.open(config.model_config, len(dataset.vocabulary), config.max_length)
-    require_usable(output)
+    require_usable(output, "--output_dir")
     use_devices(config.device)
     mesh = make_mesh(parse_mesh_shape(config.mesh_shape) if config.mesh_shape else None)
     training = _Training(config, output, dataset, model, mesh, terminal or Terminal())
@@ -127,7 +128,9 @@ class _Training:
     def _batches(self) -> Batches:
         config = self.config
         walks = self.dataset.train.predicted().cut(config.max_length)
-        return Batches(walks, config.batch_size, config.grad_accum, config.epochs, config.seed, self.mesh.size)
+        rows = min(config.batch_size, len(walks.tokens))
+        batches = min(config.grad_accum, -(-len(walks.tokens) // rows))  # a step has no more than an epoch
+        return Batches(walks, rows, batches, config.epochs, config.seed, self.mesh.size)
 
     # ------------------------------------------------------------------------------ state, and back
 

@@ -6,6 +6,7 @@ In: the state on the mesh, and a folder. Out: the same state again, in the shard
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +18,12 @@ from jax_extract.errors import UserError
 
 
 def save_optimizer(folder: Path, state: Any) -> None:
-    """Every leaf of the state, durable when it returns."""
-    with _silent_orbax() as ocp:
-        ocp.save(str(folder.absolute()), jax.tree.leaves(state))
+    """Every leaf of the state, durable when it returns; OSError where it cannot be written."""
+    try:
+        with _silent_orbax() as ocp:
+            ocp.save(str(folder.absolute()), jax.tree.leaves(state))
+    except Exception as error:  # noqa: BLE001
+        raise OSError(errno.EIO, _first_line(error), str(folder)) from None
 
 
 def load_optimizer(folder: Path, like: Any, mend: str) -> Any:
@@ -33,9 +37,12 @@ def load_optimizer(folder: Path, like: Any, mend: str) -> Any:
         with _silent_orbax() as ocp:
             found = ocp.load(str(folder.absolute()), [wanted(leaf) for leaf in leaves])
     except Exception as error:  # noqa: BLE001 (Orbax and TensorStore fail in their own ways)
-        first = str(error).strip().partition("\n")[0][:160] or type(error).__name__
-        raise UserError(f"the optimizer's state in {folder} cannot be read ({first}); {mend}") from None
+        raise UserError(f"the optimizer's state in {folder} cannot be read ({_first_line(error)}); {mend}") from None
     return jax.tree.unflatten(structure, found)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:160] or type(error).__name__
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,15 +36,6 @@ class Found:
     folder: Path
     state: TrainerState
     is_final: bool
-
-
-def require_usable(output: Path) -> None:
-    """UserError where no folder can be made there."""
-    nearest = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise UserError(f"--output_dir {output} cannot be used: {nearest} is a file; name another directory")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir {output} cannot be written to; name another, or change its permissions")
 
 
 @contextlib.contextmanager

@@ -17,11 +17,12 @@ from jax_extract.inputs.graph_walks import random_walks
 from jax_extract.inputs.graphs import Graph, make_graph
 from jax_extract.inputs.walk_dataset import GRAPH_FILE, TRAIN_FILE, VALIDATION_FILE, node_vocabulary
 from jax_extract.inputs.walk_tokenizer import VOCABULARY_FILE, write_vocabulary
-from jax_extract.store.folders import write_folder
+from jax_extract.store.folders import require_usable, write_folder
 from jax_extract.terminal import Terminal, plural
 
 _MOST_NODES = 10_000  # of which every pair is looked at
 _MOST = 2**31 - 1
+_MOST_TOKENS = 2**28  # of a file, which are made in memory
 _FILES = (TRAIN_FILE, VALIDATION_FILE, GRAPH_FILE, VOCABULARY_FILE)
 
 
@@ -62,6 +63,12 @@ class WalksConfig:
         ):
             if not least <= getattr(self, name) <= most:
                 raise UserError(f"--{name} {getattr(self, name)} must be from {least} to {most}")
+        for name in ("train_walks", "validation_walks"):
+            if getattr(self, name) * self.walk_length > _MOST_TOKENS:
+                raise UserError(
+                    f"--{name} {getattr(self, name)} of --walk_length {self.walk_length} are more than the "
+                    f"{_MOST_TOKENS:,} nodes that a file may have; give fewer or shorter walks"
+                )
 
 
 def walks_command(config: WalksConfig, terminal: Terminal | None = None) -> None:
@@ -69,8 +76,8 @@ def walks_command(config: WalksConfig, terminal: Terminal | None = None) -> None
     config.check()
     terminal = terminal or Terminal()
     folder = user_path(config.dataset_dir, "--dataset_dir")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--dataset_dir {folder} is a file; name a directory")
+    if not _is_made(folder):
+        require_usable(folder, "--dataset_dir")
     graph = make_graph(config.graph, config.nodes, config.neighbours, config.graph_seed)
     degrees = graph.degrees
     terminal.line(
@@ -88,8 +95,8 @@ def walks_command(config: WalksConfig, terminal: Terminal | None = None) -> None
 
 def _make(folder: Path, graph: Graph, config: WalksConfig) -> bool:
     """Writes the dataset, or finds the same there and returns False; UserError where another is there."""
-    if not folder.is_dir() or not any(folder.iterdir()):
-        write_folder(folder, lambda target: _fill(target, graph, config))
+    if not _is_made(folder):
+        write_folder(folder.resolve(), lambda target: _fill(target, graph, config))
         return True
     with tempfile.TemporaryDirectory(prefix="walks_") as other:
         _fill(Path(other), graph, config)
@@ -103,12 +110,16 @@ def _make(folder: Path, graph: Graph, config: WalksConfig) -> bool:
     return False
 
 
+def _is_made(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
 def _fill(folder: Path, graph: Graph, config: WalksConfig) -> None:
     seeds = np.random.SeedSequence(config.seed).spawn(2)  # so that neither file depends on the other's size
     counts = {TRAIN_FILE: config.train_walks, VALIDATION_FILE: config.validation_walks}
     for (name, walks), of in zip(counts.items(), seeds, strict=True):
         nodes = random_walks(graph, walks, config.walk_length, np.random.default_rng(of))
-        lines = (f'{{"text": "{" ".join(map(str, walk))}"}}\n' for walk in nodes.tolist())
+        lines = (f'{{"text": "{" ".join(map(str, walk.tolist()))}"}}\n' for walk in nodes)
         with (folder / name).open("w", encoding="utf-8") as file:
             file.writelines(lines)
     (folder / GRAPH_FILE).write_text(json.dumps(graph.as_json()) + "\n", encoding="utf-8")

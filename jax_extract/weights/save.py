@@ -6,6 +6,7 @@ model.safetensors.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,11 @@ def hugging_face_tensors(port: Port, config: ModelConfig, params: Parameters) ->
 
 
 def write_weights(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """model.safetensors, as transformers marks its own."""
+    """model.safetensors, as transformers marks its own; OSError where it cannot be written."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    save_file(dict(tensors), folder / WEIGHTS_FILE, {"format": "pt"})
+    try:
+        save_file(dict(tensors), folder / WEIGHTS_FILE, {"format": "pt"})
+    except SafetensorError as error:  # its way to say that the disk is full
+        raise OSError(errno.EIO, str(error), str(folder / WEIGHTS_FILE)) from None

@@ -13,7 +13,7 @@ from stage02 import make_walks
 from transformers import AutoTokenizer
 
 from jax_extract.errors import UserError
-from jax_extract.inputs.graph_walks import bigram_entropy, random_walks, transition_entropy
+from jax_extract.inputs.graph_walks import bigram_entropy, random_walks, step_off_edges, transition_entropy
 from jax_extract.inputs.graphs import Graph, make_graph
 from jax_extract.inputs.walk_dataset import WalkDataset
 from jax_extract.inputs.walk_tokenizer import write_tokenizer
@@ -38,6 +38,12 @@ def test_regular_graphs_have_equal_degrees_and_the_entropy_of_them(kind: str) ->
     graph = make_graph(kind, 36, 8, seed=3)
     assert set(graph.degrees.tolist()) == {8}
     assert graph.entropy_rate == pytest.approx(math.log(8), abs=1e-12)
+
+
+def test_a_random_graph_may_be_cubic() -> None:
+    graph = make_graph("random_regular", 10, 3, seed=0)
+    assert set(graph.degrees.tolist()) == {3}
+    assert set(make_graph("random_regular", 6, 5, seed=0).degrees.tolist()) == {5}
 
 
 @pytest.mark.parametrize("kind", ["random_regular", "erdos_renyi"])
@@ -67,6 +73,13 @@ def test_the_entropy_of_an_evaluation_is_that_of_its_very_transitions() -> None:
     tokens, lengths = np.array([[0, 1, 0, 1], [1, 2, 1, 0]], np.int32), np.array([4, 3], np.int32)
     # Left are 0, 1, 0 and 1, 2: two choices are none, three are between two.
     assert transition_entropy(PATH, tokens, lengths) == pytest.approx(3 / 5 * math.log(2), abs=1e-12)
+
+
+def test_a_walk_that_leaves_its_graph_is_found_and_padding_is_no_step() -> None:
+    tokens = np.array([[0, 1, 0, 0], [1, 2, 0, 3]], np.int32)
+    assert step_off_edges(PATH, tokens, np.array([3, 2])) is None
+    assert step_off_edges(PATH, tokens, np.array([3, 3])) == (1, 1)
+    assert step_off_edges(PATH, tokens, np.array([4, 3])) == (0, 2)
 
 
 def test_without_a_graph_the_entropy_is_estimated_from_transitions() -> None:
@@ -134,6 +147,7 @@ def test_a_graph_that_no_walk_can_cover_is_refused() -> None:
         ("torus", 90, 8, "90 nodes is no square"),
         ("torus", 100, 6, "cannot have 6 neighbours; give --neighbours 8 or 4"),
         ("ring", 10, 3, "needs an even number"),
+        ("random_regular", 11, 3, "no graph of 11 nodes has 3 neighbours of each"),
         ("ring", 10, 10, "give from 1 to 9"),
         ("erdos_renyi", 100, 1, "not connected"),
     ],

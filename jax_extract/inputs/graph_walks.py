@@ -21,6 +21,20 @@ def random_walks(graph: Graph, walks: int, length: int, random: np.random.Genera
     return nodes
 
 
+def step_off_edges(graph: Graph, tokens: np.ndarray, lengths: np.ndarray) -> tuple[int, int] | None:
+    """Row and column of the first node that is left for one that is not next to it; None where all keep to edges.
+
+    Args:
+      tokens: int32 [walks, t], of which the first `lengths` [walks] of each row are nodes.
+    """
+    starts = np.repeat(np.arange(graph.nodes), graph.degrees)
+    steps = tokens[:, :-1].astype(np.int64) * graph.nodes + tokens[:, 1:]
+    off = ~np.isin(steps, starts * graph.nodes + graph.neighbours)
+    off &= np.arange(steps.shape[1])[None] < lengths[:, None] - 1
+    found = np.argwhere(off)
+    return (int(found[0, 0]), int(found[0, 1])) if len(found) else None
+
+
 def transition_entropy(graph: Graph, tokens: np.ndarray, lengths: np.ndarray) -> float:
     """Nats a step of the very transitions in these walks: the mean of log(degree) over the nodes that are left.
 
@@ -34,7 +48,10 @@ def transition_entropy(graph: Graph, tokens: np.ndarray, lengths: np.ndarray) ->
 
 
 def bigram_entropy(nodes: int, tokens: np.ndarray, lengths: np.ndarray) -> float:
-    """Nats a step, estimated from the transitions alone, where no graph is known; a little low for few walks."""
+    """Nats a step, estimated from the transitions alone, where no graph is known; a little low for few walks.
+
+    A model of walks whose steps depend on more than the node before can lose less.
+    """
     left = np.arange(tokens.shape[1] - 1)[None] < lengths[:, None] - 1
     here = tokens[:, :-1][left]
     seen, counts = np.unique(here.astype(np.int64) * nodes + tokens[:, 1:][left], return_counts=True)

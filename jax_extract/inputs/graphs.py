@@ -123,12 +123,23 @@ def _ring(nodes: int, neighbours: int, _: np.random.Generator) -> Edges:
     """A ring lattice: every node is joined to the nearest ones on both sides (Watts and Strogatz, 1998, beta 0)."""
     if neighbours % 2:
         raise UserError(f"a ring of {nodes} nodes needs an even number of neighbours from 2 to {nodes - 1}")
-    return {_edge(i, (i + d) % nodes) for i in range(nodes) for d in range(1, neighbours // 2 + 1)}
+    return _lattice(nodes, neighbours)
+
+
+def _lattice(nodes: int, neighbours: int) -> Edges:
+    """A ring lattice; where the neighbours are odd, each node is joined to the opposite one too."""
+    steps = [*range(1, neighbours // 2 + 1), *([nodes // 2] if neighbours % 2 else [])]
+    return {_edge(i, (i + d) % nodes) for i in range(nodes) for d in steps}
 
 
 def _regular(nodes: int, neighbours: int, random: np.random.Generator) -> Edges:
     """Random with equal degrees: a ring lattice whose edges are swapped in pairs many times."""
-    edges = sorted(_ring(nodes, neighbours, random))
+    if nodes * neighbours % 2:
+        raise UserError(
+            f"no graph of {nodes} nodes has {neighbours} neighbours of each, as one of the two must be even; give "
+            f"--neighbours {neighbours - 1}"
+        )
+    edges = sorted(_lattice(nodes, neighbours))
     there = set(edges)
     for _ in range(_SWAPS_AN_EDGE * len(edges)):
         i, j = (int(n) for n in random.integers(0, len(edges), 2))

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from jax_extract.errors import UserError, damage_is_told
-from jax_extract.inputs.graph_walks import bigram_entropy, transition_entropy
+from jax_extract.inputs.graph_walks import bigram_entropy, step_off_edges, transition_entropy
 from jax_extract.inputs.graphs import Graph
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.text import jsonl_samples
@@ -94,13 +94,17 @@ class WalkDataset:
     def entropy(self, walks: Walks) -> tuple[float, str]:
         """Nats a transition of these walks, and what it was computed from."""
         if self.graph is not None:
-            return transition_entropy(self.graph, walks.tokens, walks.lengths), "of its graph"
+            return transition_entropy(self.graph, walks.tokens, walks.lengths), "of a simple random walk on its graph"
         train = self.train
-        return bigram_entropy(len(self.vocabulary), train.tokens, train.lengths), "estimated from training transitions"
+        estimated = bigram_entropy(len(self.vocabulary), train.tokens, train.lengths)
+        return estimated, "of a first-order walk with the transitions of train.jsonl"
 
     def _walks(self, name: str) -> Walks:
         path = self.folder / name
-        rows = [self._ids(sample.text, f"{path}, line {sample.meta['line']}") for sample in self._samples(path)]
+        rows, lines = [], []
+        for sample in self._samples(path):
+            lines.append(sample.meta["line"])
+            rows.append(self._ids(sample.text, f"{path}, line {lines[-1]}"))
         if not rows:
             raise UserError(f"{path} holds no walk; make the dataset anew with jax-extract walks")
         lengths = np.array([len(row) for row in rows], np.int32)
@@ -110,6 +114,12 @@ class WalkDataset:
         walks = Walks(tokens, lengths)
         if not walks.transitions:
             raise UserError(f"no walk of {path} has two words, so there is nothing to predict; give longer walks")
+        if self.graph is not None and (off := step_off_edges(self.graph, tokens, lengths)) is not None:
+            here, there = tokens[off[0], off[1] : off[1] + 2]
+            raise UserError(
+                f"{path}, line {lines[off[0]]}, goes from {here} to {there}, which are no neighbours in {GRAPH_FILE}; "
+                f"make the dataset anew with jax-extract walks, or remove {GRAPH_FILE} if the walks are your own"
+            )
         return walks
 
     def _samples(self, path: Path) -> Iterator[Sample]:

@@ -189,7 +189,7 @@ class _Training:
         )
         self.terminal.line(
             "entropy",
-            f"{entropy:.4f} nats a step, {of_what}, is what no model goes below; guessing has "
+            f"{entropy:.4f} nats a step {of_what}, which no model of such walks goes below; guessing has "
             f"{math.log(len(self.dataset.vocabulary)):.4f}",
         )
 

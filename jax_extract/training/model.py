@@ -53,7 +53,7 @@ class TrainedModel:
         if said.get("attention_dropout"):
             raise UserError(f"{path} asks for attention_dropout, which training here has not; set it to 0.0")
         initializer_range = said.setdefault("initializer_range", _DEFAULT_RANGE)
-        if not isinstance(initializer_range, int | float) or not 0 < initializer_range < _LARGEST_RANGE:
+        if type(initializer_range) not in (int, float) or not 0 < initializer_range < _LARGEST_RANGE:
             raise UserError(f"{path} has initializer_range {initializer_range!r:.40}; it must be a positive number")
         said |= {"vocab_size": vocab_size, "dtype": "float32"}
         said.pop("torch_dtype", None)

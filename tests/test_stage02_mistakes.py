@@ -77,6 +77,7 @@ def train(place: Path, refused: Refused) -> Refused:
         ({"epochs": 0}, "--epochs 0 must be from 1"),
         ({"max_length": 1}, "--max_length 1 must be from 2"),
         ({"learning_rate": -1}, "--learning_rate -1.0 must be a positive number"),
+        ({"learning_rate": 1e300}, "--learning_rate 1e+300 must be a positive number below 1e+38"),
         ({"learning_rate": "fast"}, "--learning_rate 'fast' is no number"),
         ({"max_length": 129}, "more than the max_position_embeddings 128"),
         ({"device": "gpu"}, "--device gpu was asked for and JAX finds only cpu devices here"),

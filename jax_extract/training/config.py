@@ -6,7 +6,6 @@ as that goes without looking at files or devices.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +14,7 @@ from jax_extract.errors import UserError
 from jax_extract.inputs.walk_dataset import TEXT_COLUMN
 
 _MOST = 2**31 - 1
+_LARGEST_RATE = 1e38  # of float32
 
 
 @dataclass(frozen=True)
@@ -69,5 +69,5 @@ class TrainConfig:
             raise UserError(f"--max_length {self.max_length} must be from 2 to {_MOST}")
         if not 0 <= self.seed <= _MOST:
             raise UserError(f"--seed {self.seed} must be from 0 to {_MOST}")
-        if not (0 < self.learning_rate < math.inf):
-            raise UserError(f"--learning_rate {self.learning_rate} must be a positive number")
+        if not (0 < self.learning_rate < _LARGEST_RATE):
+            raise UserError(f"--learning_rate {self.learning_rate} must be a positive number below {_LARGEST_RATE:g}")

@@ -164,6 +164,7 @@ def test_what_is_there_is_read_by_its_name_in_either_order(place: Path) -> None:
     lora.rename(place / OUTPUT / "sst2_lora_seed42")
     (place / OUTPUT / "notes").mkdir()
     found = find_representations(place / OUTPUT)
+    assert find_representations(place / "results") == found
     assert [(str(each.name), each.step) for each in found] == [
         ("full_finetune_sst2_seed42", 0),
         ("lora_sst2_seed42", 0),
@@ -181,6 +182,8 @@ def test_what_is_there_is_read_by_its_name_in_either_order(place: Path) -> None:
     shutil.copytree(place / OUTPUT / "sst2_lora_seed42", lora)
     with pytest.raises(UserError, match="are of the same model; move one of them away"):
         find_representations(place / OUTPUT)
+    with pytest.raises(UserError, match="holds no representations"):
+        find_representations(place / OUTPUT / "notes")
     with pytest.raises(UserError, match="there is no folder"):
         find_representations(place / "nothing")
 
@@ -516,9 +519,9 @@ def test_the_command_ends_with_one_sentence_and_code_2(
         ("vm2.sh", [], "jax-extract representations --results_dir results --tasks mrpc sst2 rte"),
         (
             "vm2.sh",
-            ["--seed", "42", "--method", "lora", "--data_dir", "d", "--", "--pooling", "last"],
+            ["--seed", "42", "--method", "lora", "--data_dir", "d", "--checkpoints", "--", "--pooling", "last"],
             "jax-extract representations --results_dir results --tasks mrpc sst2 rte --methods lora --seeds 42 "
-            "--data_dir d --pooling last",
+            "--data_dir d --checkpoints True --pooling last",
         ),
     ],
 )
@@ -527,6 +530,17 @@ def test_a_script_gives_one_command(script: str, words: list[str], expected: str
     command = ["bash", str(ROOT / "launch" / "phase3" / script), "--dry_run", *words]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip().replace(str(ROOT / ".venv" / "bin") + "/", "") == expected
+
+
+def test_the_python_script_finds_the_results_where_the_document_starts_it(tmp_path: Path) -> None:
+    folder = tmp_path / "launch" / "phase3"
+    folder.mkdir(parents=True)
+    (tmp_path / "results").mkdir()
+    shutil.copy(ROOT / "launch" / "phase3" / "extract_representations.py", folder)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "extract_representations.py"]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.split(" holds no trained model")[0]) == (2, f"error: {tmp_path / 'results'}")
 
 
 def test_the_python_script_is_the_command() -> None:

@@ -123,7 +123,9 @@ def test_a_torch_run_is_resumed_read_and_verified_like_any_other(opt: Path, tmp_
         run_here(model, inputs, place, **options)  # nothing is left to do
         assert shards(place) == before
     verdict = verify(str(tmp_path / tiny_folder("gpt2").name), terminal=Terminal(silent=True))
-    assert verdict.verdict == "verified", verdict
+    assert verdict.verdict == "verified" and verdict.samples, verdict
+    of_opt = verify(str(tmp_path / opt.name), terminal=Terminal(silent=True))
+    assert of_opt.verdict == "verified" and not of_opt.samples and "no port computes 'opt' models" in of_opt.notes[0]
     with pytest.raises(UserError, match=r"would change the arithmetic: backend"):
         run_here(tiny_folder("gpt2"), inputs, tmp_path / tiny_folder("gpt2").name, **{**options, "backend": "jax"})
 
@@ -211,6 +213,16 @@ def test_final_states_of_another_width_are_no_hook_point(tmp_path: Path) -> None
     ]
     with pytest.raises(UserError, match="final_norm"):
         extract(str(tmp_path), ["!"], backend="torch", hook_points=("final_norm",))
+
+
+def test_one_file_a_layer_is_padded_no_more_than_many(tmp_path: Path) -> None:
+    inputs = write_texts(tmp_path / "t.jsonl", random_ids([120, *[9] * 40]))
+    options: dict[str, Any] = {"backend": "torch", "layers_to_extract": (0,), "positions": "mean", "batch_size": 8}
+    wastes = [
+        run_here(tiny_folder("llama"), inputs, tmp_path / str(one), one_file_per_layer=one, **options)["padding_waste"]
+        for one in (False, True)
+    ]
+    assert wastes[1] <= wastes[0] < 0.7
 
 
 def test_a_first_cpu_is_the_cpu() -> None:

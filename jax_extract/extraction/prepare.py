@@ -20,13 +20,12 @@ from jax_extract.extraction.capture import capture_plan, sequence_limit, sites_o
 from jax_extract.extraction.jax_backend import JaxBackend
 from jax_extract.inputs.plan import Window, plan_windows
 from jax_extract.inputs.samples import Sample
-from jax_extract.inputs.slabs import PlanSettings, SlabShape
+from jax_extract.inputs.slabs import WHOLE_INPUT, PlanSettings, SlabShape
 from jax_extract.inputs.tokenize import Continued, InputCounts, TokenizedSample, tokenize
 from jax_extract.store.parts import Site
 from jax_extract.weights.open_model import OpenModel
 from models.hooks import CapturePlan
 
-_EVERYTHING = 2**31  # samples, in one batch
 _PACKAGES = ("jax_extract", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors")
 
 
@@ -88,7 +87,7 @@ class Job:
         defaults = self.backend.defaults
         frozen = frozen or {}
         same_rows = frozen.get("rows") == config.batch_size
-        batches = _EVERYTHING // config.batch_size if config.one_file_per_layer else self.backend.devices
+        batches = WHOLE_INPUT // config.batch_size if config.one_file_per_layer else self.backend.devices
         return PlanSettings(
             samples_per_batch=frozen["samples_per_batch"] if same_rows else config.batch_size * batches,
             rows=config.batch_size,

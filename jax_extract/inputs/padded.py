@@ -75,7 +75,7 @@ def _run_costs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of every run of samples [starts[i], ends[j]): (cost in slab tokens, best rows); inf where it is empty."""
     batch = settings.samples_per_batch
-    per_batch = max(1, batch // settings.rows)
+    per_batch = settings.slabs_at_once
     slabs_at_once = settings.hosts * per_batch
     # Parts of two shapes put hosts out of step: until the shape changes, on average, for half a part each.
     idle = (settings.hosts - 1) * per_batch // 2

@@ -17,6 +17,7 @@ from jax_extract.inputs.tokenize import TokenizedSample
 from models.positions import Positions
 
 MAX_SHARD_BYTES = 256_000_000
+WHOLE_INPUT = 2**31  # samples, where one batch holds everything
 # What starting a slab costs, in tokens: it reads every parameter once. Keeps slabs from becoming tiny.
 SLAB_OVERHEAD_TOKENS = 64
 
@@ -98,6 +99,11 @@ class PlanSettings:
         """
         most = max(self.slab_tokens, longest)
         return most if self.positions.one_row_per_sample else min(most, self.max_shard_bytes // self.bytes_per_row)
+
+    @property
+    def slabs_at_once(self) -> int:
+        """Of a batch, as many as the devices compute together; where one batch holds everything, that is not known."""
+        return 1 if self.samples_per_batch > WHOLE_INPUT // 2 else max(1, self.samples_per_batch // self.rows)
 
     def padded(self, length: int) -> int:
         return -(-length // self.length_multiple) * self.length_multiple

@@ -83,8 +83,8 @@ def text_field(names: Collection[str], text_column: str | None, where: str) -> s
         if name in names:
             return name
     raise UserError(
-        f"{where} has no {' or '.join(wanted)} but {', '.join(names) or 'nothing at all'}: give text_column "
-        "the name of what holds the text."
+        f"{where} has no {' or '.join(wanted)} but {', '.join(names) or 'nothing at all'}: name what holds the text "
+        "with --text_column."
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from jax_extract.errors import UserError
 from jax_extract.store import torch_file
-from jax_extract.store.folders import remove_unfinished, write_file
+from jax_extract.store.folders import write_file
 from jax_extract.weights.adapter import SETTINGS, WEIGHTS
 from jax_extract.weights.checkpoint import SafetensorsFiles
 
@@ -54,7 +54,6 @@ def save_adapter_weights(adapter: Path, target: Path) -> None:
         for side, modules in sides.items()
     }
     target.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(target)
     for stale in target.iterdir():
         if _FILE.fullmatch(stale.name) and stale.name not in files:
             stale.unlink()

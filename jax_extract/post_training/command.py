@@ -21,6 +21,7 @@ from jax_extract.post_training.config import PostTrainingConfig
 from jax_extract.post_training.extractors import LoRARepresentationExtractor, RepresentationExtractor
 from jax_extract.post_training.names import BASE, step_folder
 from jax_extract.post_training.subjects import Prompts, Subject, find_subjects
+from jax_extract.pytorch.finetuning.folder import half_saved_models
 from jax_extract.store.reader import open_activations
 from jax_extract.terminal import PartOfBar, Terminal, bytes_text, plural
 
@@ -83,6 +84,8 @@ def representations(config: PostTrainingConfig, terminal: Terminal | None = None
     trained = sum(subject.name.method != BASE for subject in subjects)
     base = " and their base model" if trained < len(subjects) else ""
     terminal.line("models", f"{trained}{base}, {extractors[0].description()}")
+    if config.skip_half_saved and (passed_over := half_saved_models(config.results)):
+        terminal.line("half-saved", f"passed over: {', '.join(folder.name for folder in passed_over)}")
     terminal.line("tasks", "; ".join(map(str, tasks.values())))
     with terminal.progress(sum(tasks[subject.name.task].tokens for subject in subjects)) as bar:
         there, written, undefined = 0, 0, 0

@@ -69,14 +69,21 @@ def step_folder(step: int) -> str:
 def find_representations(root: str | Path) -> list[Representations]:
     """What lies in a folder of phase 3, by method, task, seed and step; names in either order.
 
+    Args:
+      root: the folder that the command wrote to, or the results folder above it.
+
     Raises:
-      UserError: there is no such folder, or two folders in it are of the same model, in either order.
+      UserError: there is no such folder, nothing in it, or two folders are of the same model, in either order.
     """
     root = Path(root).expanduser()
     if not root.is_dir():
         raise UserError(f"there is no folder {root}; extract representations first, or name the folder that has them")
     found: dict[tuple[Name, int], Representations] = {}
-    for each in _folders(root):
+    inner = (root / "phase3_representations" / "representations", root / "representations")
+    there = next((all_of for place in (root, *inner) if (all_of := list(_folders(place)))), None)
+    if there is None:
+        raise UserError(f"{root} holds no representations; name the --output_dir of jax-extract representations")
+    for each in there:
         if other := found.get((each.name, each.step)):
             raise UserError(
                 f"{each.folder.parent} and {other.folder.parent} are of the same model; move one of them away"
@@ -86,7 +93,7 @@ def find_representations(root: str | Path) -> list[Representations]:
 
 
 def _folders(root: Path) -> Iterator[Representations]:
-    for folder in sorted(root.iterdir()):
+    for folder in sorted(root.iterdir()) if root.is_dir() else ():
         if (name := Name.parse(folder.name)) is None or not folder.is_dir():
             continue
         for inner in sorted(folder.iterdir()):

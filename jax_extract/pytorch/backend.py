@@ -18,7 +18,7 @@ from jax_extract.errors import UserError
 from jax_extract.inputs.slabs import PlanSettings, SlabShape
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
-from jax_extract.weights.unported import UnportedConfig
+from jax_extract.weights.unported import AllWeights, UnportedConfig
 from models.hooks import HOOK_POINTS, CapturePlan
 from models.ports import Port, hook_width
 
@@ -112,9 +112,9 @@ class TorchBackend:
 
         return captured_bytes(plan, _widths(plan, model), shape)
 
-    def weights(self, model: OpenModel, plan: CapturePlan) -> Weights | _AllWeights:
+    def weights(self, model: OpenModel, plan: CapturePlan) -> Weights | AllWeights:
         if not isinstance(model.family, Port):
-            return _AllWeights(model)
+            return AllWeights(model.checkpoint)
         return Weights(model.checkpoint, model.port, model.config, plan.blocks_needed(model.config.num_hidden_layers))
 
     def program(
@@ -155,17 +155,6 @@ class TorchBackend:
                 f"({reason.rstrip('.')}); check the folder, or ask for other --hook_points"
             ) from None
         return program
-
-
-@dataclass(frozen=True)
-class _AllWeights:
-    """The tensors of a model that no port knows, all of them."""
-
-    model: OpenModel
-
-    def provenance(self) -> str:
-        checkpoint = self.model.checkpoint
-        return f"hub:{checkpoint.revision}" if checkpoint.revision else checkpoint.digest(checkpoint.names())
 
 
 def _require_same_rotations(config: UnportedConfig, shapes: Iterable[SlabShape]) -> None:

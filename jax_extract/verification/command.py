@@ -28,8 +28,9 @@ from jax_extract.verification.reading import RESTORE, Layout, Reading
 from jax_extract.verification.reference import SiteVerdict, plan_of
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
+from jax_extract.weights.unported import AllWeights
 from models.hooks import HOOK_POINTS
-from models.ports import hook_width
+from models.ports import Port, hook_width
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,13 @@ def verify(
     reading = Reading(ledger, layout)
     reading.run(terminal)
     _tell_reading(reading, terminal)
-    comparison = Comparison(layout, model, choose(reading.whole, layout.positions, samples, seed))
+    is_port = isinstance(model.family, Port)
+    chosen = choose(reading.whole, layout.positions, samples, seed) if is_port else {}
+    comparison = Comparison(layout, model, chosen)
+    if not is_port:
+        comparison.notes.append(
+            f"no port computes {model.config.model_type!r} models: bytes were checked, rows were not"
+        )
     comparison.run(terminal)
     _tell_comparison(comparison, terminal)
 
@@ -151,7 +158,7 @@ def _open_model(ledger: Ledger, layout: Layout, model_path: str | None, adapter:
         described = ledger.run["description"]
         source, revision, adapted = str(described["model_path"]), described["model_revision"], described.get("adapter")
     try:
-        model = OpenModel.open(model_path or source, revision, adapter or adapted)
+        model = OpenModel.open(model_path or source, revision, adapter or adapted, needs_port=False)
     except UserError as error:
         if model_path or adapter:
             raise
@@ -163,7 +170,9 @@ def _open_model(ledger: Ledger, layout: Layout, model_path: str | None, adapter:
     if model.config.model_type != model_type:
         raise UserError(f"{source} is of type {model.config.model_type!r} and the run of {model_type!r}; {_WRONG}")
     blocks = plan_of(layout.sites).blocks_needed(model.config.num_hidden_layers)
-    found = Weights(model.checkpoint, model.port, model.config, blocks).provenance()
+    ours = isinstance(model.family, Port)
+    read = Weights(model.checkpoint, model.port, model.config, blocks) if ours else AllWeights(model.checkpoint)
+    found = read.provenance()
     if found != weights:
         raise UserError(f"the weights of {source} are {found[:19]}… and those of the run {weights[:19]}…; {_WRONG}")
     for site in layout.sites:
@@ -212,6 +221,8 @@ def _tell_reading(reading: Reading, terminal: Terminal) -> None:
 def _tell_comparison(comparison: Comparison, terminal: Terminal) -> None:
     """One line a site."""
     if not comparison.samples:
+        for note in comparison.notes:
+            terminal.line("note", note)
         return
     used, lengths = comparison.compared_with, [sample["tokens"] for sample in comparison.samples]
     chosen = f"{plural(len(lengths), 'sample')} of {min(lengths):,} to {max(lengths):,} tokens"

@@ -41,7 +41,10 @@ class OpenModel:
                     "here; merge it with PEFT (merge_and_unload) and give the saved model as --model_path"
                 )
             return cls(checkpoint, UNPORTED, UNPORTED.config(checkpoint.config))
-        port = port_for(checkpoint.config)
+        try:
+            port = port_for(checkpoint.config)
+        except UserError as error:
+            raise UserError(f"{error}; --backend torch computes others that transformers has") from None
         if adapter is not None:
             from jax_extract.weights.adapter import open_adapter
 

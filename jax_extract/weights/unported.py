@@ -11,8 +11,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from jax_extract.errors import UserError
+from jax_extract.weights.checkpoint import Checkpoint
 from models.hooks import HOOK_POINTS, HookPoints
 from models.ports import Family, Module
+
+
+@dataclass(frozen=True)
+class AllWeights:
+    """The tensors of a model that no port knows, all of them."""
+
+    checkpoint: Checkpoint
+
+    def provenance(self) -> str:
+        """Says which weights these are: equal where the content is."""
+        checkpoint = self.checkpoint
+        return f"hub:{checkpoint.revision}" if checkpoint.revision else checkpoint.digest(checkpoint.names())
+
 
 BLOCKS = "{blocks}"  # the list of blocks of the base model, whatever it is called there
 

@@ -7,6 +7,7 @@
 """
 
 import sys
+from pathlib import Path
 
 
 def main() -> int:
@@ -20,7 +21,11 @@ def main() -> int:
         )
         return 2
 
-    return jax_extract(["representations", *sys.argv[1:]])
+    words = sys.argv[1:]
+    results = Path(__file__).resolve().parents[2] / "results"
+    if not any(word.startswith("--results") for word in words) and results.is_dir() and not Path("results").is_dir():
+        words += ["--results_dir", str(results)]  # as vm1.sh does: documented to be started in this folder
+    return jax_extract(["representations", *words])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ phase3=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/common.sh
 source "$phase3/../common.sh"
 
-results_dir='' output_dir='' base_dir='' data_dir='' method=() seed=()
+results_dir='' output_dir='' base_dir='' data_dir='' device='' method=() seed=()
+checkpoints=False skip_half_saved=False overwrite=False
 # shellcheck disable=SC2034 # of common.sh
 rest_is='flags of jax-extract representations'
 # shellcheck disable=SC2034
@@ -19,6 +20,10 @@ flags=(
   'output_dir by default RESULTS_DIR/phase3_representations/representations'
   'base_dir for the base model; by default base_representations, beside RESULTS_DIR'
   'data_dir local validation data: TASK/validation.jsonl or .csv in it; by default what the models were trained with'
+  'device cpu, cuda or cuda:N'
+  'checkpoints also the checkpoints that were kept'
+  'skip_half_saved pass over trainings that are not done'
+  'overwrite compute anew what is there already'
 )
 
 extract_all() { # TASKS by default: runs the command
@@ -35,5 +40,9 @@ extract_all() { # TASKS by default: runs the command
   [[ -z $output_dir ]] || command+=(--output_dir "$output_dir")
   [[ -z $base_dir ]] || command+=(--base_dir "$base_dir")
   [[ -z $data_dir ]] || command+=(--data_dir "$data_dir")
+  [[ -z $device ]] || command+=(--device "$device")
+  [[ $checkpoints == False ]] || command+=(--checkpoints True)
+  [[ $skip_half_saved == False ]] || command+=(--skip_half_saved True)
+  [[ $overwrite == False ]] || command+=(--overwrite True)
   run "${command[@]}" "${rest[@]}"
 }

@@ -220,7 +220,7 @@ def _train(job: _Job, results: Results, start: int | None, processes: Processes,
         results.finish(
             {
                 **_described(job, processes),
-                "base_model": {**job.base, "parameters": all_parameters},
+                "base_model": {**job.base, "parameters": all_parameters - (trained if config.method == "lora" else 0)},
                 "trained_parameters": trained,
                 "computed_in": config.dtype,
                 "scored_in": SCORED_IN,
@@ -234,6 +234,9 @@ def _train(job: _Job, results: Results, start: int | None, processes: Processes,
         )
         if not config.keep_checkpoints:
             results.remove_checkpoints()
+    if losses := training.losses:
+        (first, high), (last, low) = losses[0], losses[-1]
+        terminal.line("loss", f"{high:.4f} in the first {first:,} steps, {low:.4f} in those up to {last:,}")
     terminal.line("scores", _scores_text(found))
     took = duration_text(time.monotonic() - began)
     terminal.line("done", f"{training.steps:,} steps in {took}: {results.path / FINAL_MODEL}")

@@ -128,7 +128,7 @@ def test_a_configuration_that_is_no_json_is_refused(train: Refused, place: Path)
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
-        ("train.jsonl", '{"input_ids": [1, 2]}\n', "has no text but input_ids: give text_column"),
+        ("train.jsonl", '{"input_ids": [1, 2]}\n', "has no text but input_ids: name what holds the text with"),
         ("train.jsonl", '{"text": "0 1 99"}\n', "has the word '99', which is not among the 25 of vocab.json"),
         ("train.jsonl", '{"text": "0 1', "is not JSON"),
         ("train.jsonl", "", "holds no walk"),

@@ -13,15 +13,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Sample:
-    """One text whose activations are wanted.
+    """One text whose activations are wanted, given in one of three ways.
 
     Attributes:
       sample_id: stable name from the source; unique within a run.
-      text: the prompt, before any chat template.
+      text: the prompt, before any chat template; empty where there are `turns` or `token_ids`.
       meta: plain JSON values that let a reader trace the sample back to its source
         (an ARC sample holds its task, test index and augmentation).
+      turns: a conversation, {"role": …, "content": …} each, for the chat template; else None.
+      token_ids: where the source is tokenized already: taken as they are; else None.
     """
 
     sample_id: str
     text: str
     meta: Mapping[str, Any] = field(default_factory=dict)
+    turns: tuple[Mapping[str, Any], ...] | None = None
+    token_ids: tuple[int, ...] | None = None

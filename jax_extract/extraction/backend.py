@@ -58,6 +58,11 @@ class Program(Protocol):
 class Loadable(Protocol):
     """The weights of a job, not read yet."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """To the user, about files and tensors that are not read."""
+        ...
+
     def provenance(self) -> str:
         """Says which weights these are: equal where the content is."""
         ...

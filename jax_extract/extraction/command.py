@@ -166,6 +166,8 @@ class _Extraction:
             }
             if found:
                 found.require_same(run["identity"], run["numerics"], config.allow_numeric_change)
+        for note in self.weights.notes:
+            terminal.line("note", note)
         same = hashlib.sha256(json.dumps([run["identity"], run["numerics"]], sort_keys=True).encode()).hexdigest()
         processes.require_equal("model, options or library versions", same, "make them the same on every host")
         committed = self.place.committed(processes, found)

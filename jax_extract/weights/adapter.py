@@ -22,6 +22,7 @@ import numpy as np
 
 from jax_extract.errors import UserError, user_path
 from jax_extract.weights.checkpoint import Checkpoint, SafetensorsFiles, is_hub_id, read_json
+from jax_extract.weights.folder import conversion_command
 from jax_extract.weights.text_part import text_name
 from models.ports import Port
 
@@ -61,15 +62,13 @@ class AdaptedCheckpoint:
     def __init__(self, base: Checkpoint, folder: Path, port: Port, adapter: str) -> None:
         """Raises UserError where the adapter is not one of this model, or holds what is not understood."""
         self.source, self.revision = base.source, base.revision
-        self.generation = base.generation
+        self.generation, self.notes = base.generation, base.notes
         self.adapter = adapter
         self._base = base
         self._settings = read_json(folder / SETTINGS)
         _refuse_other_kinds(self._settings, folder)
         if not (folder / WEIGHTS).is_file():
-            raise UserError(
-                f"there is no {WEIGHTS} in {folder}; save the adapter with save_pretrained(…, safe_serialization=True)"
-            )
+            raise UserError(f"there is no {WEIGHTS} in {folder}; {_mend(folder)}")
         self._file = SafetensorsFiles([folder / WEIGHTS])
         self._prefix = port.prefix
         self.config, self._alias = self._untied(port)
@@ -274,6 +273,16 @@ def find_adapter(adapter: str) -> tuple[Path, str]:
 
     folder, commit = download(hub_id, revision or None, "adapter", "--adapter")
     return folder, f"{hub_id}@{commit}"  # whatever is newest then
+
+
+def _mend(folder: Path) -> str:
+    pickled = WEIGHTS.replace(".safetensors", ".bin")
+    if not (folder / pickled).is_file():
+        return "save the adapter there with save_pretrained"
+    return (
+        f"{pickled} is a pickle, which is never opened here; convert it once, where torch is installed, with: "
+        + conversion_command(folder, pickled, WEIGHTS)
+    )
 
 
 def _refuse_other_kinds(settings: Mapping[str, Any], folder: Path) -> None:

@@ -23,6 +23,8 @@ from jax_extract.errors import UserError, user_path
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16}
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -54,9 +56,16 @@ class Checkpoint(Protocol):
         """generation_config.json; empty where there is none."""
         ...
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """To the user, about which of its files are read."""
+        ...
+
     def names(self) -> frozenset[str]: ...
 
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor that is to be read; UserError where it is stored in a dtype that is not understood."""
+        ...
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """Rows of one tensor in the dtype it is stored in (quantised ones as float32)."""
@@ -75,12 +84,7 @@ def open_checkpoint(model_path: str, revision: str | None = None) -> Checkpoint:
     """Finds out what `model_path` is; UserError where it is nothing that can be read."""
     path = user_path(model_path, "--model_path")
     if path.is_dir():
-        if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-            raise UserError(f"{model_path} holds an adapter; give it as --adapter, and its base model as --model_path")
-        if not (path / "config.json").exists() and len(ggufs := sorted(path.glob("*.gguf"))) == 1:
-            path = ggufs[0]
-        else:
-            return SafetensorsCheckpoint(path, source=model_path)
+        return _open_folder(path, model_path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"model {model_path!r} is a file but not .gguf; give the folder that holds config.json")
@@ -98,6 +102,21 @@ def open_checkpoint(model_path: str, revision: str | None = None) -> Checkpoint:
     )
 
 
+def _open_folder(folder: Path, source: str) -> Checkpoint:
+    """A Hugging Face model, or the GGUF model that lies there alone."""
+    from jax_extract.weights.folder import refuse_folder_without_config
+
+    has_config = (folder / "config.json").exists()
+    if not (has_config and any(folder.glob("*.safetensors"))) and any(folder.glob("*.gguf")):
+        from jax_extract.weights.gguf import GgufCheckpoint
+        from jax_extract.weights.gguf_container import only_model
+
+        return GgufCheckpoint(only_model(folder))
+    if not has_config:
+        refuse_folder_without_config(folder, source)
+    return SafetensorsCheckpoint(folder, source=source)
+
+
 def is_hub_id(text: str) -> bool:
     """Whether it is spelled OWNER/NAME."""
     return bool(_HUB_ID.fullmatch(text))
@@ -111,50 +130,64 @@ class _Stored:
     dtype: str
     shape: tuple[int, ...]
     offset: int
-
-    @property
-    def numpy_dtype(self) -> np.dtype:
-        return np.dtype(_DTYPES[self.dtype])
+    nbytes: int
 
 
 class SafetensorsFiles:
-    """The tensors of one or several files in a folder."""
+    """The tensors of one or several files in a folder.
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+    Any dtype may be in them that safetensors has; only a tensor that is read must have one that is understood.
+    """
+
+    def __init__(self, paths: Iterable[Path], of_one_save: bool = False) -> None:
+        """With `of_one_save` a tensor may be in several files, and the last one counts."""
         self._tensors: dict[str, _Stored] = {}
         for path in paths:
-            for name, stored in _read_header(path).items():
-                if name in self._tensors:
-                    raise UserError(f"tensor {name!r} is in two files of {path.parent}; keep one set of weights there")
-                self._tensors[name] = stored
+            stored = _read_header(path)
+            if twice := sorted(stored.keys() & self._tensors.keys()) if not of_one_save else ():
+                raise UserError(
+                    f"tensor {twice[0]!r} is in two files of {path.parent}, {self._tensors[twice[0]].path.name} and "
+                    f"{path.name}; keep one set of weights there"
+                )
+            self._tensors |= stored
 
     def names(self) -> frozenset[str]:
         return frozenset(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        self._numpy_dtype(name)
         return self._tensors[name].shape
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         # Read, not mapped: mapped pages would stay in the process beside the parameters made of them.
-        stored = self._tensors[name]
-        start, stop, _ = rows.indices(stored.shape[0])
-        row_values = int(np.prod(stored.shape[1:], dtype=np.int64))
-        dtype = stored.numpy_dtype
+        stored, dtype = self._tensors[name], self._numpy_dtype(name)
+        length, *rest = stored.shape or (1,)
+        start, stop, _ = rows.indices(length)
+        row_values = int(np.prod(rest, dtype=np.int64))
         values = np.fromfile(
             stored.path,
             dtype,
             count=(stop - start) * row_values,
             offset=stored.offset + start * row_values * dtype.itemsize,
         )
-        return values.reshape(stop - start, *stored.shape[1:])
+        return values.reshape(stop - start, *rest) if stored.shape else values.reshape(())
 
     def digest(self, names: Iterable[str]) -> str:
         total = hashlib.sha256()
         for name in sorted(names):
             stored = self._tensors[name]
             total.update(f"{name} {stored.dtype} {list(stored.shape)}\n".encode())
-            total.update(self.read(name).reshape(-1).view(np.uint8).data)
+            total.update(np.fromfile(stored.path, np.uint8, stored.nbytes, offset=stored.offset).data)
         return f"sha256:{total.hexdigest()}"
+
+    def _numpy_dtype(self, name: str) -> np.dtype:
+        stored = self._tensors[name]
+        if stored.dtype not in _DTYPES:
+            raise UserError(
+                f"tensor {name!r} in {stored.path} is stored as {stored.dtype}, which is not understood; "
+                f"convert the weights to one of {', '.join(_DTYPES)}"
+            )
+        return np.dtype(_DTYPES[stored.dtype])
 
 
 class SafetensorsCheckpoint(SafetensorsFiles):
@@ -169,7 +202,13 @@ class SafetensorsCheckpoint(SafetensorsFiles):
         self.config = read_json(folder / "config.json")
         said = folder / "generation_config.json"
         self.generation = read_json(said) if said.is_file() else {}
-        super().__init__(_weight_files(folder))
+        from jax_extract.weights.folder import ADAPTER_SETTINGS, weight_files
+
+        files = weight_files(folder, self.config, source)
+        self.notes = (files.note,) if files.note else ()
+        if (folder / ADAPTER_SETTINGS).is_file():
+            self.notes += (f"{source} holds an adapter too, which is not merged; give --adapter {source} to merge it",)
+        super().__init__(files.paths, files.of_one_save)
 
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -187,46 +226,26 @@ class SafetensorsCheckpoint(SafetensorsFiles):
 def _read_header(path: Path) -> dict[str, _Stored]:
     """The tensors of one file; the library checks that the file is whole, the header says where they lie."""
     try:
-        with safe_open(path, framework="numpy"), path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(size))
-    except (SafetensorError, OSError, ValueError) as error:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+            if start == _LFS_POINTER:
+                raise UserError(f"{path} is Git LFS's note in place of the weights; fetch them with git lfs pull")
+            size = int.from_bytes(start[:8], "little")
+            with safe_open(path, framework="numpy"):
+                file.seek(8)
+                header: dict[str, Any] = json.loads(file.read(size))
+    except OSError as error:
+        raise UserError(f"weights file {path} cannot be read ({error.strerror or error})") from None
+    except (SafetensorError, ValueError) as error:
         raise UserError(
             f"weights file {path} cannot be read ({error}); it is truncated or damaged, download it again"
         ) from None
     header.pop("__metadata__", None)
+    stored = {}
     for name, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
-            raise UserError(
-                f"tensor {name!r} in {path} is stored as {entry['dtype']}, which is not understood; "
-                f"convert the weights to one of {', '.join(_DTYPES)}"
-            )
-    return {
-        name: _Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
-        for name, entry in header.items()
-    }
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        listed = read_json(index).get("weight_map", {})
-        if not isinstance(listed, dict):
-            raise UserError(f"{index} has no weight_map from tensors to files; download it again")
-        names = sorted({str(name) for name in listed.values()})
-        for name in names:
-            if Path(name).name != name:
-                raise UserError(f"{index} names {name!r}, which is not a plain file name of that folder")
-            if not (folder / name).is_file():
-                raise UserError(f"{index} names {name!r}, which is missing from {folder}; download it again")
-        return [folder / name for name in names]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    if found := sorted(folder.glob("*.safetensors")):
-        return found
-    raise UserError(
-        f"no *.safetensors file in {folder}; convert the weights with save_pretrained(…, safe_serialization=True)"
-    )
+        first, last = entry["data_offsets"]
+        stored[name] = _Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + size + first, last - first)
+    return stored
 
 
 def read_json(path: Path) -> dict[str, Any]:

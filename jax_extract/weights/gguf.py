@@ -104,6 +104,7 @@ class GgufCheckpoint:
         self.config = _config(self._metadata, stored, self.source)
         self.generation: dict[str, Any] = {}
         self.adapter: str | None = None
+        self.notes: tuple[str, ...] = ()
         self._tensors = _by_hugging_face_name(stored, self.config, self.source)
         _refuse_unreadable_encodings(self._tensors, self.source)
 

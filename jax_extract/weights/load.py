@@ -19,8 +19,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jax_extract.devices.sharding import Layout, dotted, named, parameter_specs
-from jax_extract.errors import UserError
 from jax_extract.weights.checkpoint import Checkpoint
+from jax_extract.weights.names import stored_names
 from models.ports import Parameters, Port, TensorSource
 
 _ALIGNMENT = 64
@@ -28,7 +28,13 @@ _MOST_READERS = 8  # each holds one layer of one parameter beside what the devic
 
 
 class Weights:
-    """The tensors of one checkpoint that a run needs, checked against the port before anything is read."""
+    """The tensors of one checkpoint that a run needs, checked against the port before anything is read.
+
+    Attributes:
+      checkpoint: where they are.
+      num_blocks: that are loaded.
+      notes: to the user, about files and tensors that are not.
+    """
 
     def __init__(self, checkpoint: Checkpoint, port: Port, config: Any, num_blocks: int, head: bool = False) -> None:
         """With `head`, those of the language-model head too."""
@@ -37,7 +43,9 @@ class Weights:
         self._port = port
         self._config = config
         self._head = head
-        self._names = _stored_names(checkpoint, port, config, head)
+        found = stored_names(checkpoint, port, config, _expected(port, config, head), head)
+        self.notes: tuple[str, ...] = (*checkpoint.notes, *found.notes)
+        self._names = found.names
         wanted = {dotted(path) for path, _ in jax.tree_util.tree_leaves_with_path(self.structure("float32"))}
         self._sources = {path: source for path, source in port.sources(config).items() if path in wanted}
 
@@ -127,38 +135,16 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def _stored_names(checkpoint: Checkpoint, port: Port, config: Any, head: bool) -> dict[str, str]:
-    """Canonical tensor name -> the name in this file; refuses missing, unknown and misshapen tensors."""
-    stored = checkpoint.names()
-    prefix = port.prefix if any(name.startswith(port.prefix) for name in stored) else ""
+def _expected(port: Port, config: Any, head: bool) -> dict[str, tuple[int, ...]]:
+    """Name of each tensor that the model consists of -> its shape in a checkpoint."""
     structure = parameter_shapes(port, config, config.num_hidden_layers, "float32", head)
     shapes = {dotted(path): value.shape for path, value in jax.tree_util.tree_leaves_with_path(structure)}
-    names: dict[str, str] = {}
-    unused = set(port.unused_tensors(config))
+    expected = {}
     for path, source in port.sources(config).items():
         if path not in shapes:
-            unused.update(source.names)
             continue
         for template, rows in zip(source.names, source.rows, strict=True):
-            expected = (rows, *shapes[path][2 if source.per_layer else 1 :])
-            expected = expected[::-1] if source.transposed else expected
+            shape = (rows, *shapes[path][2 if source.per_layer else 1 :])
             for layer in range(config.num_hidden_layers) if source.per_layer else (0,):
-                name = template.replace("{i}", str(layer))
-                names[name] = prefix + name.removeprefix(port.prefix) if name.startswith(port.prefix) else name
-                if names[name] not in stored:
-                    raise UserError(
-                        f"the weights of {checkpoint.source} lack {names[name]!r}; the checkpoint is incomplete"
-                    )
-                if (shape := checkpoint.shape(names[name])) != expected:
-                    raise UserError(
-                        f"{names[name]!r} in {checkpoint.source} has shape {shape} where config.json means {expected}; "
-                        "weights and configuration do not belong together"
-                    )
-    ignored = unused | {prefix + name.removeprefix(port.prefix) for name in unused}
-    if unknown := sorted(stored - set(names.values()) - ignored):
-        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise UserError(
-            f"the weights of {checkpoint.source} hold {unknown[0]!r}{more}, which the {config.model_type} port does "
-            "not compute with; this is another architecture or a modified one"
-        )
-    return names
+                expected[template.replace("{i}", str(layer))] = shape[::-1] if source.transposed else shape
+    return expected

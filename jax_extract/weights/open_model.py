@@ -12,6 +12,7 @@ from typing import Any
 
 from jax_extract.errors import UserError, user_path
 from jax_extract.weights.checkpoint import Checkpoint, open_checkpoint
+from jax_extract.weights.names import with_embedding
 from jax_extract.weights.text_part import text_part
 from jax_extract.weights.unported import UNPORTED
 from models.ports import Family, ModelConfig, Port
@@ -45,6 +46,7 @@ class OpenModel:
             port = port_for(checkpoint.config)
         except UserError as error:
             raise UserError(f"{error}; --backend torch computes others that transformers has") from None
+        checkpoint = with_embedding(checkpoint, port)
         if adapter is not None:
             from jax_extract.weights.adapter import open_adapter
 

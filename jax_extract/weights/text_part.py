@@ -6,12 +6,11 @@ its tensors have where it is released by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from jax_extract.weights.checkpoint import Checkpoint
+from jax_extract.weights.renamed import RenamedCheckpoint
 
 # Whose text goes through the language model as it would through that model alone.
 _WHOLE_TYPES = ("gemma3",)
@@ -40,29 +39,7 @@ def text_name(name: str) -> str | None:
 def text_part(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint itself where it holds a language model and nothing else."""
     config = text_config(checkpoint.config)
-    return checkpoint if config == checkpoint.config else _TextPart(checkpoint, config)
-
-
-class _TextPart:
-    """A checkpoint of the language model alone."""
-
-    def __init__(self, whole: Checkpoint, config: dict[str, Any]) -> None:
-        self.source, self.revision, self.adapter = whole.source, whole.revision, whole.adapter
-        self.generation, self.config = whole.generation, config
-        self._whole = whole
-        self._stored = {own: name for name in whole.names() if (own := text_name(name)) is not None}
-
-    def names(self) -> frozenset[str]:
-        return frozenset(self._stored)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._whole.shape(self._stored[name])
-
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        return self._whole.read(self._stored[name], rows)
-
-    def digest(self, names: Iterable[str]) -> str:
-        return self._whole.digest(self._stored[name] for name in names)
-
-    def tokenizer(self) -> Any:
-        return self._whole.tokenizer()
+    if config == checkpoint.config:
+        return checkpoint
+    stored = {own: name for name in checkpoint.names() if (own := text_name(name)) is not None}
+    return RenamedCheckpoint(checkpoint, stored, config)

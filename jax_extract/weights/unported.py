@@ -22,6 +22,10 @@ class AllWeights:
 
     checkpoint: Checkpoint
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.checkpoint.notes
+
     def provenance(self) -> str:
         """Says which weights these are: equal where the content is."""
         checkpoint = self.checkpoint

@@ -33,8 +33,12 @@ def load_theirs(model: OpenModel, layers: int, dtype: torch.dtype) -> Any:
     options |= _attention(model)
     path = Path(model.checkpoint.source).expanduser()
     if path.suffix == ".gguf":
+        if "rope_scaling" in model.checkpoint.config:
+            raise ValueError("it does not read the scaling of a GGUF model's rotary embedding")
         source, options["gguf_file"] = path.parent, path.name
     else:
+        if (path / "adapter_config.json").exists():
+            raise ValueError("it would merge the adapter that lies beside the weights")
         source = path if path.exists() else model.checkpoint.source
         options["revision"] = model.checkpoint.revision or "main"
         config = AutoConfig.from_pretrained(source, revision=options["revision"], trust_remote_code=False)

@@ -92,9 +92,10 @@ def open_checkpoint(model_path: str, revision: str | None = None) -> Checkpoint:
 
         return GgufCheckpoint(path)
     if is_hub_id(model_path):
-        from jax_extract.weights.hub import download
+        from jax_extract.weights.hub import download, refuse_without_weights
 
         folder, commit = download(model_path, revision)
+        refuse_without_weights(model_path, commit, folder)
         return SafetensorsCheckpoint(folder, source=model_path, revision=commit)
     raise UserError(
         f"model {model_path!r} was not found; give a Hugging Face folder, a .gguf file, "

@@ -5,8 +5,8 @@ In: a folder, its config.json. Out: `WeightFiles`.
 The order is transformers' own: the file that config.json names as `transformers_weights`, model.safetensors,
 model.safetensors.index.json with the files it names. An index beside a whole model.safetensors was left behind by an
 older save, and is not looked at. Where transformers would find nothing, one choice may still be the only one: a
-variant (model.fp16.safetensors), pieces without their index, files under other names. It is taken, and told. Adapters and
-the files of other programs (consolidated.safetensors, *.bin, *.pth, *.h5) never count; the sentence about a folder
+variant (model.fp16.safetensors), pieces without their index, files under other names. It is taken, and told. Adapters
+and the files of other programs (consolidated.safetensors, *.bin, *.pth, *.h5) never count; the sentence about a folder
 that has nothing else says how they are converted.
 """
 
@@ -55,7 +55,7 @@ def weight_files(folder: Path, config: Mapping[str, Any], source: str) -> Weight
     if (folder / INDEX).is_file():
         return _indexed(folder / INDEX)
     found = [path for path in sorted(folder.glob("*.safetensors")) if _may_count(path.name)]
-    variants = {found[1] or found[2] for path in folder.iterdir() if (found := _VARIANTS.fullmatch(path.name))}
+    variants = {match[1] or match[2] for path in folder.iterdir() if (match := _VARIANTS.fullmatch(path.name))}
     return _variant(folder, variants) or _pieces(found) or _others(found) or _nothing(folder, source)
 
 
@@ -91,8 +91,8 @@ def _named(folder: Path, name: str) -> WeightFiles:
     path = folder / name
     if not name.endswith((".safetensors", ".safetensors.index.json")) or not _is_within(name):
         raise UserError(
-            f"config.json of {folder} names {name!r} as its transformers_weights; expected a *.safetensors file of that "
-            "folder, or the index of several"
+            f"config.json of {folder} names {name!r} as its transformers_weights; expected a *.safetensors file of "
+            "that folder, or the index of several"
         )
     if not path.is_file():
         raise UserError(f"config.json of {folder} names {name!r} as its transformers_weights, {_missing(path)}")
@@ -203,8 +203,8 @@ def _nothing(folder: Path, source: str) -> WeightFiles:
 
 def _of_meta(source: str, name: str) -> str:
     return (
-        f"{source} holds {name}, weights in the form in which Meta releases them; take the model in Hugging Face's form "
-        "(config.json and *.safetensors), or convert it with transformers' convert_llama_weights_to_hf"
+        f"{source} holds {name}, weights in the form in which Meta releases them; take the model in Hugging Face's "
+        "form (config.json and *.safetensors), or convert it with transformers' convert_llama_weights_to_hf"
     )
 
 

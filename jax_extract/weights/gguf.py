@@ -1,16 +1,17 @@
-"""One GGUF file of the Llama family as a checkpoint: configuration, tensors and tokenizer.
+"""A GGUF model of the Llama or Qwen architecture as a checkpoint: configuration, tensors and tokenizer.
 
-In: a `.gguf` file written by llama.cpp's tools (general.architecture `llama`, quantised or not).
-Out: what a Hugging Face folder would give: a `config.json` dictionary, tensors by Hugging Face name in
-[out, in] orientation as float32, and a fast tokenizer.
+In: a `.gguf` file written by llama.cpp's tools (general.architecture `llama`, `qwen2` or `qwen3`, quantised or not), or
+one piece of several. Out: what a Hugging Face folder would give: a `config.json` dictionary, tensors by Hugging Face
+name in [out, in] orientation as float32, and a fast tokenizer.
 
-The file is memory-mapped; opening reads only the header and dequantising holds one tensor at a time.
+The files are memory-mapped; opening reads only the headers and dequantising holds one tensor at a time.
 The reader fails closed: a metadata key or a tensor whose meaning for the forward pass is not known here
 ends in a `UserError`, because ignoring it would give numbers that are silently wrong.
 """
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,38 +29,18 @@ from jax_extract.weights.gguf_container import (
     StoredTensor,
     decode,
     integer,
-    map_file,
-    read_header,
+    open_container,
 )
+from jax_extract.weights.gguf_rope import FOLDER_MEND, ROPE_FACTORS, ROPE_KEYS, decimal, rope_scaling
 
 if TYPE_CHECKING:
     from jax_extract.weights.gguf_tokenizer import GgufTokenizer
 
-ARCHITECTURE = "llama"
-FOLDER_MEND = "use the model's Hugging Face folder (safetensors) instead"
 # llama.cpp falls back to this base when a file does not name one.
 DEFAULT_ROPE_THETA = 10_000.0
 
-# Every `llama.*` key that this module reads. Any other one is refused.
-HANDLED_LLAMA_KEYS = frozenset(
-    {
-        "llama.attention.head_count",
-        "llama.attention.head_count_kv",
-        "llama.attention.key_length",
-        "llama.attention.layer_norm_rms_epsilon",
-        "llama.attention.value_length",
-        "llama.block_count",
-        "llama.context_length",
-        "llama.embedding_length",
-        "llama.feed_forward_length",
-        "llama.rope.dimension_count",
-        "llama.rope.freq_base",
-        "llama.vocab_size",
-    }
-)
-
 # GGUF name -> Hugging Face name and shape by dimension letter:
-# v vocabulary, d model width, f feed-forward width, q query rows, k key/value rows.
+# v vocabulary, d model width, f feed-forward width, q query rows, k key/value rows, h values of a head.
 GLOBAL_TENSORS = {
     "token_embd.weight": ("model.embed_tokens.weight", "vd"),
     "output_norm.weight": ("model.norm.weight", "d"),
@@ -76,14 +57,82 @@ LAYER_TENSORS = {
     "ffn_up.weight": ("mlp.up_proj.weight", "fd"),
     "ffn_down.weight": ("mlp.down_proj.weight", "df"),
 }
-OPTIONAL_TENSORS = frozenset({"output.weight"})
+OPTIONAL_TENSORS = frozenset({"output.weight", ROPE_FACTORS})
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What one architecture has of its own.
+
+    Attributes:
+      config: entries of config.json, beside the sizes.
+      tensors: of each layer, beside those that all have.
+      neighbours: whether llama.cpp rotates neighbouring rows of a head, for which its converter orders them.
+    """
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    neighbours: bool = False
+
+
+ARCHITECTURES = {
+    "llama": Architecture(
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": False, "mlp_bias": False},
+        neighbours=True,
+    ),
+    "qwen2": Architecture(
+        {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False},
+        {
+            "attn_q.bias": ("self_attn.q_proj.bias", "q"),
+            "attn_k.bias": ("self_attn.k_proj.bias", "k"),
+            "attn_v.bias": ("self_attn.v_proj.bias", "k"),
+        },
+    ),
+    "qwen3": Architecture(
+        {
+            "model_type": "qwen3",
+            "architectures": ["Qwen3ForCausalLM"],
+            "attention_bias": False,
+            "use_sliding_window": False,
+        },
+        {
+            "attn_q_norm.weight": ("self_attn.q_norm.weight", "h"),
+            "attn_k_norm.weight": ("self_attn.k_norm.weight", "h"),
+        },
+    ),
+}
+
+# Every key of an architecture that this module reads, without its name. Any other one is refused.
+HANDLED_KEYS = ROPE_KEYS | {
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.value_length",
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "vocab_size",
+}
+# Keys that say nothing about the forward while they have these values; None where any value will do.
+NEUTRAL_KEYS: Mapping[str, tuple[Any, ...] | None] = {
+    "attention.causal": (True,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "pooling_type": None,
+    "tensor_data_layout": None,
+    "use_parallel_residual": (False,),
+}
 
 # gguf dequantises through several temporaries of the size of its input, so tensors go in pieces that fit a cache.
 DEQUANTIZE_CHUNK_ELEMENTS = 1 << 16
 
 
 class GgufCheckpoint:
-    """A Llama-architecture GGUF file with the interface of a Hugging Face checkpoint folder.
+    """A GGUF file, or all pieces of a model, with the interface of a Hugging Face checkpoint folder.
 
     Attributes:
         source: the path as given.
@@ -98,14 +147,17 @@ class GgufCheckpoint:
     def __init__(self, path: Path) -> None:
         self.source = str(path)
         self.revision: str | None = None
-        self._bytes = map_file(path)
-        self._metadata, stored = read_header(self._bytes, self.source)
-        _refuse_unknown_metadata(self._metadata, self.source)
+        container = open_container(path)
+        self._pieces, self._metadata, stored = container.pieces, container.metadata, container.tensors
+        architecture = _refuse_unknown_metadata(self._metadata, self.source)
         self.config = _config(self._metadata, stored, self.source)
+        if scaling := self._scaling(stored):
+            self.config["rope_scaling"] = scaling
         self.generation: dict[str, Any] = {}
         self.adapter: str | None = None
         self.notes: tuple[str, ...] = ()
-        self._tensors = _by_hugging_face_name(stored, self.config, self.source)
+        self._neighbours = architecture.neighbours
+        self._tensors = _by_hugging_face_name(stored, architecture, self.config, self.source)
         _refuse_unreadable_encodings(self._tensors, self.source)
 
     def names(self) -> frozenset[str]:
@@ -122,12 +174,12 @@ class GgufCheckpoint:
         Only the rows asked for are dequantised, so a large tensor can be read shard by shard.
         """
         tensor = self._tensor(name)
-        stored = _stored_rows(self._bytes, tensor)
+        stored = _stored_rows(self._pieces[tensor.piece], tensor)
         if len(tensor.shape) == 1:
             return _dequantize(stored, tensor)[0, rows].copy()
-        if name.endswith("self_attn.q_proj.weight"):
+        if self._neighbours and name.endswith("self_attn.q_proj.weight"):
             stored = stored[_rotary_row_order(len(stored), self.config["num_attention_heads"])[rows]]
-        elif name.endswith("self_attn.k_proj.weight"):
+        elif self._neighbours and name.endswith("self_attn.k_proj.weight"):
             stored = stored[_rotary_row_order(len(stored), self.config["num_key_value_heads"])[rows]]
         else:
             stored = stored[rows]
@@ -139,7 +191,7 @@ class GgufCheckpoint:
         for name in sorted(set(names)):
             tensor = self._tensor(name)
             sha256.update(f"{name}\n{tensor.kind.name}\n{tensor.shape}\n{tensor.nbytes}\n".encode())
-            sha256.update(self._bytes[tensor.offset : tensor.offset + tensor.nbytes])
+            sha256.update(self._pieces[tensor.piece][tensor.offset : tensor.offset + tensor.nbytes])
         return f"sha256:{sha256.hexdigest()}"
 
     def tokenizer(self) -> "GgufTokenizer":
@@ -147,9 +199,17 @@ class GgufCheckpoint:
         from jax_extract.weights.gguf_tokenizer import GgufTokenizer
 
         fields = {
-            key: decode(self._bytes, value) for key, value in self._metadata.items() if key.startswith("tokenizer.")
+            key: decode(self._pieces[0], value) for key, value in self._metadata.items() if key.startswith("tokenizer.")
         }
         return GgufTokenizer(fields, self.config["max_position_embeddings"])
+
+    def _scaling(self, stored: Mapping[str, StoredTensor]) -> dict[str, Any] | None:
+        """What config.json would have as `rope_scaling`."""
+        factors = None
+        if tensor := stored.get(ROPE_FACTORS):
+            _refuse_unreadable_encodings({ROPE_FACTORS: tensor}, self.source)
+            factors = _dequantize(_stored_rows(self._pieces[tensor.piece], tensor), tensor).reshape(-1)
+        return rope_scaling(self._metadata, factors, self.config, self.source)
 
     def _tensor(self, name: str) -> StoredTensor:
         if name not in self._tensors:
@@ -160,50 +220,42 @@ class GgufCheckpoint:
         return self._tensors[name]
 
 
-def _refuse_unknown_metadata(metadata: Mapping[str, Any], source: str) -> None:
-    architecture = metadata.get("general.architecture")
-    if architecture != ARCHITECTURE:
+def _refuse_unknown_metadata(metadata: Mapping[str, Any], source: str) -> Architecture:
+    name = metadata.get("general.architecture")
+    if name not in ARCHITECTURES:
         raise UserError(
-            f"{source} has general.architecture {architecture!r}; expected {ARCHITECTURE!r}: {FOLDER_MEND}."
+            f"{source} has general.architecture {name!r}; expected one of "
+            f"{', '.join(map(repr, ARCHITECTURES))}: {FOLDER_MEND}."
         )
     content = metadata.get("general.type", "model")
     if content != "model":
         raise UserError(f"{source} has general.type {content!r}; expected 'model': give the file of the model itself.")
-    pieces = metadata.get("split.count", 1)
-    if pieces > 1:
+    own = {key.removeprefix(f"{name}."): key for key in metadata if key.startswith(f"{name}.")}
+    neutral = {key for key, values in NEUTRAL_KEYS.items() if values is None or metadata.get(f"{name}.{key}") in values}
+    if unknown := sorted(own.keys() - HANDLED_KEYS - neutral):
         raise UserError(
-            f"{source} is one of {pieces} pieces of a model; expected one whole file: "
-            "join them first with llama.cpp's `llama-gguf-split --merge`."
-        )
-    llama_keys = {key for key in metadata if key.startswith(f"{ARCHITECTURE}.")}
-    unknown = sorted(llama_keys - HANDLED_LLAMA_KEYS)
-    if unknown:
-        raise UserError(
-            f"{source} sets {', '.join(unknown)}; expected only keys of a plain Llama model, "
+            f"{source} sets {', '.join(own[key] for key in unknown)}; expected only keys of a plain {name} model, "
             f"because others may change the mathematics: {FOLDER_MEND}."
         )
-
-
-def _number(metadata: Mapping[str, Any], key: str, source: str, default: float | None = None) -> float:
-    """The decimal that a float32 stands for: the shortest that rounds to it (1e-05, not 9.9999997e-06)."""
-    value = metadata.get(key, default)
-    if not isinstance(value, float) or not value > 0:
-        raise UserError(f"{source} has {value!r} for {key}; expected one positive number: {FOLDER_MEND}.")
-    return float(str(np.float32(value)))
+    return ARCHITECTURES[name]
 
 
 def _config(metadata: Mapping[str, Any], stored: Mapping[str, StoredTensor], source: str) -> dict[str, Any]:
-    hidden = integer(metadata, "llama.embedding_length", source)
-    heads = integer(metadata, "llama.attention.head_count", source)
-    head_dim = integer(metadata, "llama.attention.key_length", source, hidden // heads)
-    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        if integer(metadata, key, source, head_dim) != head_dim:
+    name = metadata["general.architecture"]
+
+    def size(key: str, default: int | None = None) -> int:
+        return integer(metadata, f"{name}.{key}", source, default)
+
+    hidden, heads = size("embedding_length"), size("attention.head_count")
+    head_dim = size("attention.key_length", hidden // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if size(key, head_dim) != head_dim:
             raise UserError(
-                f"{source} has {metadata[key]} for {key}; expected the width of a head, {head_dim}, "
-                f"as in every plain Llama model: {FOLDER_MEND}."
+                f"{source} has {metadata[f'{name}.{key}']} for {name}.{key}; expected the width of a head, {head_dim}, "
+                f"as in every plain {name} model: {FOLDER_MEND}."
             )
     embedding = stored.get("token_embd.weight")
-    vocabulary = integer(metadata, "llama.vocab_size", source, embedding.shape[0] if embedding else None)
+    vocabulary = size("vocab_size", embedding.shape[0] if embedding else None)
     tokens = metadata.get("tokenizer.ggml.tokens")
     if isinstance(tokens, MetadataArray) and tokens.count > vocabulary:
         raise UserError(
@@ -211,20 +263,17 @@ def _config(metadata: Mapping[str, Any], stored: Mapping[str, StoredTensor], sou
             f"{vocabulary:,}, the rows of the embedding: {CONVERT_MEND}."
         )
     return {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
+        **ARCHITECTURES[name].config,
         "hidden_size": hidden,
-        "intermediate_size": integer(metadata, "llama.feed_forward_length", source),
-        "num_hidden_layers": integer(metadata, "llama.block_count", source),
+        "intermediate_size": size("feed_forward_length"),
+        "num_hidden_layers": size("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": integer(metadata, "llama.attention.head_count_kv", source, heads),
+        "num_key_value_heads": size("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "rms_norm_eps": _number(metadata, "llama.attention.layer_norm_rms_epsilon", source),
-        "rope_theta": _number(metadata, "llama.rope.freq_base", source, DEFAULT_ROPE_THETA),
-        "max_position_embeddings": integer(metadata, "llama.context_length", source),
+        "rms_norm_eps": decimal(metadata, f"{name}.attention.layer_norm_rms_epsilon", source),
+        "rope_theta": decimal(metadata, f"{name}.rope.freq_base", source, DEFAULT_ROPE_THETA),
+        "max_position_embeddings": size("context_length"),
         "vocab_size": vocabulary,
         "tie_word_embeddings": "output.weight" not in stored,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
@@ -234,7 +283,7 @@ def _config(metadata: Mapping[str, Any], stored: Mapping[str, StoredTensor], sou
     }
 
 
-def _expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _expected_tensors(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """GGUF name -> Hugging Face name and shape, for every tensor that `config` calls for."""
     sizes = {
         "v": config["vocab_size"],
@@ -242,10 +291,11 @@ def _expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[str, tuple[i
         "f": config["intermediate_size"],
         "q": config["num_attention_heads"] * config["head_dim"],
         "k": config["num_key_value_heads"] * config["head_dim"],
+        "h": config["head_dim"],
     }
     letters = dict(GLOBAL_TENSORS)
     for layer in range(config["num_hidden_layers"]):
-        for gguf_name, (name, dimensions) in LAYER_TENSORS.items():
+        for gguf_name, (name, dimensions) in (LAYER_TENSORS | architecture.tensors).items():
             letters[f"blk.{layer}.{gguf_name}"] = (f"model.layers.{layer}.{name}", dimensions)
     return {
         gguf_name: (name, tuple(sizes[letter] for letter in dimensions))
@@ -254,15 +304,15 @@ def _expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[str, tuple[i
 
 
 def _by_hugging_face_name(
-    stored: Mapping[str, StoredTensor], config: Mapping[str, Any], source: str
+    stored: Mapping[str, StoredTensor], architecture: Architecture, config: Mapping[str, Any], source: str
 ) -> dict[str, StoredTensor]:
-    expected = _expected_tensors(config)
-    unknown = sorted(stored.keys() - expected.keys())
+    expected = _expected_tensors(architecture, config)
+    unknown = sorted(stored.keys() - expected.keys() - OPTIONAL_TENSORS)
     if unknown:
         raise UserError(
             f"{source} holds the tensor {unknown[0]!r} ({len(unknown)} unknown in all); expected only those "
-            f"of a plain {config['num_hidden_layers']}-layer Llama model, because ignoring one would give "
-            f"wrong numbers: {FOLDER_MEND}."
+            f"of a plain {config['num_hidden_layers']}-layer {config['model_type']} model, because ignoring one would "
+            f"give wrong numbers: {FOLDER_MEND}."
         )
     missing = sorted(expected.keys() - stored.keys() - OPTIONAL_TENSORS)
     if missing:
@@ -270,14 +320,15 @@ def _by_hugging_face_name(
             f"{source} lacks the tensor {missing[0]!r} ({len(missing)} missing in all); expected it from the "
             f"metadata: {CONVERT_MEND}."
         )
-    for gguf_name, tensor in stored.items():
+    there = {name: tensor for name, tensor in stored.items() if name in expected}
+    for gguf_name, tensor in there.items():
         shape = expected[gguf_name][1]
         if tensor.shape != shape:
             raise UserError(
                 f"Tensor {gguf_name!r} of {source} has shape {tensor.shape}; expected {shape} from the "
                 f"metadata: {CONVERT_MEND}."
             )
-    return {expected[gguf_name][0]: tensor for gguf_name, tensor in stored.items()}
+    return {expected[gguf_name][0]: tensor for gguf_name, tensor in there.items()}
 
 
 def _refuse_unreadable_encodings(tensors: Mapping[str, StoredTensor], source: str) -> None:

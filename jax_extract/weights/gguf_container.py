@@ -1,11 +1,12 @@
 """The GGUF container: its header, its metadata and where its tensors lie.
 
-In: a `.gguf` file. Out: the file mapped into memory, a dictionary of metadata values and a directory of
-stored tensors, both checked against the file's size. It knows nothing of models; `gguf` does. The
+In: a `.gguf` file, or one piece of several. Out: the files mapped into memory, a dictionary of metadata values and a
+directory of stored tensors, both checked against the files' sizes. It knows nothing of models; `gguf` does. The
 gguf package's own reader takes seconds over a vocabulary that most callers never look at.
 """
 
 import mmap
+import re
 import struct
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +23,11 @@ GGUF_MAGIC_BYTES = b"GGUF"
 GGUF_VERSIONS = (2, 3)
 
 CONVERT_MEND = "download or convert the model again"
+
+# As llama.cpp names the pieces of a model, and what each says of itself.
+PIECE = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+PIECES, PIECE_NUMBER, TENSORS_OF_PIECES = "split.count", "split.no", "split.tensors.count"
+MOST_NAMES = 8  # in a sentence
 
 SCALAR_FORMATS = {
     GGUFValueType.UINT8: "<B",
@@ -49,12 +55,78 @@ class MetadataArray:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor as stored: encoding, NumPy shape (rows first), and its bytes' place in the file."""
+    """One tensor as stored: encoding, NumPy shape (rows first), and its bytes' place in the file, or in a piece."""
 
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    piece: int = 0
+
+
+@dataclass(frozen=True)
+class Container:
+    """A model's GGUF file, or all its pieces.
+
+    Attributes:
+      pieces: the files, mapped; a `MetadataArray` lies in the first one.
+      metadata: of the first piece, which has everything.
+      tensors: by name, of all pieces.
+    """
+
+    pieces: tuple[memoryview, ...]
+    metadata: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+
+
+def only_model(folder: Path) -> Path:
+    """The GGUF model of a folder, by its first file; UserError that lists them where there are several."""
+    whole = sorted(folder.glob("*.gguf"))
+    found = [path for path in whole if not path.name.lower().startswith("mmproj")] or whole  # not what reads pictures
+    models = {(piece[1], piece[3]) if (piece := PIECE.fullmatch(path.name)) else path: path for path in reversed(found)}
+    if len(models) == 1:
+        return next(iter(models.values()))
+    names = [path.name for path in sorted(models.values())]
+    shown = ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if names[MOST_NAMES:] else "")
+    raise UserError(f"{folder} holds {len(names)} GGUF models ({shown}); give the file of one of them as --model_path")
+
+
+def open_container(path: Path) -> Container:
+    """All of a model; UserError where a piece of it is missing, or is another model's."""
+    data = map_file(path)
+    metadata, tensors = read_header(data, str(path))
+    count = metadata.get(PIECES, 1)
+    if count == 1:
+        return Container((data,), metadata, tensors)
+    named = PIECE.fullmatch(path.name)
+    if named is None or int(named[3]) != count:
+        raise UserError(
+            f"{path} is one of {count} pieces of a model; expected a name such as model-00001-of-{count:05d}.gguf, by "
+            "which the others are found: name them so, or join them with llama.cpp's llama-gguf-split --merge."
+        )
+    paths = [path.with_name(f"{named[1]}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+    if missing := [piece.name for piece in paths if not piece.is_file()]:
+        raise UserError(f"{path} is one of {count} pieces of a model and {missing[0]} is missing: download it too.")
+    pieces: list[memoryview] = []
+    merged: dict[str, StoredTensor] = {}
+    for number, piece in enumerate(paths):
+        pieces.append(map_file(piece))
+        own, directory = read_header(pieces[-1], str(piece))
+        if (own.get(PIECES), own.get(PIECE_NUMBER)) != (count, number):
+            raise UserError(
+                f"{piece} says that it is piece {own.get(PIECE_NUMBER)} of {own.get(PIECES)}, counted from 0; expected "
+                f"{number} of {count}: {CONVERT_MEND}."
+            )
+        metadata = metadata if number else own
+        for name, tensor in directory.items():
+            merged[_new_name(name, merged, str(piece))] = replace(tensor, piece=number)
+    expected = metadata.get(TENSORS_OF_PIECES, len(merged))
+    if expected != len(merged):
+        raise UserError(
+            f"the {count} pieces of {path} hold {len(merged)} tensors; expected {expected}, as the first one says: "
+            f"{CONVERT_MEND}."
+        )
+    return Container(tuple(pieces), metadata, merged)
 
 
 def map_file(path: Path) -> memoryview:

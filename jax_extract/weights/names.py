@@ -139,9 +139,7 @@ def _are_equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
     return all(np.array_equal(checkpoint.read(one, part), checkpoint.read(other, part)) for part in parts)
 
 
-def _notes(
-    checkpoint: Checkpoint, port: Port, config: Any, unknown: Iterable[str], with_head: bool
-) -> tuple[str, ...]:
+def _notes(checkpoint: Checkpoint, port: Port, config: Any, unknown: Iterable[str], with_head: bool) -> tuple[str, ...]:
     """About tensors that no parameter is made of; UserError where one of them may matter."""
     roots, blocks = _layout(port, config)
     outside: list[str] = []

@@ -203,9 +203,10 @@ class SafetensorsCheckpoint(SafetensorsFiles):
         self.config = read_json(folder / "config.json")
         said = folder / "generation_config.json"
         self.generation = read_json(said) if said.is_file() else {}
-        from jax_extract.weights.folder import ADAPTER_SETTINGS, weight_files
+        from jax_extract.weights.folder import ADAPTER_SETTINGS, NAMED, weight_files
 
         files = weight_files(folder, self.config, source)
+        self.config.pop(NAMED, None)  # it says nothing of the model
         self.notes = (files.note,) if files.note else ()
         if (folder / ADAPTER_SETTINGS).is_file():
             self.notes += (f"{source} holds an adapter too, which is not merged; give --adapter {source} to merge it",)

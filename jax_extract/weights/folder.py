@@ -23,6 +23,7 @@ from jax_extract.errors import UserError
 from jax_extract.weights.checkpoint import read_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+NAMED = "transformers_weights"  # in config.json
 ADAPTER_SETTINGS, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _PIECE = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
@@ -48,13 +49,16 @@ class WeightFiles:
 
 def weight_files(folder: Path, config: Mapping[str, Any], source: str) -> WeightFiles:
     """UserError, naming `source`, where there is nothing that can be read, or a file is missing."""
-    if named := config.get("transformers_weights"):
+    if named := config.get(NAMED):
         return _named(folder, str(named))
     if (folder / WHOLE).is_file():
         return WeightFiles((folder / WHOLE,))
     if (folder / INDEX).is_file():
         return _indexed(folder / INDEX)
-    found = [path for path in sorted(folder.glob("*.safetensors")) if _may_count(path.name)]
+    for path in (folder / WHOLE, folder / INDEX):
+        if path.is_symlink():
+            raise UserError(f"{path} is {_missing(path)}")
+    found = [path for path in sorted(folder.glob("*.safetensors")) if path.is_file() and _may_count(path.name)]
     variants = {match[1] or match[2] for path in folder.iterdir() if (match := _VARIANTS.fullmatch(path.name))}
     return _variant(folder, variants) or _pieces(found) or _others(found) or _nothing(folder, source)
 
@@ -91,11 +95,11 @@ def _named(folder: Path, name: str) -> WeightFiles:
     path = folder / name
     if not name.endswith((".safetensors", ".safetensors.index.json")) or not _is_within(name):
         raise UserError(
-            f"config.json of {folder} names {name!r} as its transformers_weights; expected a *.safetensors file of "
+            f"config.json of {folder} names {name!r} as its {NAMED}; expected a *.safetensors file of "
             "that folder, or the index of several"
         )
     if not path.is_file():
-        raise UserError(f"config.json of {folder} names {name!r} as its transformers_weights, {_missing(path)}")
+        raise UserError(f"config.json of {folder} names {name!r} as its {NAMED}, {_missing(path)}")
     return _indexed(path) if name.endswith(".json") else WeightFiles((path,))
 
 
@@ -172,8 +176,6 @@ def _others(found: list[Path]) -> WeightFiles | None:
 
 def _nothing(folder: Path, source: str) -> WeightFiles:
     names = sorted(path.name for path in folder.iterdir())
-    if links := [name for name in (WHOLE, INDEX) if name in names and not (folder / name).exists()]:
-        raise UserError(f"{folder / links[0]} is {_missing(folder / links[0])}")
     if "pytorch_model.bin" in names or any(re.fullmatch(r"pytorch_model-.*\.bin", name) for name in names):
         pattern = "pytorch_model.bin" if "pytorch_model.bin" in names else "pytorch_model-*.bin"
         raise UserError(

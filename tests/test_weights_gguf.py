@@ -5,6 +5,7 @@ SmolLM2-135M-Instruct (fixture `smollm2_gguf`) shows that the whole makes a work
 """
 
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,14 +14,28 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFWriter, quants
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import GPT2Tokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Tokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+)
+from transformers.integrations.gguf import convert_gguf_tokenizer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from jax_extract.errors import UserError
+from jax_extract.pytorch.loading import load_theirs
 from jax_extract.weights import gguf as gguf_module
+from jax_extract.weights.checkpoint import open_checkpoint
 from jax_extract.weights.gguf import GgufCheckpoint
 from jax_extract.weights.gguf_tokenizer import _backend, _in_transformers, _options
+from jax_extract.weights.open_model import OpenModel
+from models.registry import port_for
 
 LAYERS, WIDTH, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 2, 64, 96, 4, 2, 16, 40
 Tensors = dict[str, np.ndarray]
@@ -79,6 +94,8 @@ def llama_cpp_name(name: str) -> str:
         "self_attn.q_proj": "attn_q",
         "self_attn.k_proj": "attn_k",
         "self_attn.v_proj": "attn_v",
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
         "mlp.gate_proj": "ffn_gate",
         "mlp.up_proj": "ffn_up",
         "mlp.down_proj": "ffn_down",
@@ -107,11 +124,13 @@ def write_llama(tmp_path: Path) -> Write:
         tensors: Tensors | None = None,
         kind: GGMLQuantizationType = GGMLQuantizationType.F32,
         architecture: str = "llama",
+        writing: dict[str, Any] | None = None,
         extra_tensors: Tensors | None = None,
+        extra_kind: GGMLQuantizationType | None = None,
         **changes: Any,
     ) -> Path:
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.gguf"
-        writer = GGUFWriter(path, architecture)
+        writer = GGUFWriter(path, architecture, **(writing or {}))
         metadata = {
             "llama.block_count": LAYERS,
             "llama.context_length": 128,
@@ -123,7 +142,8 @@ def write_llama(tmp_path: Path) -> Write:
             "llama.rope.freq_base": 500_000.0,
             "llama.rope.dimension_count": HEAD_DIM,
         }
-        for key, value in (metadata | changes).items():
+        for name, value in (metadata | changes).items():
+            key = name.replace("llama.", f"{architecture}.", 1) if name.startswith("llama.") else name
             if isinstance(value, float):
                 writer.add_float32(key, value)
             elif isinstance(value, int):
@@ -134,15 +154,15 @@ def write_llama(tmp_path: Path) -> Write:
                 writer.add_array(key, value)
         for name, value in (hugging_face_weights() if tensors is None else tensors).items():
             stored = value
-            if "q_proj" in name:
+            if "q_proj" in name and architecture == "llama":
                 stored = llama_cpp_rows(value, HEADS)
-            elif "k_proj" in name:
+            elif "k_proj" in name and architecture == "llama":
                 stored = llama_cpp_rows(value, KV_HEADS)
             # llama.cpp, too, leaves norms unquantised.
             tensor_kind = kind if value.ndim > 1 else GGMLQuantizationType.F32
             writer.add_tensor(llama_cpp_name(name), quants.quantize(stored, tensor_kind), raw_dtype=tensor_kind)
         for name, value in (extra_tensors or {}).items():
-            writer.add_tensor(name, value)
+            writer.add_tensor(name, value, raw_dtype=extra_kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -276,6 +296,191 @@ def test_keys_that_llama_cpp_lets_files_omit_get_its_defaults(write_llama: Write
     assert (config["head_dim"], config["vocab_size"]) == (HEAD_DIM, VOCABULARY)
 
 
+def llama3_factors(scaling: dict[str, Any], theta: float = 500_000.0) -> np.ndarray:
+    """What llama.cpp's converter writes: what transformers' own frequencies are smaller by."""
+    config = LlamaConfig(
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        max_position_embeddings=131_072,
+        rope_parameters={"rope_type": "llama3", "rope_theta": theta, **scaling},
+    )
+    plain = theta ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    return (plain / ROPE_INIT_FUNCTIONS["llama3"](config, None)[0].numpy()).astype(np.float32)
+
+
+@pytest.mark.parametrize(("factor", "original"), [(8.0, 8_192), (32.0, 8_192), (4.0, 1_024)])
+def test_llama_3_1s_factors_are_the_scaling_that_the_model_was_trained_under(
+    write_llama: Write, factor: float, original: int
+) -> None:
+    scaling = {
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": original,
+    }
+    path = write_llama(extra_tensors={"rope_freqs.weight": llama3_factors(scaling)})
+    checkpoint = GgufCheckpoint(path)
+    assert checkpoint.config["rope_scaling"] == {"rope_type": "llama3", **scaling}
+    assert checkpoint.names() == hugging_face_weights().keys()
+    rotary = port_for(checkpoint.config).config(checkpoint.config).rotary
+    assert (rotary.kind, rotary.factor, rotary.theta) == ("llama3", factor, 500_000.0)
+    with pytest.raises(ValueError, match="does not read the scaling"):  # else verify would compare with another model
+        load_theirs(OpenModel.open(str(path)), 1, torch.float32)
+
+
+def test_factors_of_one_scale_nothing(write_llama: Write) -> None:
+    ones = {"rope_freqs.weight": np.ones(HEAD_DIM // 2, np.float32)}
+    assert GgufCheckpoint(write_llama(extra_tensors=ones)).config == GgufCheckpoint(write_llama()).config
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"type": "none", "factor": 4.0}, None),
+        ({"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"factor": 2.5}, {"rope_type": "linear", "factor": 2.5}),
+        (
+            {"type": "yarn", "factor": 4.0, "original_context_length": 32},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        ),
+        (
+            {"type": "yarn", "factor": 4.0, "yarn_attn_factor": 2.0, "yarn_beta_fast": 16.0},
+            {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+                "attention_factor": 2 * (0.1 * math.log(4) + 1),
+                "beta_fast": 16.0,
+            },
+        ),
+    ],
+)
+def test_scaling_keys_mean_what_config_json_would_say(
+    write_llama: Write, keys: dict[str, Any], expected: dict[str, Any] | None
+) -> None:
+    changes = {f"llama.rope.scaling.{key}": value for key, value in keys.items()}
+    assert GgufCheckpoint(write_llama(**changes)).config.get("rope_scaling") == expected
+
+
+def test_keys_that_change_nothing_are_no_obstacle(write_llama: Write) -> None:
+    neutral = {"llama.expert_count": 0, "llama.attention.causal": 1, "llama.tensor_data_layout": "Meta AI original pth"}
+    assert GgufCheckpoint(write_llama(**neutral)).config == GgufCheckpoint(write_llama()).config
+
+
+# --- other architectures -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_configuration_and_weights_are_those_that_transformers_reads(write_llama: Write, architecture: str) -> None:
+    weights = hugging_face_weights()
+    random = np.random.default_rng(1)
+    for layer in range(LAYERS):
+        own = {
+            "llama": {},
+            "qwen2": {"q_proj.bias": WIDTH, "k_proj.bias": KV_HEADS * HEAD_DIM, "v_proj.bias": KV_HEADS * HEAD_DIM},
+            "qwen3": {"q_norm.weight": HEAD_DIM, "k_norm.weight": HEAD_DIM},
+        }[architecture]
+        for name, size in own.items():
+            weights[f"model.layers.{layer}.self_attn.{name}"] = random.standard_normal(size).astype(np.float32)
+    # It takes a Qwen3's head for 128 wide; a Llama's by the rotary dimensions.
+    sizes = {"llama.vocab_size": VOCABULARY} | ({} if architecture == "llama" else {"llama.rope.dimension_count": None})
+    path = write_llama(weights, architecture=architecture, **sizes)
+    checkpoint = OpenModel.open(str(path)).checkpoint
+    fields = dict(checkpoint.config)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=config, dtype=torch.float32)
+    assert type(theirs).__name__ == checkpoint.config["architectures"][0]
+    read = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    for key in ("hidden_size", "num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "rope_parameters"):
+        ours, others = getattr(config, key), getattr(read, key)
+        assert ours == (pytest.approx(others, rel=1e-6) if isinstance(others, float) else others), key
+    assert checkpoint.names() == weights.keys()
+    for name, expected in theirs.state_dict().items():
+        if name in weights:
+            np.testing.assert_array_equal(checkpoint.read(name), expected.numpy(), err_msg=name)
+            np.testing.assert_array_equal(checkpoint.read(name), weights[name], err_msg=name)
+
+
+# --- encodings ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", sorted(kind.name for kind in quants._type_traits))
+def test_every_encoding_is_what_the_gguf_package_makes_of_it(write_llama: Write, kind: str) -> None:
+    encoding, width = GGMLQuantizationType[kind], 256
+    elements, size = GGML_QUANT_SIZES[encoding]
+    stored = np.random.default_rng(0).integers(0, 100, (WIDTH, width // elements * size), np.uint8)
+    weights = hugging_face_weights()
+    for layer in range(LAYERS):
+        for name in ("gate_proj", "up_proj"):
+            weights[f"model.layers.{layer}.mlp.{name}.weight"] = np.zeros((width, WIDTH), np.float32)
+        weights[f"model.layers.{layer}.mlp.down_proj.weight"] = np.zeros((WIDTH, width), np.float32)
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    path = write_llama(
+        weights,
+        extra_tensors={"blk.1.ffn_down.weight": stored},
+        extra_kind=encoding,
+        **{"llama.feed_forward_length": width},
+    )
+    read = GgufCheckpoint(path).read("model.layers.1.mlp.down_proj.weight", slice(3, 40))
+    np.testing.assert_array_equal(read, quants.dequantize(stored, encoding)[3:40])
+    assert np.any(read)
+
+
+# --- pieces ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pieces(write_llama: Write) -> list[Path]:
+    """A model in four files, as llama.cpp splits one."""
+    path = write_llama(writing={"split_max_tensors": 6}, **{"tokenizer.ggml.bos_token_id": 7})
+    return sorted(path.parent.glob(f"{path.stem}-*.gguf"))
+
+
+def test_any_piece_opens_the_whole_model(pieces: list[Path], write_llama: Write) -> None:
+    assert len(pieces) == 4
+    whole = GgufCheckpoint(write_llama(**{"tokenizer.ggml.bos_token_id": 7}))
+    for piece in (pieces[0], pieces[2]):
+        checkpoint = GgufCheckpoint(piece)
+        assert checkpoint.config == whole.config
+        assert checkpoint.digest(checkpoint.names()) == whole.digest(whole.names())
+        for name in whole.names():
+            np.testing.assert_array_equal(checkpoint.read(name), whole.read(name))
+
+
+def test_a_folder_of_pieces_is_one_model(pieces: list[Path]) -> None:
+    folder = pieces[0].parent
+    (folder / "mmproj-model-f16.gguf").write_bytes(b"of another kind")
+    assert open_checkpoint(str(folder)).source == str(pieces[0])
+
+
+def test_a_folder_of_several_models_lists_them(write_llama: Write, pieces: list[Path]) -> None:
+    other = write_llama()
+    with pytest.raises(UserError, match=rf"2 GGUF models \({re.escape(pieces[0].name)}, {other.name}\); give the file"):
+        open_checkpoint(str(other.parent))
+
+
+def test_a_folder_with_config_json_and_gguf_alone_is_that_gguf(write_llama: Write) -> None:
+    path = write_llama()
+    (path.parent / "config.json").write_text("{}")
+    assert open_checkpoint(str(path.parent)).source == str(path)
+
+
+def test_a_missing_piece_is_named(pieces: list[Path]) -> None:
+    pieces[1].unlink()
+    for path in (pieces[0], pieces[0].parent):
+        with pytest.raises(UserError, match=rf"one of 4 pieces of a model and {pieces[1].name} is missing"):
+            open_checkpoint(str(path))
+
+
+def test_a_piece_of_another_model_is_refused(pieces: list[Path], write_llama: Write) -> None:
+    pieces[1].write_bytes(pieces[2].read_bytes())
+    with pytest.raises(UserError, match=rf"{pieces[1].name} says that it is piece 2 of 4.*expected 1 of 4"):
+        GgufCheckpoint(pieces[0])
+    pieces[1].write_bytes(write_llama().read_bytes())
+    with pytest.raises(UserError, match=r"piece None of None"):
+        GgufCheckpoint(pieces[0])
+
+
 # --- refusals ----------------------------------------------------------------------------------------
 
 
@@ -284,8 +489,9 @@ def test_keys_that_llama_cpp_lets_files_omit_get_its_defaults(write_llama: Write
     [
         ({"architecture": "gemma"}, "general.architecture 'gemma'"),
         ({"general.type": "adapter"}, "general.type 'adapter'"),
-        ({"split.count": 3}, "one of 3 pieces"),
-        ({"llama.rope.scaling.type": "linear"}, r"llama\.rope\.scaling\.type"),
+        ({"split.count": 3}, r"one of 3 pieces of a model; expected a name such as model-00001-of-00003\.gguf"),
+        ({"llama.rope.scaling.type": "longrope"}, r"'longrope' for llama\.rope\.scaling\.type"),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor; expected 1"),
         ({"llama.expert_count": 8}, r"llama\.expert_count"),
         ({"llama.attention.sliding_window": 64}, r"llama\.attention\.sliding_window"),
         ({"llama.final_logit_softcapping": 30.0}, r"llama\.final_logit_softcapping"),
@@ -299,7 +505,8 @@ def test_keys_that_llama_cpp_lets_files_omit_get_its_defaults(write_llama: Write
         ({"llama.attention.value_length": 2 * HEAD_DIM}, r"32 for llama\.attention\.value_length"),
         ({"llama.vocab_size": VOCABULARY + 1}, r"expected \(41, 64\)"),
         ({"tokenizer.ggml.tokens": ["a"] * (VOCABULARY + 1)}, r"41 entries in tokenizer\.ggml\.tokens"),
-        ({"extra_tensors": {"rope_freqs.weight": np.ones(8, np.float32)}}, r"rope_freqs\.weight"),
+        ({"extra_tensors": {"rope_freqs.weight": np.linspace(1, 9, 8, dtype=np.float32)}}, r"8 factors from 1 to 9"),
+        ({"extra_tensors": {"rope_freqs.weight": np.full(9, 8, np.float32)}}, r"9 factors from 8 to 8; expected the 8"),
         ({"extra_tensors": {"blk.0.attn_q.bias": np.ones(WIDTH, np.float32)}}, r"blk\.0\.attn_q\.bias"),
         ({"extra_tensors": {"output.weight": np.ones((VOCABULARY, WIDTH))}}, "tensors in F64"),
     ],
@@ -463,7 +670,16 @@ def build_tokenizer(fields: dict[str, Any]) -> Any:
     return _in_transformers(_backend(fields), _options(fields))
 
 
-@pytest.mark.parametrize(("pre", "reference"), [("gpt-2", GPT2Tokenizer), ("qwen2", Qwen2Tokenizer)])
+def _llama3_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Any:
+    fields = {"tokenizer_type": "gpt2", "pre_tokenizer_type": "llama-bpe", "tokens": list(vocab)}
+    backend, _ = convert_gguf_tokenizer("llama", {**fields, "merges": [" ".join(merge) for merge in merges]})
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.mark.parametrize(
+    ("pre", "reference"),
+    [("gpt-2", GPT2Tokenizer), ("qwen2", Qwen2Tokenizer), ("llama-bpe", _llama3_tokenizer)],
+)
 @pytest.mark.parametrize(
     "text",
     [
@@ -493,6 +709,16 @@ def test_added_tokens_keep_their_ids_and_kinds() -> None:
     assert "[PAD9]" not in tokenizer.get_vocab()
 
 
+def test_llama_3_begins_every_text_and_takes_words_that_are_tokens_whole() -> None:
+    fields = tokenizer_fields("llama-bpe")
+    end = fields["tokenizer.ggml.eos_token_id"]
+    fields["tokenizer.ggml.bos_token_id"] = end
+    fields["tokenizer.ggml.tokens"].append("Ġhouse")  # without merges that lead to it
+    fields["tokenizer.ggml.token_type"].append(1)
+    assert build_tokenizer(fields)(" house").input_ids == [end, len(fields["tokenizer.ggml.tokens"]) - 1]
+    assert build_tokenizer(fields | {"tokenizer.ggml.add_bos_token": False})("the").input_ids[0] != end
+
+
 def test_add_bos_token_is_honoured() -> None:
     fields = tokenizer_fields("gpt-2")
     end = fields["tokenizer.ggml.eos_token_id"]
@@ -508,7 +734,7 @@ def test_add_bos_token_is_honoured() -> None:
         ({"tokenizer.ggml.model": "llama"}, r"tokenizer\.ggml\.model is 'llama'"),
         (
             {"tokenizer.ggml.pre": "tekken"},
-            r"tokenizer\.ggml\.pre is 'tekken'; expected one of 'gpt-2', 'qwen2'",
+            r"tokenizer\.ggml\.pre is 'tekken'; expected one of 'gpt-2', 'llama-bpe'",
         ),
         ({"tokenizer.ggml.pre": None}, r"tokenizer\.ggml\.pre is None"),
         ({"tokenizer.ggml.merges": None}, r"None for tokenizer\.ggml\.merges"),

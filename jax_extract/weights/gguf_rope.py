@@ -106,7 +106,7 @@ def _by_name(metadata: Mapping[str, Any], config: Mapping[str, Any], source: str
 
 def _by_factors(factors: np.ndarray, config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The parameters of Llama 3.1's scaling that give these factors."""
-    head_dim, factor = config["head_dim"], float(str(np.float32(factors.max())))
+    head_dim, factor = config["head_dim"], float(f"{factors.max():.6g}")
     if factors.shape == (head_dim // 2,) and factor > 1:
         for original in ORIGINAL_LENGTHS:
             computed = _llama3_factors(head_dim, config["rope_theta"], factor, original)

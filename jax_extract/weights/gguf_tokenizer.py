@@ -30,6 +30,8 @@ QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Llama 3's is the same but for numbers, which go in threes.
+LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
 class TokenType(IntEnum):
@@ -42,10 +44,17 @@ class TokenType(IntEnum):
 
 @dataclass(frozen=True)
 class TextSplitting:
-    """What happens to text before BPE."""
+    """What happens to text before BPE, and what of BPE and the special tokens goes with it.
+
+    Attributes:
+      ignore_merges: a word that is a token is that token, whatever its parts would merge to.
+      adds_bos: where the file does not say.
+    """
 
     normalizer: normalizers.Normalizer | None
     pre_tokenizer: pre_tokenizers.PreTokenizer
+    ignore_merges: bool = False
+    adds_bos: bool = False
 
 
 def _gpt2() -> TextSplitting:
@@ -57,13 +66,27 @@ def _smollm() -> TextSplitting:
     return TextSplitting(None, pre_tokenizers.Sequence([digits, _gpt2().pre_tokenizer]))
 
 
+def _words(pattern: str) -> pre_tokenizers.PreTokenizer:
+    words = pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False)
+    return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
 def _qwen2() -> TextSplitting:
-    words = pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated", invert=False)
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return TextSplitting(normalizers.NFC(), pre_tokenizers.Sequence([words, to_bytes]))
+    return TextSplitting(normalizers.NFC(), _words(QWEN2_PATTERN))
 
 
-TEXT_SPLITTINGS = {"gpt-2": _gpt2, "qwen2": _qwen2, "smollm": _smollm}
+def _llama3() -> TextSplitting:
+    return TextSplitting(None, _words(LLAMA3_PATTERN), ignore_merges=True, adds_bos=True)
+
+
+TEXT_SPLITTINGS = {
+    "gpt-2": _gpt2,
+    "llama-bpe": _llama3,
+    "llama-v3": _llama3,
+    "llama3": _llama3,
+    "qwen2": _qwen2,
+    "smollm": _smollm,
+}
 
 SPECIAL_TOKEN_KEYS = {
     "bos_token": "tokenizer.ggml.bos_token_id",
@@ -136,7 +159,7 @@ def _backend(fields: Mapping[str, Any]) -> Tokenizer:
     vocabulary = _vocabulary(tokens, types)
     merges = _merges(_required(fields, "tokenizer.ggml.merges"), vocabulary)
 
-    backend = Tokenizer(BPE(vocab=vocabulary, merges=merges))
+    backend = Tokenizer(BPE(vocab=vocabulary, merges=merges, ignore_merges=splitting.ignore_merges))
     if splitting.normalizer is not None:
         backend.normalizer = splitting.normalizer
     backend.pre_tokenizer = splitting.pre_tokenizer
@@ -150,10 +173,11 @@ def _backend(fields: Mapping[str, Any]) -> Tokenizer:
 def _options(fields: Mapping[str, Any]) -> dict[str, Any]:
     """What transformers is told beside the backend."""
     tokens: list[str] = _required(fields, "tokenizer.ggml.tokens")
+    adds_bos = _text_splitting(fields).adds_bos and fields.get(SPECIAL_TOKEN_KEYS["bos_token"]) is not None
     special = {role: _token_of_id(fields, key, tokens) for role, key in SPECIAL_TOKEN_KEYS.items()}
     return {
         "chat_template": fields.get("tokenizer.chat_template"),
-        "add_bos_token": _adds(fields, "tokenizer.ggml.add_bos_token", special["bos_token"]),
+        "add_bos_token": _adds(fields, "tokenizer.ggml.add_bos_token", special["bos_token"], adds_bos),
         "add_eos_token": _adds(fields, "tokenizer.ggml.add_eos_token", special["eos_token"]),
         # Cleaning up would eat spaces before punctuation, so that decoding no longer inverts encoding.
         "clean_up_tokenization_spaces": False,
@@ -254,8 +278,8 @@ def _token_of_id(fields: Mapping[str, Any], key: str, tokens: list[str]) -> str 
     return tokens[index]
 
 
-def _adds(fields: Mapping[str, Any], key: str, token: str | None) -> bool:
-    adds = bool(fields.get(key, False))
+def _adds(fields: Mapping[str, Any], key: str, token: str | None, default: bool = False) -> bool:
+    adds = bool(fields.get(key, default))
     if adds and token is None:
         raise UserError(f"{key} is True but the file names no such token; expected its id as well: {MEND}.")
     return adds

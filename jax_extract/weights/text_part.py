@@ -26,7 +26,7 @@ _HEAD = "lm_head."
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the language model, which is the whole one where that is all there is."""
     part = config.get("text_config")
-    if config.get("model_type") not in _WHOLE_TYPES or not isinstance(part, dict | None):
+    if str(config.get("model_type")) not in _WHOLE_TYPES or not isinstance(part, dict | None):
         return dict(config)
     ours = {"model_type": _WHOLE_TYPES[config["model_type"]]} | {key: config[key] for key in _OF_BOTH if key in config}
     return ours | (part or {}) | {key: config.get(key, absent) for key, absent in _OF_WHOLE.items()}

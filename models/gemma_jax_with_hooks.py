@@ -18,16 +18,16 @@ from flax import nnx
 from jax import Array
 
 from models import head, hf_config
+from models.config_fields import Fields
 from models.decoder import Carry, run_decoder
 from models.feed_forward import gated
-from models.hf_config import size
+from models.hf_config import positive, size
 from models.hooks import GATED, HookPoints, Taps
 from models.layers import ACTIVATIONS, Numerics, Rotary, embed, rms_norm, rotate, soft_capped, split_heads
 from models.ports import Gather, Module, Parameters, Port, TensorSource
 from models.self_attention import AttentionRule, SelfAttention
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
-_GEMMA3_PATTERN = 6  # every sixth layer sees all
 _GELU = ACTIVATIONS["gelu_pytorch_tanh"]
 
 
@@ -106,7 +106,7 @@ class GemmaConfig:
     @classmethod
     def gemma3_1b(cls) -> GemmaConfig:
         base = cls(262_144, 1_152, 6_912, 26, 4, 1, 256, Rotary(1e6), Rotary(1e4), 256**-0.5, 1e-6, 32_768)
-        windows = tuple(512 if (layer + 1) % _GEMMA3_PATTERN else 0 for layer in range(26))
+        windows = tuple(512 if (layer + 1) % 6 else 0 for layer in range(26))
         return replace(base, norms_behind=True, qk_norm=True, windows=windows, model_type="gemma3_text")
 
 
@@ -257,39 +257,85 @@ def _norm(config: GemmaConfig, x: Array, weight: Array) -> Array:
 
 # ------------------------------------------------------------------------------------- configuration
 
-_FIELDS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "rms_norm_eps max_position_embeddings tie_word_embeddings hidden_act hidden_activation attention_bias "
-    "query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping sliding_window sliding_window_pattern "
-    "_sliding_window_pattern sliding_window_size layer_types rope_local_base_freq use_bidirectional_attention "
-    "cache_implementation"
-).split()
-_TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu")  # releases of Gemma 1 say gelu and mean its approximation
-
-
-# What a field that is absent means, as transformers reads it; null is none.
-_ABSENT = {
-    "gemma": {},
-    "gemma2": {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4_096},
-    "gemma3_text": {
-        "sliding_window": 4_096,
-        "vocab_size": 262_208,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 131_072,
-    },
+_SHARED = {
+    **hf_config.ROPE_FIELDS,
+    "head_dim": 256,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "use_bidirectional_attention": None,
 }
+_SECOND = {
+    **_SHARED,
+    "hidden_size": 2_304,
+    "intermediate_size": 9_216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4_096,
+    "layer_types": None,
+}
+_DROPOUT = frozenset({"attention_dropout"})
+_ECHOES = {"hidden_act": "hidden_activation", "sliding_window_size": "sliding_window"}
+
+FIELDS: Mapping[str, Fields] = {
+    "gemma": Fields(
+        {
+            **_SHARED,
+            "vocab_size": 256_000,
+            "hidden_size": 3_072,
+            "intermediate_size": 24_576,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "hidden_act": "gelu_pytorch_tanh",
+            "max_position_embeddings": 8_192,
+        },
+        # Of its successors and of transformers 4; Gemma 1 has no caps, whatever its config.json says.
+        _DROPOUT | {"hidden_activation", "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"},
+    ),
+    "gemma2": Fields(
+        {
+            **_SECOND,
+            "vocab_size": 256_000,
+            "max_position_embeddings": 8_192,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        _DROPOUT,
+        echoes=_ECHOES,
+    ),
+    "gemma3_text": Fields(
+        {
+            **_SECOND,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+            "vocab_size": 262_208,
+            "max_position_embeddings": 131_072,
+            "sliding_window_pattern": 6,  # every sixth layer sees all
+            "final_logit_softcapping": None,
+            "use_bidirectional_attention": False,
+        },
+        # The cap of attention is kept by transformers and not computed with.
+        _DROPOUT | {"attn_logit_softcapping", "_sliding_window_pattern"},
+        echoes=_ECHOES,
+    ),
+}
+_TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu")  # releases of Gemma 1 say gelu and mean its approximation
 
 
 def _from_hf(config: Mapping[str, Any]) -> GemmaConfig:
     model_type = hf_config.require_model_type(config, MODEL_TYPES)
-    config = {**_ABSENT[model_type], **config}
-    hf_config.refuse_unknown(config, (*_FIELDS, *hf_config.ROPE_FIELDS))
-    for key in ("hidden_act", "hidden_activation"):
-        hf_config.require(config, key, _TANH_GELU if model_type == "gemma" else _TANH_GELU[:2], _TANH_GELU[0])
-    hf_config.require(config, "attention_bias", (False,), False)
-    hf_config.require(config, "use_bidirectional_attention", (False,), False)
-    layers, head_dim = size(config, "num_hidden_layers"), size(config, "head_dim", default=256)
+    config = FIELDS[model_type].complete(config)
+    if model_type == "gemma":
+        hf_config.require(config, "hidden_act", _TANH_GELU)
+    else:
+        hf_config.require(config, "hidden_activation", _TANH_GELU[:2])
+    hf_config.require(config, "attention_bias", (False,))
+    hf_config.require(config, "use_bidirectional_attention", (False, None))
+    layers, head_dim = size(config, "num_hidden_layers"), size(config, "head_dim")
     rotary, local_rotary = _rotaries(config)
     return GemmaConfig(
         vocab_size=size(config, "vocab_size"),
@@ -301,31 +347,30 @@ def _from_hf(config: Mapping[str, Any]) -> GemmaConfig:
         head_dim=head_dim,
         rotary=rotary,
         local_rotary=local_rotary,
-        query_scale=(head_dim if model_type == "gemma" else hf_config.positive(config, "query_pre_attn_scalar", 256.0))
-        ** -0.5,
-        rms_norm_eps=hf_config.positive(config, "rms_norm_eps", 1e-6),
+        query_scale=(head_dim if model_type == "gemma" else positive(config, "query_pre_attn_scalar")) ** -0.5,
+        rms_norm_eps=positive(config, "rms_norm_eps"),
         max_position_embeddings=size(config, "max_position_embeddings"),
         soft_cap=_cap(config, "attn_logit_softcapping") if model_type == "gemma2" else None,
         head_soft_cap=_cap(config, "final_logit_softcapping") if model_type != "gemma" else None,
         norms_behind=model_type != "gemma",
         qk_norm=model_type == "gemma3_text",
         windows=_windows(config, layers),
-        tie_word_embeddings=hf_config.switch(config, "tie_word_embeddings", True),
+        tie_word_embeddings=hf_config.switch(config, "tie_word_embeddings"),
         model_type=model_type,
     )
 
 
 def _cap(config: Mapping[str, Any], key: str) -> float | None:
-    return None if config.get(key) is None else hf_config.positive(config, key)
+    return None if config.get(key) is None else positive(config, key)
 
 
 def _rotaries(config: Mapping[str, Any]) -> tuple[Rotary, Rotary]:
     """Of layers that see all, and of layers with a sliding window; Gemma 3 has a set of parameters for each."""
     if config["model_type"] != "gemma3_text":
-        rotary = hf_config.rotary(config)
+        rotary = hf_config.rotary(hf_config.one_rotation(config))
         return rotary, rotary
-    named = hf_config.mapping(config, "rope_parameters")
-    wide = {**hf_config.mapping(config, "rope_scaling"), **hf_config.mapping(named, "full_attention")}
+    named = hf_config.mapping(config, "rope_parameters") or {"full_attention": {"rope_type": "default"}}
+    wide = {**hf_config.mapping(named, "full_attention"), **hf_config.mapping(config, "rope_scaling")}
     near = hf_config.mapping(named, "sliding_attention")
     return (
         hf_config.rotary_of(wide, config.get("rope_theta"), 1_000_000.0),
@@ -337,10 +382,7 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     """Where config.json has no `layer_types`: every second layer of Gemma 2, all but every sixth of Gemma 3."""
     if config["model_type"] == "gemma":
         return ()
-    hf_config.require(config, "sliding_window_size", (config["sliding_window"],), None)
-    pattern = 2
-    if config["model_type"] == "gemma3_text":
-        pattern = size(config, "sliding_window_pattern", _GEMMA3_PATTERN)
+    pattern = 2 if config["model_type"] == "gemma2" else size(config, "sliding_window_pattern")
     return hf_config.sliding_windows(config, layers, [(layer + 1) % pattern != 0 for layer in range(layers)])
 
 
@@ -366,6 +408,7 @@ def _modules(config: GemmaConfig) -> dict[str, Module]:
 
 PORT = Port(
     config=GemmaConfig.from_hf,
+    fields=FIELDS,
     hook_points=_hook_points,
     structure=Gemma,
     sources=sources,

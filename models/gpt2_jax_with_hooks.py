@@ -17,6 +17,7 @@ from flax import nnx
 from jax import Array
 
 from models import head, hf_config
+from models.config_fields import Fields
 from models.decoder import Carry, run_decoder
 from models.feed_forward import ungated
 from models.hf_config import size, switch
@@ -224,19 +225,43 @@ def block(
 
 # ------------------------------------------------------------------------------------- configuration
 
-_FIELDS = (
-    "vocab_size n_positions n_ctx n_embd n_layer n_head n_inner activation_function layer_norm_epsilon "
-    "scale_attn_weights scale_attn_by_inverse_layer_idx reorder_and_upcast_attn add_cross_attention "
-    "tie_word_embeddings resid_pdrop embd_pdrop attn_pdrop summary_type summary_use_proj summary_activation "
-    "summary_proj_to_labels summary_first_dropout n_special predict_special_tokens"
-).split()
+FIELDS: Mapping[str, Fields] = {
+    "gpt2": Fields(
+        read={
+            "vocab_size": 50_257,
+            "n_positions": 1_024,
+            "n_embd": 768,
+            "n_layer": 12,
+            "n_head": 12,
+            "n_inner": None,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5,
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+            "tie_word_embeddings": True,
+        },
+        # `reorder_and_upcast_attn` rounds otherwise in half precision; the sums here are of float32 anyway.
+        ignored=frozenset(
+            (
+                "resid_pdrop embd_pdrop attn_pdrop reorder_and_upcast_attn n_ctx n_special predict_special_tokens "
+                "summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout"
+            ).split()
+        ),
+        renamed={
+            "hidden_size": "n_embd",
+            "max_position_embeddings": "n_positions",
+            "num_attention_heads": "n_head",
+            "num_hidden_layers": "n_layer",
+        },
+    )
+}
 
 
 def _from_hf(config: Mapping[str, Any]) -> GPT2Config:
-    hf_config.require_model_type(config, MODEL_TYPES)
-    hf_config.refuse_unknown(config, _FIELDS)
-    hf_config.require(config, "add_cross_attention", (False,), False)
-    hf_config.require(config, "activation_function", tuple(ACTIVATIONS), "gelu_new")
+    model_type = hf_config.require_model_type(config, MODEL_TYPES)
+    config = FIELDS[model_type].complete(config)
+    hf_config.require(config, "add_cross_attention", (False,))
     d = size(config, "n_embd")
     return GPT2Config(
         vocab_size=size(config, "vocab_size"),
@@ -245,11 +270,11 @@ def _from_hf(config: Mapping[str, Any]) -> GPT2Config:
         num_hidden_layers=size(config, "n_layer"),
         num_attention_heads=size(config, "n_head"),
         max_position_embeddings=size(config, "n_positions"),
-        layer_norm_eps=hf_config.positive(config, "layer_norm_epsilon", 1e-5),
-        activation=config.get("activation_function") or "gelu_new",
-        scaled=switch(config, "scale_attn_weights", True),
+        layer_norm_eps=hf_config.positive(config, "layer_norm_epsilon"),
+        activation=hf_config.require(config, "activation_function", tuple(ACTIVATIONS)),
+        scaled=switch(config, "scale_attn_weights"),
         scaled_by_layer=switch(config, "scale_attn_by_inverse_layer_idx"),
-        tie_word_embeddings=switch(config, "tie_word_embeddings", True),
+        tie_word_embeddings=switch(config, "tie_word_embeddings"),
     )
 
 
@@ -273,6 +298,7 @@ def _modules(config: GPT2Config) -> dict[str, Module]:
 
 PORT = Port(
     config=GPT2Config.from_hf,
+    fields=FIELDS,
     hook_points=_hook_points,
     structure=GPT2,
     sources=sources,

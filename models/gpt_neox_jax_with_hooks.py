@@ -17,6 +17,7 @@ from flax import nnx
 from jax import Array
 
 from models import head, hf_config
+from models.config_fields import Fields
 from models.decoder import Carry, run_decoder
 from models.feed_forward import ungated
 from models.hf_config import size, switch
@@ -240,31 +241,50 @@ def _heads(config: GPTNeoXConfig, qkv: Array) -> tuple[Array, Array, Array]:
 
 # ------------------------------------------------------------------------------------- configuration
 
-_FIELDS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads layer_norm_eps "
-    "max_position_embeddings hidden_act use_parallel_residual attention_bias tie_word_embeddings rotary_pct "
-    "rotary_emb_base hidden_dropout classifier_dropout attention_probs_dropout_prob hidden_dropout_prob"
-).split()
+FIELDS: Mapping[str, Fields] = {
+    "gpt_neox": Fields(
+        read={
+            "rope_scaling": None,
+            "rope_parameters": None,
+            "rotary_emb_base": 10_000.0,
+            "rotary_pct": 0.25,
+            "vocab_size": 50_432,
+            "hidden_size": 6_144,
+            "num_hidden_layers": 44,
+            "num_attention_heads": 64,
+            "head_dim": None,
+            "intermediate_size": 24_576,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-5,
+            "max_position_embeddings": 2_048,
+            "use_parallel_residual": True,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+        },
+        ignored=frozenset("attention_dropout attention_probs_dropout_prob hidden_dropout_prob".split()),
+        echoes={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+    )
+}
 
 
 def _from_hf(config: Mapping[str, Any]) -> GPTNeoXConfig:
-    hf_config.require_model_type(config, MODEL_TYPES)
-    hf_config.refuse_unknown(config, (*_FIELDS, *hf_config.ROPE_FIELDS))
-    hf_config.require(config, "hidden_act", tuple(ACTIVATIONS), "gelu")
+    model_type = hf_config.require_model_type(config, MODEL_TYPES)
+    config = hf_config.one_rotation(FIELDS[model_type].complete(config))
     hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
+    hf_config.require(config, "head_dim", (None, hidden // heads))
     return GPTNeoXConfig(
         vocab_size=size(config, "vocab_size"),
         hidden_size=hidden,
         intermediate_size=size(config, "intermediate_size"),
         num_hidden_layers=size(config, "num_hidden_layers"),
         num_attention_heads=heads,
-        rotary=hf_config.rotary({"rope_theta": config.get("rotary_emb_base"), **config}),
+        rotary=hf_config.rotary({**config, "rope_theta": config["rotary_emb_base"]}),
         rotated=hf_config.rotated_width(config, hidden // heads, 0.25, "rotary_pct"),
-        layer_norm_eps=hf_config.positive(config, "layer_norm_eps", 1e-5),
+        layer_norm_eps=hf_config.positive(config, "layer_norm_eps"),
         max_position_embeddings=size(config, "max_position_embeddings"),
-        activation=config.get("hidden_act") or "gelu",
-        parallel=switch(config, "use_parallel_residual", True),
-        attention_bias=switch(config, "attention_bias", True),
+        activation=hf_config.require(config, "hidden_act", tuple(ACTIVATIONS)),
+        parallel=switch(config, "use_parallel_residual"),
+        attention_bias=switch(config, "attention_bias"),
         tie_word_embeddings=switch(config, "tie_word_embeddings"),
     )
 
@@ -289,6 +309,7 @@ def _modules(config: GPTNeoXConfig) -> dict[str, Module]:
 
 PORT = Port(
     config=GPTNeoXConfig.from_hf,
+    fields=FIELDS,
     hook_points=_hook_points,
     structure=GPTNeoX,
     sources=sources,

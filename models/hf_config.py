@@ -1,13 +1,14 @@
-"""A Hugging Face config.json, read field by field; what is not understood is refused by name.
+"""A Hugging Face config.json, read field by field; what a port does not compute is refused by name.
 
-In: config.json as a dictionary, in the spelling of transformers 4 or 5. Out: checked values, or one sentence that
-names the field, what it holds and what was expected.
+In: config.json as a dictionary, in the spelling of transformers 4 or 5, completed by `config_fields`. Out: checked
+values, or one sentence that names the field, what it holds and what was expected.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 from models.errors import UserError
@@ -15,17 +16,6 @@ from models.layers import Rotary
 
 Config = Mapping[str, Any]
 
-# Fields that say nothing about the forward pass, or only about parts it does not have (head, dropout,
-# cache, initialisation, generation).
-_HARMLESS = frozenset(
-    (
-        "architectures auto_map _name_or_path transformers_version torch_dtype dtype use_cache bos_token_id "
-        "eos_token_id pad_token_id initializer_range attention_dropout model_type output_attentions "
-        "output_hidden_states return_dict chunk_size_feed_forward is_encoder_decoder is_decoder id2label label2id "
-        "problem_type finetuning_task task_specific_params unsloth_version unsloth_fixed transformers.js_config "
-        "_attn_implementation gradient_checkpointing output_past _num_labels"
-    ).split()
-)
 _ROPE_FIELDS = {
     "default": {"rope_theta"},
     "linear": {"rope_theta", "factor"},
@@ -37,8 +27,9 @@ _ROPE_FIELDS = {
         "original_max_position_embeddings",
     },
 }
-ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
-_LAYER_TYPES = ("full_attention", "sliding_attention")
+# What says how positions are rotated, and what each means where it is missing.
+ROPE_FIELDS = {"rope_theta": 10_000.0, "rope_scaling": None, "rope_parameters": None, "partial_rotary_factor": None}
+_LAYER_TYPES = {"full_attention": False, "attention": False, "sliding_attention": True}  # -> whether it has a window
 
 
 def require_model_type(config: Config, family: Sequence[str]) -> str:
@@ -48,39 +39,25 @@ def require_model_type(config: Config, family: Sequence[str]) -> str:
     return model_type
 
 
-def refuse_unknown(config: Config, understood: Iterable[str]) -> None:
-    """UserError where a field that is set is neither understood nor known to leave the mathematics alone."""
-    known = _HARMLESS.union(understood)
-    if unknown := sorted(key for key, value in config.items() if key not in known and value is not None):
-        raise UserError(
-            f"config.json has {', '.join(map(repr, unknown))}, which this port does not understand and which "
-            "may change the mathematics; remove the field if it does not, or ask for support"
-        )
-
-
 def size(config: Config, key: str, default: int | None = None) -> int:
-    value = default if config.get(key) is None else config[key]
-    if value is None:
-        raise UserError(f"config.json lacks {key!r}; it must be a complete Hugging Face file")
+    value = _given(config, key, default)
     if type(value) is not int or not 1 <= value < 2**31:
         raise UserError(f"config.json has {key} {_shown(value)}; it must be a whole number of at least 1")
     return value
 
 
 def positive(config: Config, key: str, default: float | None = None) -> float:
-    value = default if config.get(key) is None else config[key]
-    if value is None:
-        raise UserError(f"config.json lacks {key!r}; it must be a complete Hugging Face file")
+    value = _given(config, key, default)
     if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
         raise UserError(f"config.json has {key} {_shown(value)}; it must be a positive number")
     return float(value)
 
 
-def switch(config: Config, key: str, default: bool = False) -> bool:
-    value = config.get(key)
-    if value not in (None, True, False):
+def switch(config: Config, key: str) -> bool:
+    value = _given(config, key)
+    if value not in (True, False):
         raise UserError(f"config.json has {key} {_shown(value)}; it must be true or false")
-    return default if value is None else bool(value)
+    return bool(value)
 
 
 def mapping(config: Config, key: str) -> Config:
@@ -91,11 +68,14 @@ def mapping(config: Config, key: str) -> Config:
     return value or {}
 
 
-def require(config: Config, key: str, accepted: tuple[Any, ...], default: Any) -> None:
-    """UserError where a field is set to something that the port does not compute."""
-    value = config.get(key, default)
-    if value is not None and value not in accepted:
-        raise UserError(f"config.json asks for {key} {value!r}; this port computes {', '.join(map(repr, accepted))}")
+def require(config: Config, key: str, accepted: tuple[Any, ...]) -> Any:
+    """The value of a field; UserError where it is one that the port does not compute."""
+    value = config.get(key)
+    if not isinstance(value, (str, bool, int, NoneType)) or value not in accepted:
+        raise UserError(
+            f"config.json asks for {key} {_shown(value)}; this port computes {', '.join(map(_shown, accepted))}"
+        )
+    return value
 
 
 def require_whole_heads(width: int, heads: int, key_heads: int) -> None:
@@ -109,8 +89,25 @@ def require_whole_heads(width: int, heads: int, key_heads: int) -> None:
         )
 
 
+def _given(config: Config, key: str, default: Any = None) -> Any:
+    if (value := config.get(key)) is not None:
+        return value
+    if default is None:
+        raise UserError(
+            f"config.json has {key} null, which means nothing there; leave it out for what transformers takes instead"
+            if key in config
+            else f"config.json lacks {key!r}; it must be a complete Hugging Face file"
+        )
+    return default
+
+
 def _shown(value: Any) -> str:
-    return repr(value)[:40]
+    return "null" if value is None else repr(value)[:40]
+
+
+def one_rotation(config: Config) -> Config:
+    """With one set of rope parameters, as transformers takes it: `rope_scaling` where it says anything."""
+    return {**config, "rope_parameters": None} if config.get("rope_scaling") else config
 
 
 # ------------------------------------------------------------------------------------------- rotations
@@ -174,10 +171,14 @@ def sliding_windows(config: Config, layers: int, sliding: Sequence[bool]) -> tup
         if not isinstance(types, list) or len(types) != layers:
             raise UserError(f"config.json has layer_types {_shown(types)}; expected a list of {layers}, one a layer")
         for kind in types:
-            if kind not in _LAYER_TYPES:
+            if not isinstance(kind, str) or kind not in _LAYER_TYPES:
                 raise UserError(f"config.json has the layer type {_shown(kind)}; known: {', '.join(_LAYER_TYPES)}")
-        sliding = [kind == "sliding_attention" for kind in types]
-    if config.get("sliding_window") is None or not any(sliding[:layers]):
+        sliding = [_LAYER_TYPES[kind] for kind in types]
+    if not any(sliding[:layers]):
         return ()
+    if config.get("sliding_window") is None:
+        raise UserError(
+            "config.json has layers with a sliding window and no sliding_window that says how long it is; add it"
+        )
     window = size(config, "sliding_window")
     return tuple(window if slides else 0 for slides in sliding[:layers])

@@ -17,6 +17,7 @@ from flax import nnx
 from jax import Array
 
 from models import head, hf_config
+from models.config_fields import Fields
 from models.decoder import Carry, run_decoder
 from models.feed_forward import ungated
 from models.hf_config import size, switch
@@ -224,17 +225,34 @@ def block(
 
 # ------------------------------------------------------------------------------------- configuration
 
-_FIELDS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-    "layer_norm_eps max_position_embeddings hidden_act qk_layernorm tie_word_embeddings resid_pdrop embd_pdrop"
-).split()
+FIELDS: Mapping[str, Fields] = {
+    "phi": Fields(
+        read={
+            **hf_config.ROPE_FIELDS,
+            "partial_rotary_factor": 0.5,
+            "vocab_size": 51_200,
+            "hidden_size": 2_048,
+            "intermediate_size": 8_192,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 32,
+            "num_key_value_heads": None,
+            "head_dim": None,
+            "hidden_act": "gelu_new",
+            "layer_norm_eps": 1e-5,
+            "max_position_embeddings": 2_048,
+            "qk_layernorm": False,
+            "tie_word_embeddings": False,
+        },
+        ignored=frozenset("resid_pdrop embd_pdrop attention_dropout".split()),
+    )
+}
 
 
 def _from_hf(config: Mapping[str, Any]) -> PhiConfig:
-    hf_config.require_model_type(config, MODEL_TYPES)
-    hf_config.refuse_unknown(config, (*_FIELDS, *hf_config.ROPE_FIELDS))
-    hf_config.require(config, "hidden_act", tuple(ACTIVATIONS), "gelu_new")
+    model_type = hf_config.require_model_type(config, MODEL_TYPES)
+    config = hf_config.one_rotation(FIELDS[model_type].complete(config))
     hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
+    hf_config.require(config, "head_dim", (None, hidden // heads))
     return PhiConfig(
         vocab_size=size(config, "vocab_size"),
         hidden_size=hidden,
@@ -244,9 +262,9 @@ def _from_hf(config: Mapping[str, Any]) -> PhiConfig:
         num_key_value_heads=size(config, "num_key_value_heads", default=heads),
         rotary=hf_config.rotary(config),
         rotated=hf_config.rotated_width(config, hidden // heads, 0.5),
-        layer_norm_eps=hf_config.positive(config, "layer_norm_eps", 1e-5),
+        layer_norm_eps=hf_config.positive(config, "layer_norm_eps"),
         max_position_embeddings=size(config, "max_position_embeddings"),
-        activation=config.get("hidden_act") or "gelu_new",
+        activation=hf_config.require(config, "hidden_act", tuple(ACTIVATIONS)),
         qk_norm=switch(config, "qk_layernorm"),
         tie_word_embeddings=switch(config, "tie_word_embeddings"),
     )
@@ -271,6 +289,7 @@ def _modules(config: PhiConfig) -> dict[str, Module]:
 
 PORT = Port(
     config=PhiConfig.from_hf,
+    fields=FIELDS,
     hook_points=_hook_points,
     structure=Phi,
     sources=sources,

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 from flax import nnx
 from jax import Array
 
+from models.config_fields import Fields
 from models.hooks import HookPoints, Taps
 from models.layers import Numerics
 from models.self_attention import AttentionRule, SelfAttention
@@ -98,6 +99,7 @@ class Port(Family):
     """An architecture that is computed here: pure functions over its frozen configuration.
 
     Attributes:
+      fields: model type -> which fields of config.json are read, and what a missing one means.
       structure: (configuration, blocks, dtype, head) -> the NNX module that names and shapes the parameters, those of
         the head among them if asked for; call it under `nnx.eval_shape`.
       sources: (configuration) -> parameter path (dotted) -> where it comes from, the head's included.
@@ -109,6 +111,7 @@ class Port(Family):
         [b, t, vocab], by the head.
     """
 
+    fields: Mapping[str, Fields]
     structure: Callable[[Any, int, str, bool], nnx.Module]
     sources: Callable[[Any], Mapping[str, TensorSource]]
     unused_tensors: Callable[[Any], frozenset[str]]

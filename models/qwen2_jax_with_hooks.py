@@ -4,8 +4,7 @@ In: a Hugging Face config.json, sharded parameters, token ids, taps. Out: taps w
 captured activations. Flax NNX names, shapes and stacks the parameters; the forward is a pure function
 of their state. Blocks are stacked on a leading axis and scanned, q/k/v are one product and gate/up
 another. Family members differ in biases, q/k norm, sliding windows and rope scaling only: Qwen2,
-Qwen3, Llama 2 and 3, TinyLlama, SmolLM2, Mistral. A configuration field that is neither understood
-nor known to leave the mathematics alone is refused by name.
+Qwen3, Llama 2 and 3, TinyLlama, SmolLM2, Mistral.
 """
 
 from __future__ import annotations
@@ -20,12 +19,13 @@ from flax import nnx
 from jax import Array
 
 from models import head, hf_config
+from models.config_fields import Fields
 from models.decoder import Carry, run_decoder
 from models.errors import UserError
 from models.feed_forward import gated
 from models.hf_config import size, switch
 from models.hooks import GATED, HookPoints, Taps
-from models.layers import Numerics, Rotary, embed, rms_norm, rotate, split_heads
+from models.layers import ACTIVATIONS, Numerics, Rotary, embed, rms_norm, rotate, split_heads
 from models.ports import Gather, Module, Parameters, Port, TensorSource
 from models.self_attention import AttentionRule, SelfAttention
 
@@ -60,6 +60,7 @@ class Qwen2Config:
     mlp_bias: bool = False
     qk_norm: bool = False
     windows: tuple[int, ...] = ()
+    activation: str = "silu"
     model_type: str = "qwen2"
 
     def __post_init__(self) -> None:
@@ -284,7 +285,7 @@ def block(
     x, taps = taps.visit("after_attention", layer, x + update)
     with jax.named_scope("ffn"):
         normed = rms_norm(x, p["ffn_norm"], config.rms_norm_eps)
-        update, taps = gated(p, normed, taps, layer, jax.nn.silu, numerics)
+        update, taps = gated(p, normed, taps, layer, ACTIVATIONS[config.activation], numerics)
     update, taps = taps.visit("ffn_out", layer, update)
     x, taps = taps.visit("after_block", layer, x + update)
     return x, taps, attention
@@ -304,24 +305,64 @@ def _heads(
 
 # ------------------------------------------------------------------------------------- configuration
 
-_FIELDS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "rms_norm_eps max_position_embeddings tie_word_embeddings hidden_act attention_bias mlp_bias sliding_window "
-    "use_sliding_window max_window_layers layer_types is_llama_config rope_interleaved pretraining_tp"
-).split()
+_SHARED = {
+    **hf_config.ROPE_FIELDS,
+    "hidden_size": 4_096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+_WINDOWS = {"use_sliding_window": False, "sliding_window": 4_096, "max_window_layers": 28, "layer_types": None}
+_QWEN = {
+    **_SHARED,
+    **_WINDOWS,
+    "vocab_size": 151_936,
+    "intermediate_size": 22_016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32_768,
+}
+_DROPOUT = frozenset({"attention_dropout"})
+
+FIELDS: Mapping[str, Fields] = {
+    "qwen2": Fields(_QWEN, _DROPOUT),
+    "qwen3": Fields({**_QWEN, "head_dim": 128, "attention_bias": False}, _DROPOUT),
+    "llama": Fields(
+        {
+            **_SHARED,
+            "vocab_size": 32_000,
+            "intermediate_size": 11_008,
+            "num_key_value_heads": None,
+            "max_position_embeddings": 2_048,
+            "attention_bias": False,
+            "mlp_bias": False,
+        },
+        _DROPOUT | {"pretraining_tp"},
+    ),
+    "mistral": Fields(
+        {
+            **_SHARED,
+            "vocab_size": 32_000,
+            "intermediate_size": 14_336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131_072,
+            "sliding_window": 4_096,
+        },
+        _DROPOUT,
+    ),
+}
 
 
 def _from_hf(config: Mapping[str, Any]) -> Qwen2Config:
     model_type = hf_config.require_model_type(config, MODEL_TYPES)
-    hf_config.refuse_unknown(config, (*_FIELDS, *hf_config.ROPE_FIELDS))
-    hf_config.require(config, "hidden_act", ("silu", "swish"), "silu")
-    hf_config.require(config, "rope_interleaved", (False,), False)
-    hf_config.require(config, "pretraining_tp", (0, 1), 1)
+    config = hf_config.one_rotation(FIELDS[model_type].complete(config))
     heads, hidden, layers = (size(config, k) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
     head_dim = size(config, "head_dim", default=hidden // heads)
     if hf_config.rotated_width(config, head_dim) != head_dim:
         raise UserError("config.json has a partial_rotary_factor below 1, which no model of this family has")
-    bias = switch(config, "attention_bias")
+    bias = _biased(config, "attention_bias")
     return Qwen2Config(
         vocab_size=size(config, "vocab_size"),
         hidden_size=hidden,
@@ -336,23 +377,33 @@ def _from_hf(config: Mapping[str, Any]) -> Qwen2Config:
         tie_word_embeddings=switch(config, "tie_word_embeddings"),
         qkv_bias=True if model_type == "qwen2" else bias,
         output_bias=False if model_type == "qwen2" else bias,
-        mlp_bias=switch(config, "mlp_bias"),
+        mlp_bias=_biased(config, "mlp_bias"),
         qk_norm=model_type == "qwen3",
         windows=_windows(config, layers),
+        activation=hf_config.require(config, "hidden_act", tuple(ACTIVATIONS)),
         model_type=model_type,
     )
 
 
+def _biased(config: Mapping[str, Any], key: str) -> bool:
+    """Only a type whose class has the switch listens to it; Qwen2's biases are what they are."""
+    return key in FIELDS[config["model_type"]].read and switch(config, key)
+
+
 def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
-    """Each model type has its own switch."""
+    """Each model type has its own switch; null means no window."""
     if config["model_type"] == "llama":
         return ()
-    if config["model_type"] == "mistral":
-        return hf_config.sliding_windows(config, layers, [True] * layers)
+    if config["model_type"] == "mistral":  # whose `layer_types` transformers does not read
+        windowed = config["sliding_window"] is not None
+        return hf_config.sliding_windows({**config, "layer_types": None}, layers, [windowed] * layers)
     if not switch(config, "use_sliding_window"):
-        return ()
-    first = size(config, "max_window_layers") if config.get("max_window_layers") else 0
-    return hf_config.sliding_windows(config, layers, [layer >= first for layer in range(layers)])
+        config = {**config, "sliding_window": None}
+    first = config["max_window_layers"]
+    if type(first) is not int:
+        raise UserError(f"config.json has max_window_layers {first!r:.40}; it must be a whole number")
+    windowed = config["sliding_window"] is not None
+    return hf_config.sliding_windows(config, layers, [windowed and layer >= first for layer in range(layers)])
 
 
 def _hook_points(config: Qwen2Config) -> HookPoints:
@@ -376,6 +427,7 @@ def _modules(config: Qwen2Config) -> dict[str, Module]:
 
 PORT = Port(
     config=Qwen2Config.from_hf,
+    fields=FIELDS,
     hook_points=_hook_points,
     structure=Qwen2,
     sources=sources,

@@ -33,7 +33,10 @@ def port_for(config: Mapping[str, Any]) -> Port:
     """The port for `config["model_type"]`; UserError where there is none."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
-        raise UserError("config.json has no 'model_type'; it must be a Hugging Face configuration of a decoder")
+        raise UserError(
+            "config.json has no 'model_type'; it must be a whole Hugging Face configuration of a decoder: add what it "
+            f"is, one of {', '.join(sorted(PORTS))}"
+        )
     if model_type not in PORTS:
         near = difflib.get_close_matches(model_type, PORTS, n=1)
         nearest = f" (the nearest is {near[0]!r})" if near else ""

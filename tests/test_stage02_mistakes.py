@@ -106,12 +106,12 @@ def test_an_unknown_preset_is_refused_with_those_there_are(train: Refused, place
         ({"model_type": "gpt2"}, "has the model_type 'gpt2'; training is for qwen2, qwen3, llama, mistral"),
         ({"model_type": None}, "has the model_type None"),
         ({"hidden_size": None}, "config.json lacks 'hidden_size'"),
-        ({"hidden_act": "relu"}, "asks for hidden_act 'relu'"),
+        ({"hidden_act": "mish"}, "asks for hidden_act 'mish'"),
         ({"attention_dropout": 0.1}, "asks for attention_dropout"),
         ({"initializer_range": "wide"}, "has initializer_range 'wide'; it must be a positive number"),
         ({"initializer_range": True}, "has initializer_range True; it must be a positive number"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
-        ({"moe_layers": 2}, "has 'moe_layers', which this port does not understand"),
+        ({"moe_layers": 2}, "has 'moe_layers', which no model of that type reads"),
     ],
 )
 def test_a_configuration_that_cannot_be_trained_is_refused(

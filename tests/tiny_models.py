@@ -151,11 +151,14 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 
 @functools.cache
 def tiny_model(family: str) -> PreTrainedModel:
+    return random_model(FAMILIES[family](), seed=sum(family.encode()))
+
+
+def random_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """The torch model in float32 with eager attention; every value is representable in bfloat16 too,
     as in real checkpoints, so that a bfloat16 run differs by its arithmetic alone."""
-    config = FAMILIES[family]()
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
-    random = torch.Generator().manual_seed(sum(family.encode()))
+    random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in model.named_parameters():
             if "norm" in name or ".ln_" in name:

@@ -24,6 +24,7 @@ from jax_extract.inputs.sources import Source
 from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.store.formats import SUFFIXES
 from jax_extract.terminal import Terminal, bytes_text, plural, ranges_text, share_text
+from jax_extract.weights.open_model import OpenModel
 from models.hooks import CapturePlan
 
 
@@ -48,6 +49,13 @@ def tell_model(job: Job, processes: int, terminal: Terminal) -> None:
         + (f" of {plural(processes, 'host')}" if processes > 1 else "")
         + f", mesh {mesh['data']},{mesh['model']}",
     )
+    tell_notes(job.model, terminal)
+
+
+def tell_notes(model: OpenModel, terminal: Terminal) -> None:
+    """What a model's files say that is no error; one line, because a line told twice is told once."""
+    if model.notes:
+        terminal.line("note", "; ".join(model.notes))
 
 
 def captures_text(plan: CapturePlan) -> str:

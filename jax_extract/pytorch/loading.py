@@ -19,6 +19,7 @@ from transformers.initialization import no_init_weights
 
 from jax_extract.weights.open_model import OpenModel
 from jax_extract.weights.unported import BLOCKS
+from models.config_fields import untagged
 from models.ports import Module, Port
 
 
@@ -57,7 +58,7 @@ def load_theirs(model: OpenModel, layers: int, dtype: torch.dtype) -> Any:
 
 def load_ours(model: OpenModel, layers: int, dtype: torch.dtype) -> Any:
     """With the tensors that our reader gives, merged with an adapter where there is one."""
-    fields = dict(model.checkpoint.config)
+    fields = untagged(dict(model.checkpoint.config))
     config = _without_upper_blocks(AutoConfig.for_model(fields.pop("model_type"), **fields), layers)
     with no_init_weights():  # every parameter is written over
         loaded = AutoModel.from_config(config, dtype=dtype, **_attention(model)).eval()

@@ -8,6 +8,7 @@ weights, the port and its configuration; parameters drawn as transformers draws 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from models.registry import port_for
 
 _DEFAULT_RANGE = 0.02  # transformers' initializer_range
 _LARGEST_RANGE = 10.0
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class TrainedModel:
         said.pop("torch_dtype", None)
         port = port_for(said)
         try:
+            _require_written_down(said, port.fields[said["model_type"]].unread(said))
             config = port.config(said)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
@@ -91,6 +94,17 @@ class TrainedModel:
             return drawn * np.float32(self.said["initializer_range"])
 
         return jax.tree_util.tree_map_with_path(draw, self.shapes)
+
+
+def _require_written_down(said: Mapping[str, Any], unread: Sequence[str]) -> None:
+    """A model that is made here is what its file says: no size is another model's, and no field is misspelled."""
+    for name in _SIZES:
+        if said.get(name) is None:
+            raise UserError(f"config.json lacks {name!r}; write down how large the model is to be")
+    if unread:
+        raise UserError(
+            f"config.json has {', '.join(map(repr, unread))}, which no model of that type reads; leave it out"
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

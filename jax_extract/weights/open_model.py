@@ -12,6 +12,7 @@ from typing import Any
 
 from jax_extract.errors import UserError, user_path
 from jax_extract.weights.checkpoint import Checkpoint, open_checkpoint
+from jax_extract.weights.model_type import name_model_type
 from jax_extract.weights.names import with_embedding
 from jax_extract.weights.text_part import text_part
 from jax_extract.weights.unported import UNPORTED
@@ -21,11 +22,16 @@ from models.registry import PORTS, port_for
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model whose configuration is understood and whose weights are not loaded yet."""
+    """A model whose configuration is understood and whose weights are not loaded yet.
+
+    Attributes:
+      notes: sentences about what its files say that a user would want to know; no errors.
+    """
 
     checkpoint: Checkpoint
     family: Family
     config: ModelConfig
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def open(
@@ -34,14 +40,16 @@ class OpenModel:
         """Without `needs_port` an architecture will do that no port computes, but Hugging Face does."""
         if not model_path:
             raise UserError("no model was given; pass --model_path with a folder, a hub id or a .gguf file")
-        checkpoint = text_part(open_checkpoint(model_path, revision))
+        checkpoint = open_checkpoint(model_path, revision)
+        notes = name_model_type(checkpoint.config)
+        checkpoint = text_part(checkpoint)
         if not needs_port and checkpoint.config.get("model_type") not in PORTS:
             if adapter is not None:
                 raise UserError(
                     f"--adapter {adapter!r} cannot be merged into a {checkpoint.config.get('model_type')!r} model "
                     "here; merge it with PEFT (merge_and_unload) and give the saved model as --model_path"
                 )
-            return cls(checkpoint, UNPORTED, UNPORTED.config(checkpoint.config))
+            return cls(checkpoint, UNPORTED, UNPORTED.config(checkpoint.config), notes)
         try:
             port = port_for(checkpoint.config)
         except UserError as error:
@@ -51,7 +59,8 @@ class OpenModel:
             from jax_extract.weights.adapter import open_adapter
 
             checkpoint = open_adapter(checkpoint, adapter, port)
-        return cls(checkpoint, port, port.config(checkpoint.config))
+        config = port.config(checkpoint.config)
+        return cls(checkpoint, port, config, notes + port.fields[config.model_type].notes(checkpoint.config))
 
     @property
     def port(self) -> Port:

@@ -12,9 +12,11 @@ from typing import Any
 from jax_extract.weights.checkpoint import Checkpoint
 from jax_extract.weights.renamed import RenamedCheckpoint
 
-# Whose text goes through the language model as it would through that model alone.
-_WHOLE_TYPES = ("gemma3",)
-_OF_BOTH = ("tie_word_embeddings", "eos_token_id")  # config.json says them once, for the whole
+# Whose text goes through the language model as it would through that model alone -> the type of that.
+_WHOLE_TYPES = {"gemma3": "gemma3_text"}
+# What config.json says once, for the whole: before what the part says of it, and after.
+_OF_WHOLE = {"tie_word_embeddings": True}  # -> what transformers takes where it is missing
+_OF_BOTH = ("eos_token_id", "quantization_config", "quantization", "compression_config", "transformers_weights")
 # As transformers 4 and 5 begin the names of the part; a head has none of its own.
 _PREFIXES = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.": ""}
 _HEAD = "lm_head."
@@ -23,9 +25,10 @@ _HEAD = "lm_head."
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the language model, which is the whole one where that is all there is."""
     part = config.get("text_config")
-    if config.get("model_type") not in _WHOLE_TYPES or not isinstance(part, dict):
+    if str(config.get("model_type")) not in _WHOLE_TYPES or not isinstance(part, dict | None):
         return dict(config)
-    return {**{key: config[key] for key in _OF_BOTH if key in config}, **part}
+    ours = {"model_type": _WHOLE_TYPES[config["model_type"]]} | {key: config[key] for key in _OF_BOTH if key in config}
+    return ours | (part or {}) | {key: config.get(key, absent) for key, absent in _OF_WHOLE.items()}
 
 
 def text_name(name: str) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from jax_extract.errors import UserError
 from jax_extract.weights.checkpoint import Checkpoint
+from models.config_fields import untagged
 from models.hooks import HOOK_POINTS, HookPoints
 from models.ports import Family, Module
 
@@ -74,7 +75,7 @@ def _config(config: Mapping[str, Any]) -> UnportedConfig:
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.get("is_encoder_decoder"):
         raise UserError(f"a {model_type!r} model is no causal language model of transformers; give one that is")
     try:
-        read = CONFIG_MAPPING[model_type].from_dict(dict(config)).get_text_config()
+        read = CONFIG_MAPPING[model_type].from_dict(untagged(dict(config))).get_text_config()
         sizes = [read.vocab_size, read.hidden_size, read.num_hidden_layers, _longest(read)]
         output_width = getattr(read, "word_embed_proj_dim", None) or read.hidden_size  # OPT-350m's
         rotations = _same_rotations_to(read)

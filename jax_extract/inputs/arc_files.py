@@ -309,6 +309,11 @@ def _tasks(task_id: str, content: object, where: str) -> list[ArcTask]:
         return list(_grouped(task_id, pairs, where))
     if not isinstance(content, dict):
         raise UserError(f"{where} is no object with train and test pairs: {_EXPECTED}.")
+    if not _has_parts(content):
+        raise UserError(
+            f"{where} has no train and test pairs but {', '.join(map(str, content)) or 'nothing at all'}: {_EXPECTED}; "
+            "give files of texts one by one, or as --dataset."
+        )
     train, test = (_pairs(content, part, where) for part in ("train", "test"))
     return [_task(task_id, train, test, where)]
 

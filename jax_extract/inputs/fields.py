@@ -226,10 +226,13 @@ def _list_in(value: str, named: bool, where: str) -> object:
 
 def _turns(value: object, where: str) -> tuple[dict[str, Any], ...] | None:
     """A conversation, {"role": …, "content": …} each; None where the value is none."""
-    parts = value.values() if isinstance(value, Mapping) and not {"role", "from"}.isdisjoint(value) else ()
-    if parts and all(isinstance(part, list | tuple) for part in parts):
+    if (
+        isinstance(value, Mapping)
+        and not {"role", "from"}.isdisjoint(value)
+        and all(isinstance(part, list | tuple) for part in value.values())
+    ):
         # Older versions of `datasets` turn a list of objects into an object of lists.
-        value = [dict(zip(value, turn, strict=True)) for turn in zip(*parts, strict=False)]
+        value = [dict(zip(value.keys(), turn, strict=True)) for turn in zip(*value.values(), strict=False)]
     if not isinstance(value, list | tuple) or not any(isinstance(turn, Mapping) for turn in value):
         return None
     return tuple(_turn(turn, f"{where} turn {number},") for number, turn in enumerate(value))

@@ -223,9 +223,10 @@ def _load(name: str, config_name: str | None, revision: str | None) -> Mapping[s
     with _told_in_one_sentence(f"Dataset {path} cannot be opened"):
         if saved:
             loaded = datasets.load_from_disk(str(path))
-            splits = loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+            splits: Any = loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
             return _typed_tables(name, splits)
-        return _tables(name, datasets.load_dataset_builder(str(path), config_name))
+        # Absolute, because a relative "csv" or "json" would be the library's reader of that name.
+        return _tables(name, datasets.load_dataset_builder(str(path.absolute()), config_name))
 
 
 def _file_table(name: str, path: Path, kind: str) -> _Table:
@@ -263,7 +264,8 @@ def _tables(name: str, builder: Any) -> dict[str, _Table]:
         return _written_tables(name, builder, ".json")
     if isinstance(builder, Csv):
         _read_as_strings(builder)
-    return _typed_tables(name, builder.as_streaming_dataset())
+    splits: Any = builder.as_streaming_dataset()
+    return _typed_tables(name, splits)
 
 
 def _differs_only(config: Any, of: type, *names: str) -> bool:
@@ -277,6 +279,7 @@ def _written_tables(name: str, builder: Any, kind: str, delimiter: str | None = 
     from datasets.download import StreamingDownloadManager
     from datasets.utils.file_utils import xopen
 
+    opener: Any = xopen
     access = DownloadConfig(token=builder.token, storage_options=builder.storage_options)
     manager = StreamingDownloadManager(
         dataset_name=builder.dataset_name, base_path=builder.base_path, download_config=access
@@ -287,7 +290,7 @@ def _written_tables(name: str, builder: Any, kind: str, delimiter: str | None = 
         # Archives of several files are the library's to look into; what is only compressed is read here.
         plain = suffix in (*KINDS, *COMPRESSIONS)
         for file in [manager.download(url)] if plain else manager.iter_files(manager.download_and_extract(url)):
-            yield _DataFile(file, partial(xopen, file, "rb", download_config=access))
+            yield _DataFile(file, partial(opener, file, "rb", download_config=access))
 
     return {
         str(split): _WrittenTable(

@@ -19,6 +19,7 @@ from jax_extract.inputs.files import LONGEST_LINE, byte_lines, decoded, lines
 _LARGEST_CELL = 1 << 24  # characters; Python's own limit is below some texts
 _PIECE = 1 << 20  # bytes of a JSON list that are read at once
 
+_CALLED = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 
@@ -78,8 +79,8 @@ def csv_rows(name: str, file: IO[bytes], delimiter: str = ",") -> Iterator[Place
                 continue
             if len(cells) > len(names):
                 raise UserError(
-                    f"{name}, line {number}, has {len(cells)} fields and the first line names {len(names)}; quote what "
-                    f"holds {'tabs' if delimiter == chr(9) else 'commas' if delimiter == ',' else repr(delimiter)}"
+                    f"{name}, line {number}, has {len(cells)} fields and the first line names {len(names)}; quote "
+                    f"{_CALLED.get(delimiter, repr(delimiter))} in texts"
                 )
             yield PlacedRow(number, f"{name}, line {number}", dict(zip(names, cells, strict=False)))
     except csv.Error as error:

@@ -119,7 +119,7 @@ def open_source(
             f"There is no file or folder {path.absolute()}, given as --tasks_file: give a path that exists."
         )
     kind, _ = kind_and_stem(path)
-    if path.is_dir() or (kind in _ROW_KINDS and _holds_tasks(path, kind, text_column)):
+    if path.is_dir() or (kind in _ROW_KINDS and _holds_tasks(path, kind, text_column, skip_bad_tasks)):
         _refuse(tasks_file, text_column=text_column)
         tasks = read_tasks(path, split, skip_bad_tasks, id_column)
         arc = partial(arc_samples, tasks, encoder, n_tasks, n_samples, seed)
@@ -147,12 +147,14 @@ def open_source(
     )
 
 
-def _holds_tasks(path: Path, kind: str, text_column: str | None) -> bool:
+def _holds_tasks(path: Path, kind: str, text_column: str | None, skip_bad_tasks: bool) -> bool:
     """Whether a file is one of ARC tasks: its first object decides, and rows that have a text are texts."""
     if kind == ".json" and not holds_several(path):
         return True
     if text_column is not None or kind in (".csv", ".tsv"):
         return False
+    if skip_bad_tasks and kind != PARQUET:  # the first object may be a bad one
+        return True
     first: Any = None
     if kind == ".json":
         with local(path) as file:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from jax_extract.errors import UserError
 from jax_extract.inputs.fields import Fields, checked_id, checked_text
@@ -36,7 +35,12 @@ def jsonl_samples(path: Path, text_column: str | None = None) -> Iterator[Sample
       UserError: on reaching a line that is not UTF-8, not a JSON object, has no text or no string for it,
         or repeats an id.
     """
-    return row_samples(path, Fields(text_column))
+    for sample in row_samples(path, Fields(text_column)):
+        if sample.turns is not None or sample.token_ids is not None:
+            raise UserError(
+                f"{path}, line {sample.meta['line']}, holds a list where a string is expected: write it as one."
+            )
+        yield sample
 
 
 def row_samples(path: Path, fields: Fields) -> Iterator[Sample]:
@@ -49,12 +53,13 @@ def row_samples(path: Path, fields: Fields) -> Iterator[Sample]:
     Raises:
       UserError: on reaching what is no such row, lacks a field, or repeats an id.
     """
-    _, stem = kind_and_stem(path)
+    kind, stem = kind_and_stem(path)
+    unit = "row" if kind in (PARQUET, ".json") else "line"
     seen: set[str] = set()
     for number, where, row in file_rows(path, lambda columns: fields.columns(columns, f"{path},")):
-        sample = fields.sample(row, where, f"{stem}:{number}", {"line": number})
+        sample = fields.sample(row, where, f"{stem}:{number}", {unit: number})
         if sample.sample_id in seen:
-            raise UserError(f"{where}, repeats the id {sample.sample_id!r}: give each line its own, or none.")
+            raise UserError(f"{where}, repeats the id {sample.sample_id!r}: give each {unit} its own, or none.")
         seen.add(sample.sample_id)
         yield sample
 
@@ -74,17 +79,6 @@ def file_rows(path: Path, needed: Needed | None = None) -> Iterator[PlacedRow]:
         return
     with local(path) as file:
         yield from rows_of(str(path), kind, file)
-
-
-def jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each object of a JSONL file, with the place that an error about it begins with.
-
-    Raises:
-      UserError: on reaching a line that is not UTF-8 or not a JSON object.
-    """
-    with local(path) as file:
-        for _, where, row in rows_of(str(path), ".jsonl", file):
-            yield where, row
 
 
 def text_samples(path: Path) -> Iterator[Sample]:

@@ -32,12 +32,16 @@ class ExtractConfig:
     Attributes:
       model_path: Hugging Face folder, hub id, or .gguf file.
       adapter: LoRA adapter of that model, by folder or hub id (OWNER/NAME or OWNER/NAME@REVISION); merged in float32.
-      tasks_file: ARC tasks (.json or a folder), JSONL (.jsonl) or plain text (.txt).
+      tasks_file: ARC tasks (.json, .jsonl or a folder), rows (.jsonl, .csv, .tsv, .parquet) or plain text (.txt); also
+        compressed (.gz, .zst, .bz2, .xz).
       dataset: Hugging Face dataset instead of a file, by hub name or local path; streamed.
       dataset_config: configuration name of the dataset.
-      text_column: the column or JSON field that holds the text.
+      text_column: the column or JSON field that holds the text, a conversation or token ids; dots lead into it
+        (messages.0.content).
+      id_column: the column or field that holds the id, where it is not called id.
       split: split of the dataset or of a file that has splits.
       n_tasks: only the first so many ARC tasks.
+      skip_bad_tasks: leave out files, lines and entries that are no usable ARC task, and say how many.
       n_samples: how many samples; more than there are makes augmented ARC samples.
       grid_encoder: how ARC grids become text: digits, spaced, json or letters.
       seed: of the ARC augmentation, and of drawn answers.
@@ -86,8 +90,10 @@ class ExtractConfig:
     dataset: str | None = None
     dataset_config: str | None = None
     text_column: str | None = None
+    id_column: str | None = None
     split: str | None = None
     n_tasks: int | None = None
+    skip_bad_tasks: bool = False
     n_samples: int | None = None
     grid_encoder: str = "digits"
     seed: int = 0

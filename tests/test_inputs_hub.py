@@ -126,8 +126,8 @@ def test_a_missing_column_lists_those_there_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "problem"),
     [
-        ({"text": ["a", None]}, "row 1, column 'text', holds None"),
-        ({"text": [1, 2]}, r"row 0, column 'text', holds 1 \(int\)"),
+        ({"text": ["a", None]}, "row 1, field 'text', holds None"),
+        ({"text": [1, 2]}, r"row 0, field 'text', holds 1 \(int\)"),
         ({"id": [1.5, 2.5], "text": ["a", "b"]}, r"row 0, field 'id', holds 1\.5"),
     ],
 )
@@ -142,7 +142,7 @@ def test_a_value_of_the_wrong_type_is_told_with_its_row(
     ("name", "content", "problem"),
     [
         ("p.parquet", b"damaged bytes", "cannot be opened"),
-        ("p.jsonl", b'{"text": "a"}\n{"text": }\n', "cannot be read on: JSON parse error"),
+        ("p.jsonl", b'{"text": }\n{"text": "a"}\n', r"p\.jsonl, line 1, column 10, is not JSON"),
         ("p.jsonl", b"", "is empty"),
         ("p.pkl", b"", "ends in '.pkl'"),
     ],

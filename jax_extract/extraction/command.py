@@ -289,6 +289,8 @@ def _open_source(config: ExtractConfig) -> Source:
         split=config.split,
         dataset_config=config.dataset_config,
         text_column=config.text_column,
+        id_column=config.id_column,
+        skip_bad_tasks=config.skip_bad_tasks,
     )
 
 

@@ -27,6 +27,8 @@ from jax_extract.terminal import Terminal, bytes_text, plural, ranges_text, shar
 from jax_extract.weights.open_model import OpenModel
 from models.hooks import CapturePlan
 
+_LEFT_OUT_NAMED = 3
+
 
 def tell_request(job: Job, config: ExtractConfig, processes: int, terminal: Terminal) -> None:
     tell_model(job, processes, terminal)
@@ -75,11 +77,16 @@ def tell_input(source: Source, counts: InputCounts, job: Job, terminal: Terminal
         cut = f"; {plural(counts.truncated_samples, 'sample')} truncated to {plural(job.prompt_length, 'token')}"
     if counts.empty_samples:
         cut += f"; {plural(counts.empty_samples, 'sample')} without a token left out"
+    if left_out := len(source.left_out):
+        named = ", ".join(source.left_out[:_LEFT_OUT_NAMED]) + (", …" if left_out > _LEFT_OUT_NAMED else "")
+        cut += f"; {plural(left_out, 'unusable task')} left out: {named}"
     terminal.line(
         "input",
         f"{PurePath(source.name).name}: {plural(counts.samples, 'sample')}, {plural(counts.tokens, 'token')}, "
         f"longest {counts.longest_sample:,}{cut}",
     )
+    for note in source.notes:
+        terminal.line("note", note)
 
 
 def tell_plan(parts: Sequence[Part], devices: int, hosts: int, terminal: Terminal) -> None:

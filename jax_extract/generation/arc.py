@@ -17,20 +17,25 @@ import numpy as np
 from jax_extract.errors import UserError
 from jax_extract.inputs.arc_augment import Augmentation
 from jax_extract.inputs.arc_encoders import grid_encoder
-from jax_extract.inputs.arc_task import ArcTask, Grid, grid_from_rows
+from jax_extract.inputs.arc_task import COMPETITION_SIDE, ArcTask, Grid, grid_from_rows
 
 Asked = tuple[str, int]  # task id, test input
 Solutions = Mapping[Asked, Grid]
 _NO_GRID = [[0]]  # a submission has to hold one
 
 
-def predicted_grid(text: str, ended: bool, meta: Mapping[str, Any]) -> Grid | None:
+def predicted_grid(
+    text: str, ended: bool, meta: Mapping[str, Any], longest_side: int = COMPETITION_SIDE
+) -> Grid | None:
     """The grid that an answer begins with, any augmentation of its task undone; None where it begins with none.
 
-    An answer that the model did not end may break off within a grid, which is then none.
+    One with a side beyond `longest_side` is no answer to its task. An answer that the model did not end may break off
+    within a grid, which is then none.
     """
     grid = grid_encoder(meta["encoder"]).find(text, ended)
-    if grid is None or "augmentation" not in meta:
+    if grid is None or max(grid.shape) > longest_side:
+        return None
+    if "augmentation" not in meta:
         return grid
     return Augmentation.from_json(meta["augmentation"]).invert_grid(grid)
 

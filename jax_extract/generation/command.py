@@ -59,7 +59,7 @@ from jax_extract.generation.answers import (
 from jax_extract.generation.program import NO_TOKEN, STEPS, AnswerProgram
 from jax_extract.generation.reading import Reading, readings
 from jax_extract.generation.sampling import Sampling
-from jax_extract.inputs.arc import ArcTask, read_tasks
+from jax_extract.inputs.arc_task import ArcTask
 from jax_extract.inputs.sources import Source
 from jax_extract.inputs.tokenize import InputCounts, TokenizedSample, tokenizer_digest
 from jax_extract.terminal import Terminal, plural, share_text
@@ -278,7 +278,7 @@ class _Inference:
             if given:
                 raise UserError(f"--solutions_file {given!r} is for ARC tasks, and {self.source.name} holds none")
             return {}, {}
-        tasks = read_tasks(user_path(self.config.tasks_file or "", "--tasks_file"), self.config.split)
+        tasks = self.source.tasks
         return tasks, arc.known_solutions(tasks, user_path(given, "--solutions_file") if given else None)
 
     def _conclude(
@@ -301,7 +301,10 @@ class _Inference:
             return
         metas = ((answer, samples[answer.sample_index].meta) for answer in in_order(answers))
         tried = arc.attempts(
-            ((meta["task_id"], meta["test_index"]), arc.predicted_grid(answer.text, answer.ended, meta))
+            (
+                (meta["task_id"], meta["test_index"]),
+                arc.predicted_grid(answer.text, answer.ended, meta, tasks[meta["task_id"]].longest_side),
+            )
             for answer, meta in metas
         )
         files.put(SUBMISSION_FILE, json.dumps(arc.submission(tried, tasks)).encode())

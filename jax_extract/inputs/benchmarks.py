@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jax_extract.errors import UserError
-from jax_extract.inputs.text import checked_id, checked_text
+from jax_extract.inputs.fields import checked_id, checked_text
 
 VALIDATION_SAMPLES = 750
 MAX_LENGTH = 384  # of a prompt with its answer, in tokens

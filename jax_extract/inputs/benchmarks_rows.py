@@ -5,18 +5,15 @@ In: a task, a split, and for a local one its file. Out: `Example`s, all of the s
 
 from __future__ import annotations
 
-import csv
 import itertools
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from jax_extract.errors import UserError, user_path
 from jax_extract.inputs.benchmarks import Benchmark, Example, example_of
+from jax_extract.inputs.files import kind_and_stem
 from jax_extract.inputs.hub import open_rows
-from jax_extract.inputs.text import jsonl_rows
-
-_LARGEST_FIELD = 1 << 24  # characters of a CSV field; Python's own limit is below some texts
+from jax_extract.inputs.text import file_rows
 
 Row = tuple[str, dict[str, Any]]  # where it is, and what it holds
 
@@ -62,30 +59,7 @@ def _file_rows(file: str, split: str) -> Iterator[Row]:
     path = user_path(file, f"--{split}_file")
     if not path.is_file():
         raise UserError(f"there is no file {file!r}, given as --{split}_file; give a .jsonl or .csv that exists")
-    suffix = path.suffix.lower()
-    if suffix == ".jsonl":
-        return jsonl_rows(path)
-    if suffix == ".csv":
-        return _csv_rows(path)
-    raise UserError(f"--{split}_file {file!r} ends in {path.suffix!r}; give a .jsonl or a .csv")
-
-
-def _csv_rows(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(_LARGEST_FIELD)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            names = [name for name in reader.fieldnames or () if name]
-            if repeated := [name for name in names if names.count(name) > 1]:
-                raise UserError(f"{path} names the column {repeated[0]!r} more than once; give each its own name")
-            for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                if None in row or None in row.values():
-                    raise UserError(f"{where} has not as many fields as the first line names; quote commas in texts")
-                yield where, row
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}, byte {error.start}, is not UTF-8; save the file as UTF-8") from None
-    except csv.Error as error:
-        raise UserError(f"{path} is not CSV ({error}); mend it, or give a .jsonl") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    kind, _ = kind_and_stem(path)
+    if kind not in (".jsonl", ".csv"):
+        raise UserError(f"--{split}_file {file!r} ends in {path.suffix!r}; give a .jsonl or a .csv")
+    return ((where, row) for _, where, row in file_rows(path))

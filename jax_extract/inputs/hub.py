@@ -4,23 +4,28 @@ In: a dataset's name or path, its configuration, split and text column.
 Out: one `Sample` for each row, lazily, in the dataset's order. Opening finds out all that can be known
 before the first row is wanted (that the hub answers, the split, the column, that there is a row), so that
 a wrong name fails within seconds. Rows are streamed, never downloaded whole; dataset scripts and pickles
-are not run.
+are not run. Typed formats (Parquet, Arrow) are read by `datasets`; of CSV and JSON it finds the files, and their
+cells are read here, as they are written.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from jax_extract.errors import UserError
+from jax_extract.inputs.fields import Fields
+from jax_extract.inputs.files import COMPRESSIONS, Opened, kind_and_stem, open_bytes
+from jax_extract.inputs.rows import KINDS, rows_of
 from jax_extract.inputs.samples import Sample
-from jax_extract.inputs.text import checked_id, checked_text, text_field
 
 HUB_ANSWERS_WITHIN = 5.0  # seconds; the library itself retries an unreachable hub for 23
 
@@ -29,7 +34,9 @@ FILE_BUILDERS: Mapping[str, str] = {
     ".csv": "csv",
     ".json": "json",
     ".jsonl": "json",
+    ".ndjson": "json",
     ".parquet": "parquet",
+    ".tsv": "csv",
 }
 
 
@@ -50,19 +57,22 @@ def open_dataset(
     split: str | None,
     text_column: str | None,
     revision: str | None = None,
+    id_column: str | None = None,
 ) -> Callable[[], Iterator[Sample]]:
     """A function that reads the rows of a split, from the first one at each call.
 
     Args:
       name: a local folder (saved to disk by `datasets`, or of data files) or file (Parquet, JSON, JSONL,
-        CSV, Arrow), else a name on the hub.
+        CSV, TSV, Arrow; all but Parquet and Arrow also compressed), else a name on the hub.
       config_name: the dataset's configuration ("mrpc" of GLUE); None where there is one only.
       split: None for the only split, or for "train" where there are several.
-      text_column: None for the first column there is of "text", "prompt" and "question".
+      text_column: None for the first column there is of "text", "prompt", "question", then of those of conversations
+        and of token ids.
       revision: a branch, tag or commit on the hub.
+      id_column: None for the column "id" where there is one.
 
     Returns:
-      A function without arguments. A sample's id is the value of the column "id" (strings or integers,
+      A function without arguments. A sample's id is the value of its column (strings or integers,
       which the dataset must keep unique: a stream cannot be checked), or "{name}:{split}:{row}" without
       one, rows counted from 0.
 
@@ -71,15 +81,15 @@ def open_dataset(
         column, or the split is empty. While reading: a text or an id of the wrong type, a damaged file.
     """
     # No progress bar, no library warning: what the user should know is in the UserError.
+    fields = Fields(text_column, id_column)
     with _quiet():
-        splits = {str(key): rows for key, rows in _load(name, config_name, revision).items()}
+        splits = _load(name, config_name, revision)
         chosen = _chosen_split(name, splits, split)
-        rows = splits[chosen]
-        field, columns = _needed_columns(rows, name, chosen, text_column)
+        table = splits[chosen]
         # Other columns may hold images or audio, whose decoding costs time and further libraries.
-        rows = rows.select_columns(columns)
-        _first_row(rows, name, chosen)
-    return partial(_samples, rows, name, config_name, chosen, field)
+        columns = fields.columns(table.columns(), f"Dataset {name}, split {chosen},")
+        table.require_row(columns)
+    return partial(_samples, table, columns, name, config_name, chosen, fields)
 
 
 def open_rows(
@@ -96,36 +106,109 @@ def open_rows(
       UserError: as of `open_dataset`.
     """
     with _quiet():
-        splits = {str(key): rows for key, rows in _load(name, config_name, revision).items()}
-        rows = splits[_chosen_split(name, splits, split)]
-        there = rows.column_names or list(_first_row(rows, name, split))
+        splits = _load(name, config_name, revision)
+        table = splits[_chosen_split(name, splits, split)]
+        there = table.columns()
         if lacking := [column for column in columns if column not in there]:
             raise UserError(
                 f"Dataset {name}, split {split}, has no column {lacking[0]!r} but {', '.join(there)}: "
                 f"choose one that has {', '.join(columns)}."
             )
-        rows = rows.select_columns([*columns, *(column for column in optional if column in there)])
-        _first_row(rows, name, split)
-    return lambda: _guarded(rows, name)
+        wanted = [*columns, *(column for column in optional if column in there)]
+        table.require_row(wanted)
+    return lambda: ({column: row[column] for column in wanted if column in row} for _, row in table.read(wanted))
 
 
-def _samples(rows: Any, name: str, config_name: str | None, split: str, field: str) -> Iterator[Sample]:
+def _samples(
+    table: _Table, columns: Sequence[str], name: str, config_name: str | None, split: str, fields: Fields
+) -> Iterator[Sample]:
     meta = {"dataset": name, "config": config_name, "split": split}
-    for number, row in enumerate(_guarded(rows, name)):
-        where = f"Dataset {name}, split {split}, row {number}"
-        sample_id = checked_id(row["id"], where) if "id" in row else f"{name}:{split}:{number}"
-        text = checked_text(row[field], f"{where}, column {field!r},")
-        yield Sample(sample_id, text, {**meta, "row": number})
+    for number, (where, row) in enumerate(table.read(columns)):
+        yield fields.sample(row, where, f"{name}:{split}:{number}", {**meta, "row": number})
 
 
-def _load(name: str, config_name: str | None, revision: str | None) -> Mapping[Any, Any]:
+# ------------------------------------------------------------------------------------------ tables
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The rows of a split; `name` begins the errors."""
+
+    name: str
+
+    def columns(self) -> list[str]:
+        return list(self._first())
+
+    def read(self, columns: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Each row with its place; at least these columns of it, or all for None."""
+        raise NotImplementedError
+
+    def require_row(self, columns: Sequence[str]) -> None:
+        self._first(columns)
+
+    def _first(self, columns: Sequence[str] | None = None) -> dict[str, Any]:
+        _, row = next(self.read(columns), (None, None))
+        if row is None:
+            raise UserError(f"{self.name}, is empty: choose one that has rows.")
+        return row
+
+
+@dataclass(frozen=True)
+class _TypedTable(_Table):
+    """Rows of a format that says what type a cell has, as the library reads them."""
+
+    rows: Any
+
+    def columns(self) -> list[str]:
+        return self.rows.column_names or super().columns()
+
+    def read(self, columns: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+        rows = self.rows if columns is None else self.rows.select_columns(list(columns))
+        for number, row in enumerate(_guarded(rows, self.name)):
+            yield f"{self.name}, row {number}", row
+
+
+@dataclass(frozen=True)
+class _DataFile:
+    """Attributes:
+    name: path or URL.
+    opened: opens it for reading.
+    """
+
+    name: str
+    opened: Opened
+
+
+@dataclass(frozen=True)
+class _WrittenTable(_Table):
+    """Rows of CSV or JSON files, as they are written: the library would guess numbers, dates and missing values.
+
+    Attributes:
+      kind: ".csv" or ".json", where a file's name says nothing more exact.
+    """
+
+    files: Sequence[_DataFile]
+    kind: str
+    delimiter: str | None = None
+
+    def read(self, columns: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+        try:
+            for data in self.files:
+                kind, _ = kind_and_stem(PurePath(data.name.partition("::")[0]))
+                with open_bytes(data.name, data.opened) as file:
+                    for _, where, row in rows_of(data.name, kind if kind in KINDS else self.kind, file, self.delimiter):
+                        yield where, row
+        except FileNotFoundError as error:
+            raise UserError(f"{self.name} cannot be read on: {_first_line(error)}") from error
+
+
+def _load(name: str, config_name: str | None, revision: str | None) -> Mapping[str, _Table]:
     """The splits of a dataset by name."""
-    import datasets  # here, because it takes most of a second and most runs read no dataset
-
     path = Path(name).expanduser()
+    kind, _ = kind_and_stem(path)
     if not path.exists():
         # A name on the hub is "name" or "owner/name".
-        if name.startswith((".", "~", "/")) or name.count("/") > 1 or path.suffix in FILE_BUILDERS:
+        if name.startswith((".", "~", "/")) or name.count("/") > 1 or kind in FILE_BUILDERS:
             raise UserError(f"There is no file or folder {path.absolute()}: give a path that exists.")
         return _load_from_hub(name, config_name, revision)
     saved = path.is_dir() and any((path / file).exists() for file in ("dataset_dict.json", "state.json"))
@@ -133,20 +216,106 @@ def _load(name: str, config_name: str | None, revision: str | None) -> Mapping[A
         raise UserError(f"{path} has no configurations to choose {config_name!r} from: leave it out.")
     if revision is not None:
         raise UserError(f"{path} is local and has no revision {revision!r}: leave it out.")
-    if path.is_file() and path.suffix not in FILE_BUILDERS:
-        raise UserError(f"{path} ends in {path.suffix!r}: a dataset file ends in {', '.join(FILE_BUILDERS)}.")
-    if path.is_file() and path.stat().st_size == 0:
-        raise UserError(f"{path} is empty: give a file that has rows.")
+    if path.is_file():
+        return {"train": _file_table(name, path, kind)}
+    import datasets  # here, because it takes most of a second and most runs read no dataset
+
     with _told_in_one_sentence(f"Dataset {path} cannot be opened"):
         if saved:
             loaded = datasets.load_from_disk(str(path))
-            return loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
-        if path.is_file():
-            return datasets.load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), streaming=True)
-        return datasets.load_dataset(str(path), config_name, streaming=True)
+            splits: Any = loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+            return _typed_tables(name, splits)
+        # Absolute, because a relative "csv" or "json" would be the library's reader of that name.
+        return _tables(name, datasets.load_dataset_builder(str(path.absolute()), config_name))
 
 
-def _load_from_hub(name: str, config_name: str | None, revision: str | None) -> Mapping[Any, Any]:
+def _file_table(name: str, path: Path, kind: str) -> _Table:
+    typed = kind in (".parquet", ".arrow")
+    if kind not in FILE_BUILDERS or (typed and path.suffix.lower() != kind):
+        raise UserError(
+            f"{path} ends in {path.suffix!r}: a dataset file ends in {', '.join(FILE_BUILDERS)}, all but Parquet and "
+            f"Arrow also with {', '.join(COMPRESSIONS)}."
+        )
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty: give a file that has rows.")
+    table = f"Dataset {name}, split train"
+    if not typed:
+        return _WrittenTable(table, (_DataFile(str(path), partial(path.open, "rb")),), kind)
+    import datasets
+
+    with _told_in_one_sentence(f"Dataset {path} cannot be opened"):
+        loaded = datasets.load_dataset(FILE_BUILDERS[kind], data_files=str(path), streaming=True)
+    return _TypedTable(table, loaded["train"])
+
+
+def _typed_tables(name: str, splits: Mapping[Any, Any]) -> dict[str, _Table]:
+    return {str(split): _TypedTable(f"Dataset {name}, split {split}", rows) for split, rows in splits.items()}
+
+
+def _tables(name: str, builder: Any) -> dict[str, _Table]:
+    """The splits of data files that the library has found."""
+    from datasets.packaged_modules.csv.csv import Csv, CsvConfig
+    from datasets.packaged_modules.json.json import Json, JsonConfig
+
+    config = builder.config
+    if isinstance(builder, Csv) and _differs_only(config, CsvConfig, "sep", "delimiter", "features"):
+        return _written_tables(name, builder, ".csv", config.sep)
+    if isinstance(builder, Json) and _differs_only(config, JsonConfig, "features"):
+        return _written_tables(name, builder, ".json")
+    if isinstance(builder, Csv):
+        _read_as_strings(builder)
+    splits: Any = builder.as_streaming_dataset()
+    return _typed_tables(name, splits)
+
+
+def _differs_only(config: Any, of: type, *names: str) -> bool:
+    """Whether a dataset's own configuration changes nothing else about how its files are read."""
+    usual = of()
+    return all(getattr(config, name) == getattr(usual, name) for name in of.__annotations__ if name not in names)
+
+
+def _written_tables(name: str, builder: Any, kind: str, delimiter: str | None = None) -> dict[str, _Table]:
+    from datasets import DownloadConfig
+    from datasets.download import StreamingDownloadManager
+    from datasets.utils.file_utils import xopen
+
+    opener: Any = xopen
+    access = DownloadConfig(token=builder.token, storage_options=builder.storage_options)
+    manager = StreamingDownloadManager(
+        dataset_name=builder.dataset_name, base_path=builder.base_path, download_config=access
+    )
+
+    def data_files(url: str) -> Iterator[_DataFile]:
+        suffix = PurePath(url).suffix.lower()
+        # Archives of several files are the library's to look into; what is only compressed is read here.
+        plain = suffix in (*KINDS, *COMPRESSIONS)
+        for file in [manager.download(url)] if plain else manager.iter_files(manager.download_and_extract(url)):
+            yield _DataFile(file, partial(opener, file, "rb", download_config=access))
+
+    return {
+        str(split): _WrittenTable(
+            f"Dataset {name}, split {split}",
+            tuple(itertools.chain.from_iterable(map(data_files, files))),
+            kind,
+            delimiter,
+        )
+        for split, files in builder.config.data_files.items()
+    }
+
+
+def _read_as_strings(builder: Any) -> None:
+    """CSV that its dataset says to read in a way of its own: by the library, every cell as text."""
+    import datasets
+
+    builder.config.keep_default_na = builder.config.na_filter = False
+    builder.config.features = builder.info.features = None
+    for rows in builder.as_streaming_dataset().values():
+        columns = rows.column_names or list(next(iter(rows), {}))
+        builder.config.features = datasets.Features({column: datasets.Value("string") for column in columns})
+        return
+
+
+def _load_from_hub(name: str, config_name: str | None, revision: str | None) -> Mapping[str, _Table]:
     import datasets.config
 
     if datasets.config.HF_HUB_OFFLINE:
@@ -159,7 +328,7 @@ def _load_from_hub(name: str, config_name: str | None, revision: str | None) -> 
             "give a local path, or download the dataset where there is a network and set HF_HUB_OFFLINE=1."
         )
     with _told_in_one_sentence(problem):
-        return datasets.load_dataset(name, config_name, revision=revision, streaming=True)
+        return _tables(name, datasets.load_dataset_builder(name, config_name, revision=revision))
 
 
 def _hub_answers() -> bool:
@@ -187,21 +356,6 @@ def _chosen_split(name: str, splits: Collection[str], split: str | None) -> str:
     return wanted
 
 
-def _needed_columns(rows: Any, name: str, split: str, text_column: str | None) -> tuple[str, list[str]]:
-    """The text column, and the columns to read."""
-    # JSON and CSV streams know their columns only from their first row.
-    columns = rows.column_names or list(_first_row(rows, name, split))
-    field = text_field(columns, text_column, f"Dataset {name}, split {split},")
-    return field, [field, "id"] if "id" in columns and field != "id" else [field]
-
-
-def _first_row(rows: Any, name: str, split: str) -> dict[str, Any]:
-    row = next(_guarded(rows, name), None)
-    if row is None:
-        raise UserError(f"Dataset {name}, split {split}, is empty: choose one that has rows.")
-    return row
-
-
 def _guarded(rows: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
     """The rows; what the library raises over a damaged file becomes a UserError."""
     import datasets.exceptions
@@ -211,7 +365,7 @@ def _guarded(rows: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str, An
     try:
         yield from rows
     except (datasets.exceptions.DatasetsError, pa.ArrowException, FileNotFoundError, ValueError) as error:
-        raise UserError(f"Dataset {name} cannot be read on: {_first_line(error)}") from error
+        raise UserError(f"{name} cannot be read on: {_first_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -219,6 +373,8 @@ def _told_in_one_sentence(problem: str) -> Iterator[None]:
     # The library raises a dozen unrelated classes here, its own, the client's and Python's.
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{problem}: {_first_line(error)}") from error
 

@@ -8,19 +8,34 @@ can be known without reading the whole input is checked here.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from jax_extract.errors import UserError, user_path
 from jax_extract.inputs.arc import arc_samples, read_tasks
 from jax_extract.inputs.arc_encoders import grid_encoder
+from jax_extract.inputs.arc_files import holds_several, is_pair, is_task
+from jax_extract.inputs.arc_task import ArcTask
+from jax_extract.inputs.fields import TEXT_FIELDS, Fields
+from jax_extract.inputs.files import COMPRESSIONS, kind_and_stem, local
 from jax_extract.inputs.hub import open_dataset
+from jax_extract.inputs.rows import json_values
 from jax_extract.inputs.samples import Sample
-from jax_extract.inputs.text import jsonl_samples, text_samples
+from jax_extract.inputs.text import PARQUET, file_rows, row_samples, text_samples
 
 Samples = Callable[[], Iterator[Sample]]
+
+_ROW_KINDS: Mapping[str, Literal["jsonl", "csv", "parquet"]] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+    PARQUET: "parquet",
+}
 
 
 @dataclass(frozen=True)
@@ -33,12 +48,18 @@ class Source:
       finite: False for datasets, whose length is not known before they have been read: plan them window
         by window.
       samples: gives the samples, from the first one at each call.
+      tasks: of an ARC source, by id.
+      left_out: what held no usable task, by file, line or id.
+      notes: what a user should know of how the input was found.
     """
 
     name: str
-    kind: Literal["arc", "jsonl", "text", "dataset"]
+    kind: Literal["arc", "jsonl", "csv", "parquet", "text", "dataset"]
     finite: bool
     samples: Samples
+    tasks: Mapping[str, ArcTask] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def open_source(
@@ -52,11 +73,14 @@ def open_source(
     split: str | None,
     dataset_config: str | None,
     text_column: str | None,
+    id_column: str | None = None,
+    skip_bad_tasks: bool = False,
 ) -> Source:
     """The source that the arguments name.
 
     Args:
-      tasks_file: a folder or `.json` of ARC tasks, a `.jsonl` or a `.txt`; or None.
+      tasks_file: a folder, `.json` or `.jsonl` of ARC tasks, rows (`.jsonl`, `.csv`, `.tsv`, `.parquet`, `.json`), or
+        a `.txt`, all but Parquet also compressed; or None.
       dataset: a Hugging Face dataset, by hub name or local path; or None. Just one of the two is given.
       n_tasks: ARC only: the first so many tasks.
       n_samples: so many samples: augmented ones for ARC where there are fewer test inputs, else the
@@ -65,7 +89,9 @@ def open_source(
       seed: chooses the ARC augmentations.
       split: of a dataset, or of an ARC file with splits.
       dataset_config: the configuration of a dataset.
-      text_column: which field of a `.jsonl` or column of a dataset holds the text.
+      text_column: which field of a row or column of a dataset holds the text, a conversation or token ids.
+      id_column: which one holds the id.
+      skip_bad_tasks: ARC only: leave out what is no usable task.
 
     Raises:
       UserError: an argument is wrong, does not go with the input, or the input is missing, empty or
@@ -77,9 +103,11 @@ def open_source(
     if n_samples is not None and n_samples < 1:
         raise UserError(f"n_samples is {n_samples}: give a number from 1 on, or leave it out.")
     grid_encoder(encoder)
+    of_arc = {"n_tasks": n_tasks, "skip_bad_tasks": skip_bad_tasks or None}
+    fields = Fields(text_column, id_column)
     if dataset is not None:
-        _refuse(dataset, n_tasks=n_tasks)
-        rows = _first(open_dataset(dataset, dataset_config, split, text_column), n_samples)
+        _refuse(dataset, **of_arc)
+        rows = _first(open_dataset(dataset, dataset_config, split, text_column, id_column=id_column), n_samples)
         name = ":".join(part for part in (dataset, dataset_config, split) if part)
         return Source(name, "dataset", finite=False, samples=rows)
 
@@ -90,24 +118,53 @@ def open_source(
         raise UserError(
             f"There is no file or folder {path.absolute()}, given as --tasks_file: give a path that exists."
         )
-    suffix = ".json" if path.is_dir() else path.suffix.lower()
-    if suffix == ".json":
+    kind, _ = kind_and_stem(path)
+    if path.is_dir() or (kind in _ROW_KINDS and _holds_tasks(path, kind, text_column, skip_bad_tasks)):
         _refuse(tasks_file, text_column=text_column)
-        arc = partial(arc_samples, read_tasks(path, split), encoder, n_tasks, n_samples, seed)
+        tasks = read_tasks(path, split, skip_bad_tasks, id_column)
+        arc = partial(arc_samples, tasks, encoder, n_tasks, n_samples, seed)
         arc()  # checks the arguments; nothing is read before the first sample is taken
-        return Source(tasks_file, "arc", finite=True, samples=arc)
-    if suffix == ".jsonl":
-        _refuse(tasks_file, n_tasks=n_tasks, split=split)
-        lines = _not_empty(tasks_file, partial(jsonl_samples, path, text_column))
-        return Source(tasks_file, "jsonl", finite=True, samples=_first(lines, n_samples))
-    if suffix == ".txt":
-        _refuse(tasks_file, n_tasks=n_tasks, split=split, text_column=text_column)
+        return Source(
+            tasks_file,
+            "arc",
+            finite=True,
+            samples=arc,
+            tasks=tasks,
+            left_out=tuple(tasks.left_out),
+            notes=tuple(tasks.notes),
+        )
+    if kind in _ROW_KINDS and not (kind == PARQUET and path.suffix.lower() != PARQUET):
+        _refuse(tasks_file, split=split, **of_arc)
+        samples = _not_empty(tasks_file, partial(row_samples, path, fields))
+        return Source(tasks_file, _ROW_KINDS[kind], finite=True, samples=_first(samples, n_samples))
+    if kind == ".txt":
+        _refuse(tasks_file, split=split, text_column=text_column, id_column=id_column, **of_arc)
         lines = _not_empty(tasks_file, partial(text_samples, path))
         return Source(tasks_file, "text", finite=True, samples=_first(lines, n_samples))
     raise UserError(
-        f"{tasks_file} ends in {path.suffix!r}: --tasks_file takes a folder or .json of ARC tasks, a .jsonl "
-        "or a .txt; give other data as --dataset."
+        f"{tasks_file} ends in {path.suffix!r}: --tasks_file takes a folder or .json of ARC tasks, a .jsonl, .csv, "
+        f".tsv, .parquet or a .txt (all but Parquet also with {', '.join(COMPRESSIONS)}); give other data as --dataset."
     )
+
+
+def _holds_tasks(path: Path, kind: str, text_column: str | None, skip_bad_tasks: bool) -> bool:
+    """Whether a file is one of ARC tasks: its first object decides, and rows that have a text are texts."""
+    if kind == ".json" and not holds_several(path):
+        return True
+    if text_column is not None or kind in (".csv", ".tsv"):
+        return False
+    if skip_bad_tasks and kind != PARQUET:  # the first object may be a bad one
+        return True
+    first: Any = None
+    if kind == ".json":
+        with local(path) as file:
+            first = next(json_values(str(path), file), None)
+        if is_pair(first) or not isinstance(first, dict):
+            return True
+    else:
+        row = next(file_rows(path), None)
+        first = None if row is None else row.values
+    return is_task(first) and not any(isinstance(first.get(name), str) for name in TEXT_FIELDS)
 
 
 def _refuse(name: str, **arguments: object) -> None:
@@ -119,7 +176,7 @@ def _refuse(name: str, **arguments: object) -> None:
 
 def _not_empty(name: str, samples: Samples) -> Samples:
     if next(samples(), None) is None:
-        raise UserError(f"{name} holds no sample: every line is blank.")
+        raise UserError(f"{name} holds no sample: expected at least one.")
     return samples
 
 

@@ -1,21 +1,26 @@
-"""Samples from files of lines: JSONL with a text field, and plain text.
+"""Samples from files of rows and of lines: JSON, JSONL, CSV, TSV and Parquet with a text field, and plain text.
 
-In: a UTF-8 file.
-Out: one `Sample` for each line that is not blank, lazily, in the file's order; memory grows by the ids
-alone (JSONL ids must be unique). A wrong line is a UserError with the file and the line's number.
+In: a file, compressed or not.
+Out: one `Sample` for each row, or each line that is not blank, lazily, in the file's order; memory grows by the
+ids alone (those that rows have must be unique). A wrong row is a UserError with the file and its place.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from jax_extract.errors import UserError
+from jax_extract.inputs.fields import Fields, checked_id, checked_text
+from jax_extract.inputs.files import kind_and_stem, lines, local
+from jax_extract.inputs.rows import PlacedRow, rows_of
 from jax_extract.inputs.samples import Sample
 
-TEXT_FIELDS = ("text", "prompt", "question")
+PARQUET = ".parquet"
+
+Needed = Callable[[Collection[str]], Sequence[str]]
+
+_ROWS_AT_ONCE = 1_024  # of a Parquet file
 
 
 def jsonl_samples(path: Path, text_column: str | None = None) -> Iterator[Sample]:
@@ -24,30 +29,56 @@ def jsonl_samples(path: Path, text_column: str | None = None) -> Iterator[Sample
     Args:
       path: each line one object with a text field and, if wanted, an "id" (a string or an integer;
         "{file stem}:{line number}" without). Other fields are ignored.
-      text_column: the field that holds the text; the first there is of `TEXT_FIELDS` for None.
+      text_column: the field that holds the text; the first there is of the usual ones for None.
 
     Raises:
       UserError: on reaching a line that is not UTF-8, not a JSON object, has no text or no string for it,
         or repeats an id.
     """
-    seen: set[str] = set()
-    for number, where, row in _rows(path):
-        field = text_field(row, text_column, f"{where},")
-        text = checked_text(row[field], f"{where}, field {field!r},")
-        sample_id = checked_id(row["id"], where) if "id" in row else f"{path.stem}:{number}"
-        if sample_id in seen:
-            raise UserError(f"{where}, repeats the id {sample_id!r}: give each line its own, or none.")
-        seen.add(sample_id)
-        yield Sample(sample_id, text, {"line": number})
+    for sample in row_samples(path, Fields(text_column)):
+        if sample.turns is not None or sample.token_ids is not None:
+            raise UserError(
+                f"{path}, line {sample.meta['line']}, holds a list where a string is expected: write it as one."
+            )
+        yield sample
 
 
-def jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each object of a JSONL file, with the place that an error about it begins with.
+def row_samples(path: Path, fields: Fields) -> Iterator[Sample]:
+    """One sample for each row of a file of rows.
+
+    Args:
+      path: JSONL, CSV or TSV (an id is "{file stem}:{line number}" where a row has none), a JSON list of objects or
+        Parquet ("{file stem}:{number of the row}", from 1).
 
     Raises:
-      UserError: on reaching a line that is not UTF-8 or not a JSON object.
+      UserError: on reaching what is no such row, lacks a field, or repeats an id.
     """
-    return ((where, row) for _, where, row in _rows(path))
+    kind, stem = kind_and_stem(path)
+    unit = "row" if kind in (PARQUET, ".json") else "line"
+    seen: set[str] = set()
+    for number, where, row in file_rows(path, lambda columns: fields.columns(columns, f"{path},")):
+        sample = fields.sample(row, where, f"{stem}:{number}", {unit: number})
+        if sample.sample_id in seen:
+            raise UserError(f"{where}, repeats the id {sample.sample_id!r}: give each {unit} its own, or none.")
+        seen.add(sample.sample_id)
+        yield sample
+
+
+def file_rows(path: Path, needed: Needed | None = None) -> Iterator[PlacedRow]:
+    """Each row of a local file, by the kind that its ending says.
+
+    Args:
+      needed: which of a Parquet file's columns are read; all for None.
+
+    Raises:
+      UserError: the file cannot be read, or on reaching what is no row.
+    """
+    kind, _ = kind_and_stem(path)
+    if kind == PARQUET:
+        yield from _parquet_rows(path, needed)
+        return
+    with local(path) as file:
+        yield from rows_of(str(path), kind, file)
 
 
 def text_samples(path: Path) -> Iterator[Sample]:
@@ -56,8 +87,10 @@ def text_samples(path: Path) -> Iterator[Sample]:
     Raises:
       UserError: on reaching a line that is not UTF-8.
     """
-    for number, line in _lines(path):
-        yield Sample(f"{path.stem}:{number}", line, {"line": number})
+    _, stem = kind_and_stem(path)
+    with local(path) as file:
+        for number, line in lines(str(path), file):
+            yield Sample(f"{stem}:{number}", line, {"line": number})
 
 
 def named_texts(texts: Sequence[str] | Mapping[str, str]) -> Iterator[Sample]:
@@ -72,77 +105,18 @@ def named_texts(texts: Sequence[str] | Mapping[str, str]) -> Iterator[Sample]:
     return (Sample(checked_id(i, "a sample"), checked_text(text, f"text {i!r}")) for i, text in named)
 
 
-def text_field(names: Collection[str], text_column: str | None, where: str) -> str:
-    """The one of `names` that holds the text: `text_column`, or for None the first there is of `TEXT_FIELDS`.
+def _parquet_rows(path: Path, needed: Needed | None) -> Iterator[PlacedRow]:
+    import pyarrow as pa
+    from pyarrow import parquet
 
-    Raises:
-      UserError: it is not among them; the sentence begins with `where` and lists those that are.
-    """
-    wanted = TEXT_FIELDS if text_column is None else (text_column,)
-    for name in wanted:
-        if name in names:
-            return name
-    raise UserError(
-        f"{where} has no {' or '.join(wanted)} but {', '.join(names) or 'nothing at all'}: name what holds the text "
-        "with --text_column."
-    )
-
-
-def checked_text(value: object, where: str) -> str:
-    """`value` if it is a text that a tokeniser can take; else a UserError that begins with `where`."""
-    if not isinstance(value, str):
-        raise UserError(f"{where} holds {value!r:.40} ({type(value).__name__}) where a string is expected.")
-    # JSON can spell half a surrogate pair, which is no character: tokenisers and writers fail on it late.
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise UserError(f"{where} holds half a surrogate pair (\\ud800 to \\udfff): write whole characters.")
-    return value
-
-
-def checked_id(value: object, where: str) -> str:
-    """`value`, a string or an integer, as a sample id; else a UserError that begins with `where`."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if value == "":
-        raise UserError(f"{where}, has an empty id: give it one, or leave the field out.")
-    sample_id = checked_text(value, f"{where}, field 'id',")
-    if "\0" in sample_id:  # NumPy drops zeros at the end of a string, so two ids could become one
-        raise UserError(f"{where}, has the id {sample_id[:40]!r}: an id cannot hold a zero byte.")
-    return sample_id
-
-
-def _rows(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    for number, line in _lines(path):
-        where = f"{path}, line {number}"
-        yield number, where, _row(line, where)
-
-
-def _row(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}, column {error.colno}, is not JSON: {error.msg}; mend the line.") from error
-    except (ValueError, RecursionError) as error:
-        # An integer of thousands of digits, or brackets thousands deep.
-        raise UserError(f"{where}, cannot be read as JSON: {error}.") from error
-    if not isinstance(row, dict):
-        raise UserError(f'{where}, is a JSON {type(row).__name__} where an object {{"text": …}} is expected.')
-    return row
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers from 1, without their line ends."""
-    # Read as bytes: only so does a decoding error keep its line, and only "\n" ends one (JSON strings may
-    # hold U+2028, which `str.splitlines` would cut at).
-    try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                try:
-                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{path}, line {number}, byte {error.start}, is not UTF-8: save the file as UTF-8."
-                    ) from error
-                if line.strip():
-                    yield number, line.removesuffix("\n").removesuffix("\r")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+        with local(path) as opened, parquet.ParquetFile(opened) as file:
+            columns = None if needed is None else needed(file.schema_arrow.names)
+            number = 0
+            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield PlacedRow(number, f"{path}, row {number}", row)
+    except pa.ArrowException as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{path} is no Parquet file that can be read ({reason}): fetch it again.") from error

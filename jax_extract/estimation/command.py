@@ -19,6 +19,7 @@ from jax_extract.estimation.probe import ComputeProbe, WriteProbe, probe_computi
 from jax_extract.extraction.command import (
     host_budget,
     join_processes,
+    named_as_begun,
     open_request,
     require_room,
     require_rows,
@@ -192,6 +193,7 @@ def estimate(config: ExtractConfig, terminal: Terminal, processes: Processes | N
     found, committed = _what_is_there(config, place, processes)
     workers = config.num_workers or 1
     parties = max(processes.count, workers)
+    source = named_as_begun(source, config, found)
     wrapping = wrapping_of(config, kept_by(found, processes))
     with processes.together():
         settings = job.plan_settings(config, found.run["identity"]["plan_settings"] if found else None)

@@ -10,9 +10,10 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax_extract.config import ExtractConfig
@@ -27,6 +28,7 @@ from jax_extract.extraction.prepare import Job, wrapping_of
 from jax_extract.extraction.session import Session, Windows, keep_in
 from jax_extract.extraction.summary import tell_input, tell_layout, tell_notes, tell_plan, tell_request, tell_result
 from jax_extract.inputs.plan import WINDOW_SAMPLES, Part, Window
+from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.slabs import PlanSettings, Shapes, SlabShape
 from jax_extract.inputs.sources import Source, open_source
 from jax_extract.inputs.tokenize import Continued, InputCounts, tokenizer_digest
@@ -38,6 +40,7 @@ from jax_extract.store.storage.local import require_open_files
 from jax_extract.store.sweep import erase
 from jax_extract.store.upload import upload_buffer_bytes
 from jax_extract.terminal import Terminal, bytes_text, plural
+from jax_extract.weights.checkpoint import is_hub_id
 
 _SPOOLED_PARTS = 4  # two that are written, and as many that wait to be uploaded and deleted
 _STARTED_MEANWHILE = "another command has just started a run in %s; give this one again when that has ended"
@@ -115,10 +118,11 @@ def open_request(
         place = Place.of(config)
         what_to_do = [str(place.storage), place.spool is not None, config.overwrite, config.delete_local]
     processes.require_equal("place and options", json.dumps(what_to_do), "give every process the same command")
+    as_begun = _of_the_same_commits(config, place, processes)
     with processes.together():
         place.written_to.require_usable()
         source = source or _open_source(config)
-        job = Job.open(config)
+        job = Job.open(as_begun)
         place.require_usable()
         require_open_files(len(job.sites))
     return place, source, job
@@ -163,8 +167,9 @@ class _Extraction:
         found = None if self.config.overwrite else self.place.find(self.processes)
         with self.processes.together():
             settings = self.job.plan_settings(self.config, found.run["identity"]["plan_settings"] if found else None)
+        source = named_as_begun(self.source, self.config, found)
         kept = self.kept if self.kept and not found else kept_by(found, self.processes)
-        return dataclasses.replace(self, job=self.job.under(settings), kept=kept)._run(found, settings)
+        return dataclasses.replace(self, source=source, job=self.job.under(settings), kept=kept)._run(found, settings)
 
     def _run(self, found: Ledger | None, settings: PlanSettings) -> dict[str, Any]:
         config, processes, terminal = self.config, self.processes, self.terminal
@@ -290,6 +295,38 @@ class _Extraction:
                 raise meanwhile from None
 
         return Ledger(self.place.storage, self.processes.of_first(start))
+
+
+def _of_the_same_commits(config: ExtractConfig, place: Place, processes: Processes) -> ExtractConfig:
+    """A hub's name without a revision means what it meant when the run that is there was begun, not what is newest."""
+    model = config.model_path if config.revision is None else ""
+    adapter = "" if config.adapter is None or "@" in config.adapter else config.adapter
+    model, adapter = (name if is_hub_id(name) and not Path(name).exists() else "" for name in (model, adapter))
+    if config.overwrite or not (model or adapter) or (found := place.find(processes)) is None:
+        return config
+    begun = found.run["description"]
+    if model and begun.get("model_path") == model:
+        config = dataclasses.replace(config, revision=begun.get("model_revision"))
+    if adapter and str(begun.get("adapter")).startswith(f"{adapter}@"):
+        config = dataclasses.replace(config, adapter=begun["adapter"])
+    return config
+
+
+def named_as_begun(source: Source, config: ExtractConfig, found: Ledger | None) -> Source:
+    """A local dataset names its samples after its path: a run that is there goes on under the path it was begun with."""
+    begun = found.run["description"].get("source") if found else None
+    given = config.dataset
+    if source.kind != "dataset" or given is None or begun in (None, given) or not Path(given).expanduser().exists():
+        return source
+
+    def samples() -> Iterator[Sample]:
+        for sample in source.samples():
+            rest = f":{sample.meta.get('split')}:{sample.meta.get('row')}"
+            sample_id = f"{begun}{rest}" if sample.sample_id == f"{given}{rest}" else sample.sample_id
+            meta = {**sample.meta, "dataset": begun} if sample.meta.get("dataset") == given else sample.meta
+            yield dataclasses.replace(sample, sample_id=sample_id, meta=meta)
+
+    return dataclasses.replace(source, samples=samples)
 
 
 def _open_source(config: ExtractConfig) -> Source:

@@ -82,6 +82,7 @@ def tell_notes(counts: InputCounts, job: Job, terminal: Terminal) -> None:
 
 
 def _notes(counts: InputCounts, job: Job) -> Iterator[str]:
+    yield from job.model.tokenizer_notes
     if count := counts.opened_samples:
         begin = "begins" if count == 1 else "begin"
         yield (

@@ -100,6 +100,7 @@ def planned(config: Any) -> tuple[list[Any], Any]:
     from jax_extract.extraction.prepare import Job
     from jax_extract.inputs.sources import open_source
     from jax_extract.inputs.tokenize import InputCounts
+    from jax_extract.inputs.wrapping import Wrapping
 
     job = Job.open(config)
     source = open_source(
@@ -113,7 +114,7 @@ def planned(config: Any) -> tuple[list[Any], Any]:
         dataset_config=None,
         text_column=None,
     )
-    windows = job.windows(source.samples(), job.plan_settings(config), False, InputCounts())
+    windows = job.windows(source.samples(), job.plan_settings(config), Wrapping(), InputCounts())
     parts = [part for window in windows for part in window.parts]
     return parts, {slab.shape for part in parts for slab in part.slabs}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any, Literal, Protocol
 import yaml
 
 from jax_extract.errors import UserError
+from jax_extract.inputs.chat import NOT_VARIABLES
 from jax_extract.store.storage.verbs import BUCKET_SCHEME
 from models.hooks import DEFAULT_HOOK_POINT
 
@@ -45,7 +47,11 @@ class ExtractConfig:
       n_samples: how many samples; more than there are makes augmented ARC samples.
       grid_encoder: how ARC grids become text: digits, spaced, json or letters.
       seed: of the ARC augmentation, and of drawn answers.
-      chat_template: put each text through the tokenizer's chat template as a user's turn.
+      chat_template: put each text through the tokenizer's chat template as a user's turn, conversations as they are.
+      system_prompt: the system's turn before each text, for the chat template.
+      chat_template_kwargs: variables of the chat template, as a JSON object: '{"enable_thinking": false}'.
+      add_special_tokens: put the tokenizer's special tokens (BOS) around every text, or around none; by default around
+        texts without a chat template, and no second BOS before a text that begins with it.
       max_new_tokens: answer every prompt first, with at most so many tokens; prompt and answer fit max_seq_length.
       temperature: of the answers; 0 takes the likeliest token each time.
       top_k: of the answers: draw from so many of the likeliest tokens.
@@ -98,6 +104,9 @@ class ExtractConfig:
     grid_encoder: str = "digits"
     seed: int = 0
     chat_template: bool = False
+    system_prompt: str | None = None
+    chat_template_kwargs: str | None = None
+    add_special_tokens: bool | None = None
     max_new_tokens: int | None = None
     temperature: float = 0.0
     top_k: int | None = None
@@ -133,6 +142,10 @@ class ExtractConfig:
     allow_numeric_change: bool = False
     explain: bool = False
 
+    def __post_init__(self) -> None:
+        if isinstance(self.chat_template_kwargs, Mapping):  # as YAML and Python have it
+            object.__setattr__(self, "chat_template_kwargs", _as_json(self.chat_template_kwargs))
+
     def check(self) -> None:
         """Refuses values that no run can have; `extract_to_directory` calls it first."""
         for field in dataclasses.fields(self):
@@ -146,6 +159,7 @@ class ExtractConfig:
         if self.host_memory_gb is not None and not 0 < self.host_memory_gb < _LARGEST:
             raise UserError(f"--host_memory_gb {self.host_memory_gb} must be a positive number of gigabytes")
         self._check_backend()
+        self._check_template()
         self._check_answers()
         self._check_places()
         self._check_processes()
@@ -164,6 +178,31 @@ class ExtractConfig:
             raise UserError(
                 "--distributed on is of --backend jax; on several GPUs give each a command with --worker_id"
             )
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """`chat_template_kwargs`, read; UserError where it is no JSON object."""
+        if self.chat_template_kwargs is None:
+            return {}
+        try:
+            variables = json.loads(self.chat_template_kwargs)
+        except (ValueError, RecursionError):
+            variables = None
+        if not isinstance(variables, dict):
+            raise UserError(
+                f"--chat_template_kwargs {self.chat_template_kwargs!r:.80} is no JSON object; write it between single "
+                "quotes: '{\"enable_thinking\": false}'"
+            )
+        return variables
+
+    def _check_template(self) -> None:
+        if wrong := sorted(self.template_variables.keys() & NOT_VARIABLES):
+            raise UserError(
+                f"--chat_template_kwargs has {wrong[0]!r}, which is no variable of a chat template; leave it out"
+            )
+        for name in ("system_prompt", "chat_template_kwargs"):
+            if getattr(self, name) is not None and not self.chat_template:
+                raise UserError(f"--{name} is for the chat template, and none is asked for; add --chat_template True")
 
     def _check_answers(self) -> None:
         if self.max_new_tokens is not None:
@@ -238,6 +277,16 @@ def check_captures(config: Captures) -> None:
         raise UserError("--hook_points is empty; name at least one, such as after_block")
     if config.layers_to_extract is not None and not config.layers_to_extract:
         raise UserError("--layers_to_extract is empty; name at least one layer, or leave the flag out")
+
+
+def _as_json(variables: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(dict(variables), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"chat_template_kwargs cannot be written as JSON ({error}); give texts (dates between quotes), numbers, "
+            "True or False, lists and mappings"
+        ) from None
 
 
 def _check_group(name: str, index: int | None, total: str, count: int | None) -> None:

@@ -16,6 +16,7 @@ from jax_extract.inputs.plan import Window, plan_windows
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.slabs import PlanSettings, SlabShape
 from jax_extract.inputs.tokenize import InputCounts, TokenizedSample, tokenize
+from jax_extract.inputs.wrapping import Wrapping
 from models.positions import Positions
 
 few_examples = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -146,10 +147,10 @@ def test_the_plan_does_not_depend_on_how_the_input_is_iterated(monkeypatch: pyte
 
     def digests(chunk: int) -> list[str]:
         monkeypatch.setattr(tokenize_module, "_CHUNK", chunk)
-        stream = tokenize(iter(samples), tokenizer, 150, False, InputCounts())
+        stream = tokenize(iter(samples), tokenizer, 150, Wrapping(), InputCounts())
         return [w.digest for w in plan_windows(stream, plan_settings(), window_samples=32)]
 
-    as_list = list(tokenize(samples, tokenizer, 150, False, InputCounts()))
+    as_list = list(tokenize(samples, tokenizer, 150, Wrapping(), InputCounts()))
     expected = [w.digest for w in plan_windows(as_list, plan_settings(), window_samples=32)]
     assert digests(1) == digests(7) == digests(256) == expected
 

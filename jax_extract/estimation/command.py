@@ -19,6 +19,7 @@ from jax_extract.estimation.probe import ComputeProbe, WriteProbe, probe_computi
 from jax_extract.extraction.command import (
     host_budget,
     join_processes,
+    named_as_begun,
     open_request,
     require_room,
     require_rows,
@@ -27,14 +28,15 @@ from jax_extract.extraction.command import (
 )
 from jax_extract.extraction.loop import part_content
 from jax_extract.extraction.pending import Committed, parse_committed, pending_parts, plan_json, read_committed
-from jax_extract.extraction.place import Place
-from jax_extract.extraction.prepare import Job
+from jax_extract.extraction.place import Place, kept_by
+from jax_extract.extraction.prepare import Job, wrapping_of
 from jax_extract.extraction.session import keep_in
 from jax_extract.extraction.summary import tell_input, tell_plan, tell_request
 from jax_extract.inputs.plan import Part, Window
 from jax_extract.inputs.slabs import PlanSettings, Shapes, SlabShape
 from jax_extract.inputs.sources import Source
 from jax_extract.inputs.tokenize import InputCounts
+from jax_extract.inputs.wrapping import Wrapping
 from jax_extract.store.formats import SUFFIXES, ShardHeader, shard_bytes
 from jax_extract.store.ledger import PLAN, RUN_FILE, Ledger, to_json
 from jax_extract.store.parts import PartContent, Site
@@ -191,13 +193,17 @@ def estimate(config: ExtractConfig, terminal: Terminal, processes: Processes | N
     found, committed = _what_is_there(config, place, processes)
     workers = config.num_workers or 1
     parties = max(processes.count, workers)
+    source = named_as_begun(source, config, found)
+    wrapping = wrapping_of(config, kept_by(found, processes))
     with processes.together():
         settings = job.plan_settings(config, found.run["identity"]["plan_settings"] if found else None)
         job, weights = job.under(settings), job.weights()
         if found:
             run = run_of(config, job, weights, settings)
             found.require_same(run["identity"], run["numerics"], config.allow_numeric_change)
-        work, parts, shapes = _plan(_Request(config, processes, source, job, settings, found, committed, terminal))
+        work, parts, shapes = _plan(
+            _Request(config, processes, source, job, settings, wrapping, found, committed, terminal)
+        )
         if work.covers != "million":
             require_room(place, work.output.file_bytes, parties)
         budget = host_budget(config, job, place, set(work.steps))
@@ -221,6 +227,7 @@ class _Request:
     source: Source
     job: Job
     settings: PlanSettings
+    wrapping: Wrapping
     found: Ledger | None
     committed: Committed
     terminal: Terminal
@@ -253,7 +260,7 @@ def _what_is_there(config: ExtractConfig, place: Place, processes: Processes) ->
 def _plan(request: _Request) -> tuple[Work, list[Part], Shapes]:
     """The work, the parts of it that are planned (all of a finite input, the first window of a stream), slab shapes."""
     job, source, terminal, counts = request.job, request.source, request.terminal, InputCounts()
-    stream = job.windows(source.samples(), request.settings, request.config.chat_template, counts)
+    stream = job.windows(source.samples(), request.settings, request.wrapping, counts)
     windows = list(stream if source.finite else itertools.islice(stream, 1))
     require_samples(counts, source)
     tell_input(source, counts, job, terminal)
@@ -341,7 +348,7 @@ def _with_plans(output: Output, windows: Iterable[Window], counts: InputCounts, 
     """Adds the plans that are not stored yet."""
     stored = set(found.names(PLAN)) if found else set()
     new = [window for window in windows if f"{window.number:06d}.json" not in stored]
-    sizes = [len(to_json(plan_json(window, dataclasses.asdict(counts)))) for window in new]
+    sizes = [len(to_json(plan_json(window, counts.as_json()))) for window in new]
     return _with(output, len(sizes), sum(sizes))
 
 

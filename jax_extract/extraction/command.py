@@ -10,9 +10,10 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax_extract.config import ExtractConfig
@@ -22,14 +23,16 @@ from jax_extract.errors import UserError
 from jax_extract.extraction.backend import Loadable
 from jax_extract.extraction.loop import STEPS_IN_MEMORY
 from jax_extract.extraction.pending import Committed, pending_parts
-from jax_extract.extraction.place import Place, keep_config
-from jax_extract.extraction.prepare import Job
+from jax_extract.extraction.place import Place, keep_config, kept_by
+from jax_extract.extraction.prepare import Job, wrapping_of
 from jax_extract.extraction.session import Session, Windows, keep_in
-from jax_extract.extraction.summary import tell_input, tell_layout, tell_plan, tell_request, tell_result
+from jax_extract.extraction.summary import tell_input, tell_layout, tell_notes, tell_plan, tell_request, tell_result
 from jax_extract.inputs.plan import WINDOW_SAMPLES, Part, Window
+from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.slabs import PlanSettings, Shapes, SlabShape
 from jax_extract.inputs.sources import Source, open_source
 from jax_extract.inputs.tokenize import Continued, InputCounts, tokenizer_digest
+from jax_extract.inputs.wrapping import Kept
 from jax_extract.store.budget import ByteBudget, default_limit
 from jax_extract.store.ledger import COMMITS, RUN_FILE, Ledger, RunStartedMeanwhile, part_name
 from jax_extract.store.metadata import write_metadata
@@ -37,6 +40,7 @@ from jax_extract.store.storage.local import require_open_files
 from jax_extract.store.sweep import erase
 from jax_extract.store.upload import upload_buffer_bytes
 from jax_extract.terminal import Terminal, bytes_text, plural
+from jax_extract.weights.checkpoint import is_hub_id
 
 _SPOOLED_PARTS = 4  # two that are written, and as many that wait to be uploaded and deleted
 _STARTED_MEANWHILE = "another command has just started a run in %s; give this one again when that has ended"
@@ -75,13 +79,19 @@ def extract_request(
     terminal: Terminal,
     continued: Continued | None = None,
     about: Mapping[str, Any] | None = None,
+    kept: Kept | None = None,
 ) -> dict[str, Any]:
-    """What `open_request` has opened; `continued` gives a sample with what follows its prompt."""
+    """What `open_request` has opened.
+
+    Args:
+      continued: gives a sample with what follows its prompt.
+      kept: what a new run keeps from its start, where that was before this.
+    """
     place.require_shared(processes)
     tell_request(job, config, processes.count, terminal)
     while True:
         try:
-            return _Extraction(config, processes, place, source, job, terminal, continued, about or {}).run()
+            return _Extraction(config, processes, place, source, job, terminal, continued, about or {}, kept).run()
         except RunStartedMeanwhile:  # another worker was faster: its run is resumed
             config = dataclasses.replace(config, overwrite=False)
 
@@ -108,10 +118,11 @@ def open_request(
         place = Place.of(config)
         what_to_do = [str(place.storage), place.spool is not None, config.overwrite, config.delete_local]
     processes.require_equal("place and options", json.dumps(what_to_do), "give every process the same command")
+    as_begun = _of_the_same_commits(config, place, processes)
     with processes.together():
         place.written_to.require_usable()
         source = source or _open_source(config)
-        job = Job.open(config)
+        job = Job.open(as_begun)
         place.require_usable()
         require_open_files(len(job.sites))
     return place, source, job
@@ -139,6 +150,7 @@ class _Extraction:
     Attributes:
       continued: gives a sample with what follows its prompt, where something does.
       about: what metadata.json says besides.
+      kept: what the run keeps from its start; None where that is now, or is there.
     """
 
     config: ExtractConfig
@@ -149,12 +161,15 @@ class _Extraction:
     terminal: Terminal
     continued: Continued | None
     about: Mapping[str, Any]
+    kept: Kept | None
 
     def run(self) -> dict[str, Any]:
         found = None if self.config.overwrite else self.place.find(self.processes)
         with self.processes.together():
             settings = self.job.plan_settings(self.config, found.run["identity"]["plan_settings"] if found else None)
-        return dataclasses.replace(self, job=self.job.under(settings))._run(found, settings)
+        source = named_as_begun(self.source, self.config, found)
+        kept = self.kept if self.kept and not found else kept_by(found, self.processes)
+        return dataclasses.replace(self, source=source, job=self.job.under(settings), kept=kept)._run(found, settings)
 
     def _run(self, found: Ledger | None, settings: PlanSettings) -> dict[str, Any]:
         config, processes, terminal = self.config, self.processes, self.terminal
@@ -163,6 +178,7 @@ class _Extraction:
             run["description"] |= {
                 "source": run["description"]["source"] or self.source.name,
                 "about": dict(self.about),
+                "kept": self._kept.as_json(),
             }
             if found:
                 found.require_same(run["identity"], run["numerics"], config.allow_numeric_change)
@@ -203,6 +219,11 @@ class _Extraction:
             _require_all(ledger, plan.windows)
         return metadata
 
+    @property
+    def _kept(self) -> Kept:
+        assert self.kept is not None, "run() sees to it"
+        return self.kept
+
     @cached_property
     def weights(self) -> Loadable:
         return self.job.weights()
@@ -212,9 +233,8 @@ class _Extraction:
 
         def read() -> tuple[Iterable[Window], InputCounts]:
             counts = InputCounts()
-            windows = self.job.windows(
-                self.source.samples(), settings, self.config.chat_template, counts, self.continued
-            )
+            wrapping = wrapping_of(self.config, self._kept)
+            windows = self.job.windows(self.source.samples(), settings, wrapping, counts, self.continued)
             return windows, counts
 
         if not self.source.finite:
@@ -237,6 +257,7 @@ class _Extraction:
             stream = iter(windows)
             first = list(itertools.islice(stream, 1))
             require_samples(counts, self.source)
+            tell_notes(counts, self.job, self.terminal)
             begun = iter([(itertools.chain(first, stream), counts)])
             shapes = first[0].shapes
             return _Plan(lambda: next(begun, None) or read(), first[0].digest, None, shapes, set(shapes))
@@ -276,6 +297,38 @@ class _Extraction:
                 raise meanwhile from None
 
         return Ledger(self.place.storage, self.processes.of_first(start))
+
+
+def _of_the_same_commits(config: ExtractConfig, place: Place, processes: Processes) -> ExtractConfig:
+    """A hub's name without a revision means what it meant when the run that is there was begun, not what is newest."""
+    model = config.model_path if config.revision is None else ""
+    adapter = "" if config.adapter is None or "@" in config.adapter else config.adapter
+    model, adapter = (name if is_hub_id(name) and not Path(name).exists() else "" for name in (model, adapter))
+    if config.overwrite or not (model or adapter) or (found := place.find(processes)) is None:
+        return config
+    begun = found.run["description"]
+    if model and begun.get("model_path") == model:
+        config = dataclasses.replace(config, revision=begun.get("model_revision"))
+    if adapter and str(begun.get("adapter")).startswith(f"{adapter}@"):
+        config = dataclasses.replace(config, adapter=begun["adapter"])
+    return config
+
+
+def named_as_begun(source: Source, config: ExtractConfig, found: Ledger | None) -> Source:
+    """A local dataset names its samples after its path: a run that is there goes on under the path it was begun with."""
+    begun = found.run["description"].get("source") if found else None
+    given = config.dataset
+    if source.kind != "dataset" or given is None or begun in (None, given) or not Path(given).expanduser().exists():
+        return source
+
+    def samples() -> Iterator[Sample]:
+        for sample in source.samples():
+            rest = f":{sample.meta.get('split')}:{sample.meta.get('row')}"
+            sample_id = f"{begun}{rest}" if sample.sample_id == f"{given}{rest}" else sample.sample_id
+            meta = {**sample.meta, "dataset": begun} if sample.meta.get("dataset") == given else sample.meta
+            yield dataclasses.replace(sample, sample_id=sample_id, meta=meta)
+
+    return dataclasses.replace(source, samples=samples)
 
 
 def _open_source(config: ExtractConfig) -> Source:
@@ -338,6 +391,7 @@ def run_of(config: ExtractConfig, job: Job, weights: Loadable, settings: PlanSet
             "answers": config.capture_answers,
             # Only where it is so: runs that were begun before there was a choice go on.
             **({"one_file_per_layer": True} if config.one_file_per_layer else {}),
+            **_wrapping_identity(config),
             "weights": weights.provenance(),
             "tokenizer_hash": tokenizer_digest(job.model.tokenizer),
             "plan_settings": settings.as_json(),
@@ -349,6 +403,14 @@ def run_of(config: ExtractConfig, job: Job, weights: Loadable, settings: PlanSet
             "mesh": dict(job.backend.mesh_shape),
         },
     }
+
+
+def _wrapping_identity(config: ExtractConfig) -> dict[str, Any]:
+    """What is put around texts, as far as a run may say nothing of it."""
+    said: dict[str, Any] = {"system_prompt": config.system_prompt, "add_special_tokens": config.add_special_tokens}
+    if variables := config.template_variables:
+        said["chat_template_kwargs"] = json.dumps(variables, sort_keys=True)
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def _require_all(ledger: Ledger, windows: Windows) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 from jax_extract.config import ExtractConfig
 from jax_extract.errors import UserError
 from jax_extract.extraction.loop import STEPS_IN_MEMORY, LoopStatistics, run_parts
-from jax_extract.extraction.prepare import Job
+from jax_extract.extraction.prepare import Job, wrapping_of
 from jax_extract.inputs.text import named_texts
 from jax_extract.inputs.tokenize import InputCounts
+from jax_extract.inputs.wrapping import Kept
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.memory import MemorySink
 from jax_extract.store.reader import Run
@@ -41,7 +42,8 @@ def extract(
       layers, hook_points, positions: as the flags of the command.
       progress: show the lines and the bar of the command.
       options: further fields of `ExtractConfig`: dtype, capture_dtype, batch_size, mesh_shape,
-        max_seq_length, slab_tokens, chat_template, revision.
+        max_seq_length, slab_tokens, chat_template, system_prompt, chat_template_kwargs (a dictionary will do),
+        add_special_tokens, revision.
 
     Returns:
       A `Run` in memory: `run.sample("0").get(layer=12)` -> [positions, width].
@@ -65,7 +67,7 @@ def extract(
     config.check()
     job = Job.open(config)
     counts = InputCounts()
-    windows = list(job.windows(samples, job.plan_settings(config), config.chat_template, counts))
+    windows = list(job.windows(samples, job.plan_settings(config), wrapping_of(config, Kept.from_now_on()), counts))
     if not windows:
         raise UserError("none of the texts has a token; there is nothing to extract")
     sink = MemorySink(job.sites, config.capture_dtype)
@@ -83,7 +85,7 @@ def extract(
         **job.description(),
         "total_samples": counts.samples,
         "total_tokens": counts.tokens,
-        "input": dataclasses.asdict(counts),
+        "input": counts.as_json(),
         "numerics": job.backend.fingerprint(),
         "sessions": [dataclasses.asdict(statistics)],
     }
@@ -93,6 +95,6 @@ def extract(
 _NOTEBOOK_OPTIONS = frozenset(
     (
         "adapter backend device dtype capture_dtype batch_size mesh_shape max_seq_length slab_tokens chat_template "
-        "revision"
+        "system_prompt chat_template_kwargs add_special_tokens revision"
     ).split()
 )

@@ -10,12 +10,14 @@ import dataclasses
 import time
 import uuid
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from jax_extract.config import ExtractConfig, to_yaml
 from jax_extract.devices.processes import Processes
-from jax_extract.errors import UserError
+from jax_extract.errors import UserError, damage_is_told
 from jax_extract.extraction.pending import Committed, parse_committed, read_committed
+from jax_extract.inputs.wrapping import Kept
 from jax_extract.store.ledger import COMMITS, RUN_FILE, UPLOADED, Ledger, RunStartedMeanwhile, part_name
 from jax_extract.store.storage.local import Directory
 from jax_extract.store.storage.opening import open_storage
@@ -147,6 +149,21 @@ def keep_config(storage: Storage, config: ExtractConfig) -> None:
     neutral = {"overwrite": False, "worker_id": None, "num_workers": None, "process_id": None}
     neutral |= {"num_processes": None, "coordinator_address": None}
     storage.replace(CONFIG_FILE, to_yaml(dataclasses.replace(config, **neutral)).encode())
+
+
+def kept_by(found: Ledger | None, processes: Processes) -> Kept:
+    """What the run that is there keeps from its start; of a new one, what the first process says."""
+    if found is None:
+        return Kept.of_json(processes.of_first(lambda: Kept.from_now_on().as_json()))
+    said = found.run["description"].get("kept")
+    begun = processes.of_first(lambda: local_time(found.storage.written_at(RUN_FILE))) if said is None else None
+    with processes.together(), damage_is_told(found.storage.where(RUN_FILE), "restore it from a copy of the run"):
+        return Kept.of_json(said, begun and datetime.fromisoformat(begun))
+
+
+def local_time(moment: datetime | None) -> str | None:
+    """As a clock on this machine's wall shows it, without a zone."""
+    return moment and moment.astimezone().replace(tzinfo=None).isoformat()
 
 
 def copy_run(source: Ledger, storage: Storage) -> Ledger:

@@ -22,6 +22,7 @@ from jax_extract.inputs.plan import Window, plan_windows
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.slabs import WHOLE_INPUT, PlanSettings, SlabShape
 from jax_extract.inputs.tokenize import Continued, InputCounts, TokenizedSample, tokenize
+from jax_extract.inputs.wrapping import Kept, Wrapping
 from jax_extract.store.parts import Site
 from jax_extract.weights.open_model import OpenModel
 from models.hooks import CapturePlan
@@ -102,22 +103,22 @@ class Job:
         )
 
     def tokenized(
-        self, samples: Iterable[Sample], chat_template: bool, counts: InputCounts, continued: Continued | None = None
+        self, samples: Iterable[Sample], wrapping: Wrapping, counts: InputCounts, continued: Continued | None = None
     ) -> Iterator[TokenizedSample]:
         """Samples as the model sees them, lazily; `counts` tells afterwards what the input was."""
         tokenizer, vocabulary = self.model.tokenizer, self.model.config.vocab_size
-        return tokenize(samples, tokenizer, self.prompt_length, chat_template, counts, vocabulary, continued)
+        return tokenize(samples, tokenizer, self.prompt_length, wrapping, counts, vocabulary, continued)
 
     def windows(
         self,
         samples: Iterable[Sample],
         settings: PlanSettings,
-        chat_template: bool,
+        wrapping: Wrapping,
         counts: InputCounts,
         continued: Continued | None = None,
     ) -> Iterator[Window]:
         """Tokenises and plans, lazily; `continued` gives a sample with what follows its prompt."""
-        return plan_windows(self.tokenized(samples, chat_template, counts, continued), settings)
+        return plan_windows(self.tokenized(samples, wrapping, counts, continued), settings)
 
     def weights(self) -> Loadable:
         """The tensors that will be loaded, checked by name and shape."""
@@ -155,6 +156,13 @@ class Job:
             "packages": {name: importlib.metadata.version(name) for name in (*_PACKAGES, *self.backend.packages)},
             "python": platform.python_version(),
         }
+
+
+def wrapping_of(config: ExtractConfig, kept: Kept) -> Wrapping:
+    """How texts are put to the model."""
+    return Wrapping(
+        config.chat_template, config.system_prompt, config.template_variables, config.add_special_tokens, kept
+    )
 
 
 def _open_backend(config: ExtractConfig) -> Backend:

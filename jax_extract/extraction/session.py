@@ -200,4 +200,4 @@ class Session:
 
 def keep_in(ledger: Ledger, window: Window, counts: InputCounts) -> None:
     """Stores a window's plan, or checks that it is the one that is stored; UserError."""
-    ledger.keep_plan(window.number, plan_json(window, dataclasses.asdict(counts)))
+    ledger.keep_plan(window.number, plan_json(window, counts.as_json()))

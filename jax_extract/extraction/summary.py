@@ -5,7 +5,7 @@ In: the job, the input's counts, the plan, what came of it. Out: labelled lines 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -87,6 +87,25 @@ def tell_input(source: Source, counts: InputCounts, job: Job, terminal: Terminal
     )
     for note in source.notes:
         terminal.line("note", note)
+    tell_notes(counts, job, terminal)
+
+
+def tell_notes(counts: InputCounts, job: Job, terminal: Terminal) -> None:
+    """What became of the texts without anybody asking for it."""
+    for note in _notes(counts, job):
+        terminal.line("note", note)
+
+
+def _notes(counts: InputCounts, job: Job) -> Iterator[str]:
+    yield from job.model.tokenizer_notes
+    if count := counts.opened_samples:
+        begin = "begins" if count == 1 else "begin"
+        yield (
+            f"{plural(count, 'sample')} {begin} with {counts.opening} already and got no second one; "
+            "--add_special_tokens True adds it all the same"
+        )
+    if counts.clock_text is not None:
+        yield f"the chat template writes the date of today: {counts.clock_text!r} is kept for this run"
 
 
 def tell_plan(parts: Sequence[Part], devices: int, hosts: int, terminal: Terminal) -> None:

@@ -22,12 +22,18 @@ from jax_extract.store.storage.verbs import Storage
 
 FOLDER = "answers"
 SIZE = "samples_per_batch"  # the setting that says which prompts are in which batch
+KEPT = "kept"  # the setting that says what the answers keep from their start
 NUMERICS = "numerics"  # the setting that a resumption may change, where the user allows it
 SETTINGS_FILE = f"{FOLDER}/settings.json"
 ANSWERS_FILE, SUBMISSION_FILE, SCORE_FILE = DERIVED = ("answers.jsonl", "submission.json", "score.json")
 
+BEGIN_ANEW = "remove the folder to begin anew"
 _BATCH = re.compile(r"batch_\d{6,}\.jsonl")
 _SHORTEST = 64  # columns of a batch of prompts
+
+
+class AnswersBegunMeanwhile(Exception):
+    """Another worker has just begun the same answers: look again at what is there."""
 
 
 @dataclass(frozen=True)
@@ -134,14 +140,18 @@ class AnswerFiles:
         """With which the answers here are given; None where there are none yet."""
         if not self._storage.exists(SETTINGS_FILE):
             return None
-        with damage_is_told(self._storage.where(SETTINGS_FILE), "remove the folder to begin anew"):
+        with damage_is_told(self._storage.where(SETTINGS_FILE), BEGIN_ANEW):
             found = dict(json.loads(self._storage.read(SETTINGS_FILE)))
             if type(found[SIZE]) is not int or found[SIZE] < 1:
                 raise ValueError(f"its {SIZE} is no number of prompts")
             return found
 
-    def start(self, settings: Mapping[str, Any], allow_numeric_change: bool) -> None:
-        """Keeps the settings; UserError where answers are here that were given with others, or files of others."""
+    def start(self, settings: Mapping[str, Any], allow_numeric_change: bool) -> bool:
+        """Keeps the settings; True where another worker has just begun, and keeps something else from that start.
+
+        Raises:
+          UserError: answers are here that were given with other settings, or files of others.
+        """
         self._storage.make(FOLDER)
         self._storage.require_plain(FOLDER)
         ours = [f"{FOLDER}/{name}" for name in self._storage.entries(FOLDER) if _BATCH.fullmatch(name)]
@@ -155,6 +165,8 @@ class AnswerFiles:
             self._storage.write(SETTINGS_FILE, to_json(settings))
         except FileExistsError:
             there = self.settings() or {}
+            if there.get(KEPT) != settings.get(KEPT):
+                return True
             may_differ = {NUMERICS} if allow_numeric_change else set()
             if differing := [name for name in settings if there.get(name) != settings[name] and name not in may_differ]:
                 name, was, asked = _difference(differing[0], there.get(differing[0]), settings[differing[0]])
@@ -162,6 +174,7 @@ class AnswerFiles:
                     f"{self._storage.where(FOLDER)} holds answers of another run: their {name} is {was!r:.60} and not "
                     f"{asked!r:.60}; choose another --activations_dir, or remove them with --overwrite"
                 ) from None
+        return False
 
     def read(self, batch: Batch) -> list[Answer] | None:
         """None where the batch is still to be answered."""

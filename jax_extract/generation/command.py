@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from jax_extract.devices.exhaustion import refusing_exhaustion
 from jax_extract.devices.platform import device_kind
 from jax_extract.devices.processes import Processes
 from jax_extract.devices.sharding import Layout
-from jax_extract.errors import UserError, user_path
+from jax_extract.errors import UserError, damage_is_told, user_path
 from jax_extract.extraction.command import (
     begin_anew,
     extract_request,
@@ -36,20 +37,24 @@ from jax_extract.extraction.command import (
     require_samples,
 )
 from jax_extract.extraction.jax_backend import JaxBackend, numerics_fingerprint, with_attention
-from jax_extract.extraction.place import Place
+from jax_extract.extraction.place import Place, kept_by, local_time
 from jax_extract.extraction.preemption import on_preemption
-from jax_extract.extraction.prepare import Job
+from jax_extract.extraction.prepare import Job, wrapping_of
 from jax_extract.extraction.summary import tell_input, tell_model, tell_request
 from jax_extract.generation import arc
 from jax_extract.generation.answers import (
     ANSWERS_FILE,
+    BEGIN_ANEW,
     DERIVED,
+    KEPT,
     NUMERICS,
     SCORE_FILE,
+    SETTINGS_FILE,
     SIZE,
     SUBMISSION_FILE,
     Answer,
     AnswerFiles,
+    AnswersBegunMeanwhile,
     Batch,
     batches_of,
     in_order,
@@ -62,6 +67,7 @@ from jax_extract.generation.sampling import Sampling
 from jax_extract.inputs.arc_task import ArcTask
 from jax_extract.inputs.sources import Source
 from jax_extract.inputs.tokenize import InputCounts, TokenizedSample, tokenizer_digest
+from jax_extract.inputs.wrapping import Kept
 from jax_extract.terminal import Terminal, plural, share_text
 from jax_extract.weights.load import Weights
 from models.layers import Numerics
@@ -97,12 +103,13 @@ def infer(config: ExtractConfig, *, extracts: bool = True, terminal: Terminal | 
             tell_request(job, config, processes.count, terminal)
         else:
             tell_model(job, processes.count, terminal)
-        answers = _Inference(config, processes, place, source, job, terminal).answers()
+        inference = _Inference(config, processes, place, source, job, terminal)
+        kept, answers = inference.answers()
         if not extracts:
             return {}
         continued = _Continued(answers) if config.capture_answers else None
         config = dataclasses.replace(config, overwrite=False)  # what was there has gone already
-        return extract_request(config, processes, place, source, job, terminal, continued)
+        return extract_request(config, processes, place, source, job, terminal, continued, kept=kept)
 
 
 @dataclass(frozen=True)
@@ -128,9 +135,24 @@ class _Inference:
     job: Job
     terminal: Terminal
 
-    def answers(self) -> dict[int, Answer]:
-        """Of every sample with a token, by its place in the input; those that are there already are read."""
+    def answers(self) -> tuple[Kept, dict[int, Answer]]:
+        """What is kept from the start, and the answers to every sample with a token, by its place in the input.
+
+        Those that are there already are read.
+        """
+        files = AnswerFiles(self.place.storage, self.config.max_new_tokens or 0, self.job.model.config.vocab_size)
+        if self.config.overwrite:
+            self.processes.of_first(files.erase)
+        while True:
+            try:
+                return self._answers(files)
+            except AnswersBegunMeanwhile:  # another worker was faster: its clock counts
+                continue
+
+    def _answers(self, files: AnswerFiles) -> tuple[Kept, dict[int, Answer]]:
         config, processes = self.config, self.processes
+        found = processes.of_first(files.settings) or {}
+        kept = self._kept(found)
         with processes.together():
             sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)
             sampling.check()
@@ -138,22 +160,21 @@ class _Inference:
                 raise UserError("--max_new_tokens needs an input with an end; add --n_samples")
             tasks, solutions = self._tasks_and_solutions()
             counts = InputCounts()
-            samples = list(self.job.tokenized(self.source.samples(), config.chat_template, counts))
+            samples = list(self.job.tokenized(self.source.samples(), wrapping_of(config, kept), counts))
             require_samples(counts, self.source)
             weights = Weights(
                 self.job.model.checkpoint, self.job.model.port, self.job.model.config, self._layers, head=True
             )
             self._require_own_input()
-        most, model = config.max_new_tokens or 0, self.job.model.config
-        files = AnswerFiles(self.place.storage, most, model.vocab_size)
-        if config.overwrite:
-            processes.of_first(files.erase)
-        found = processes.of_first(files.settings) or {}
+        most = config.max_new_tokens or 0
         with processes.together():
             settings = self._settings(weights, samples, sampling, found)
+            if not found or KEPT in found:  # answers that were begun before anything was kept go on without
+                settings[KEPT] = kept.as_json()
         same = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         processes.require_equal("inputs, model, options or library versions", same, "make them the same on every host")
-        processes.of_first(lambda: files.start(settings, config.allow_numeric_change))
+        if processes.of_first(lambda: files.start(settings, config.allow_numeric_change)):
+            raise AnswersBegunMeanwhile
         tell_input(self.source, counts, self.job, self.terminal)
         size = settings[SIZE]
         batches = batches_of(samples, size, self.job.prompt_length)
@@ -177,7 +198,15 @@ class _Inference:
             prompts = {sample.sample_index: sample for sample in samples}
             self._conclude(files, found_answers, prompts, tasks, solutions, counts)
         processes.meet()
-        return found_answers
+        return kept, found_answers
+
+    def _kept(self, answers: Mapping[str, Any]) -> Kept:
+        """Of the answers that are there, else of the activations, else of now."""
+        if not answers:
+            return kept_by(self.place.find(self.processes), self.processes)
+        begun = self.processes.of_first(lambda: local_time(self.place.storage.written_at(SETTINGS_FILE)))
+        with self.processes.together(), damage_is_told(self.place.storage.where(SETTINGS_FILE), BEGIN_ANEW):
+            return Kept.of_json(answers.get(KEPT), begun and datetime.fromisoformat(begun))
 
     @property
     def _backend(self) -> JaxBackend:

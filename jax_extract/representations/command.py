@@ -28,6 +28,7 @@ from jax_extract.inputs.plan import Part, Window, plan_windows
 from jax_extract.inputs.text import jsonl_samples
 from jax_extract.inputs.tokenize import InputCounts, TokenizedSample
 from jax_extract.inputs.walk_dataset import WalkDataset
+from jax_extract.inputs.wrapping import Wrapping
 from jax_extract.representations.averages import TokenMeans, bytes_of_sums
 from jax_extract.representations.config import RepresentationsConfig
 from jax_extract.representations.distances import GraphDistances, graph_distances, measurable
@@ -144,7 +145,7 @@ class _Representations:
             )
         assert self.dataset is not None
         walks = jsonl_samples(self.dataset.folder / f"{self.config.walks}.jsonl", self.dataset.text_column)
-        return self.job.tokenized(walks, False, counts)
+        return self.job.tokenized(walks, Wrapping(), counts)
 
     # -------------------------------------------------------------------------------------- writing
 

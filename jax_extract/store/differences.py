@@ -17,6 +17,7 @@ _FLAGS = {
     "answers": "--capture_answers",
     "one_file_per_layer": "--one_file_per_layer",
     **{name: f"--{name}" for name in ("positions", "capture_dtype", "shard_format", "chat_template", "dtype")},
+    **{name: f"--{name}" for name in ("system_prompt", "chat_template_kwargs", "add_special_tokens")},
 }
 # What follows from other keys, which say it better.
 _FOLLOWS = {

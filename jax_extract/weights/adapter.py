@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from jax_extract.errors import UserError, user_path
+from jax_extract.weights.adapter_tokenizer import adapter_tokenizer
 from jax_extract.weights.checkpoint import Checkpoint, SafetensorsFiles, is_hub_id, read_json
 from jax_extract.weights.folder import conversion_command
 from jax_extract.weights.text_part import text_name
@@ -64,7 +65,9 @@ class AdaptedCheckpoint:
         self.source, self.revision = base.source, base.revision
         self.generation, self.notes = base.generation, base.notes
         self.adapter = adapter
+        self.tokenizer_notes: tuple[str, ...] = ()
         self._base = base
+        self._folder = folder
         self._settings = read_json(folder / SETTINGS)
         _refuse_other_kinds(self._settings, folder)
         if not (folder / WEIGHTS).is_file():
@@ -76,7 +79,17 @@ class AdaptedCheckpoint:
         self._turned = {name for source in sources.values() if source.transposed for name in source.names}
         embeddings = ("embedding", "position_embedding")
         self._turned |= {name for path in embeddings if path in sources for name in sources[path].names}
+        self._rows = port.config(self.config).vocab_size
+        tables = [
+            name
+            for source in sources.values()
+            if source.rows == (self._rows,) and not source.per_layer
+            for name in source.names
+        ]
+        self._tables = {stored for name in tables if (stored := self._if_stored(name))}
+        self._replaced: dict[str, str] = {}
         self._merged, self._replaced = self._by_stored_name()
+        self._follow_vocabulary()
         if not self._merged and not self._replaced:
             raise UserError(f"{folder / WEIGHTS} holds nothing that changes this model; save the adapter again")
 
@@ -84,6 +97,8 @@ class AdaptedCheckpoint:
         return self._base.names() | set(self._alias)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if replacement := self._replaced.get(name):
+            return self._file.shape(replacement)
         return self._base.shape(self._alias.get(name, name))
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
@@ -108,7 +123,9 @@ class AdaptedCheckpoint:
         return f"sha256:{total.hexdigest()}"
 
     def tokenizer(self) -> Any:
-        return self._base.tokenizer()
+        """The one in the adapter's folder, else the base model's; `tokenizer_notes` say which."""
+        tokenizer, self.tokenizer_notes = adapter_tokenizer(self._folder, self._base.tokenizer, self._rows)
+        return tokenizer
 
     # --------------------------------------------------------------------------------------- merging
 
@@ -184,7 +201,7 @@ class AdaptedCheckpoint:
             if "lora_" in path or path.startswith(_TASK_HEADS) or ".original_module." in path:
                 continue  # what a module saved whole has taken the place of is saved too, where biases are
             stored = self._stored(path, path)
-            if self._file.shape(name) != self.shape(stored):
+            if self._file.shape(name) != self.shape(stored) and not self._is_of_vocabulary(name, stored):
                 raise UserError(
                     f"{name!r} in {self.adapter} has shape {self._file.shape(name)} and the model's has "
                     f"{self.shape(stored)}; the adapter is of a model with another vocabulary or size: give that one "
@@ -195,13 +212,16 @@ class AdaptedCheckpoint:
 
     def _stored(self, name: str, what: str) -> str:
         """The checkpoint's own name of a tensor; some have the model's prefix and some have not."""
-        name = text_name(name) or name
-        for candidate in (name, self._prefix + name, name.removeprefix(self._prefix)):
-            if candidate in self.names():
-                return candidate
+        if stored := self._if_stored(name):
+            return stored
         raise UserError(
             f"{self.adapter} adapts {what}, which {self.source} does not have; it is another model's adapter"
         )
+
+    def _if_stored(self, name: str) -> str | None:
+        name = text_name(name) or name
+        candidates = (name, self._prefix + name, name.removeprefix(self._prefix))
+        return next((candidate for candidate in candidates if candidate in self.names()), None)
 
     def _check_factors(self, module: _Module, name: str) -> None:
         first, second = self._factors(module)
@@ -232,6 +252,28 @@ class AdaptedCheckpoint:
                 f"{module.path} in {self.adapter} has rank {down[0]} where {SETTINGS} says {self._rank(module)}; "
                 "settings and weights do not belong together"
             )
+
+    def _is_of_vocabulary(self, name: str, stored: str) -> bool:
+        """Whether a tensor is in place of one with a row a token, and may have more or fewer of them."""
+        return (
+            stored in self._tables
+            and self._file.shape(name)[1:] == self._base.shape(self._alias.get(stored, stored))[1:]
+        )
+
+    def _follow_vocabulary(self) -> None:
+        """A vocabulary that was resized before the training: the adapter has the tables of all its tokens."""
+        rows = {self._file.shape(self._replaced[table])[0] for table in self._tables & self._replaced.keys()}
+        if len(rows) > 1:
+            raise UserError(
+                f"{self.adapter} has tables of {' and '.join(map(str, sorted(rows)))} tokens; the adapter is damaged"
+            )
+        if not rows - {self._rows}:
+            return
+        self._rows = rows.pop()
+        self.config = {**self.config, "vocab_size": self._rows}
+        for head, embedding in self._alias.items():  # tied to a table that is another one now
+            if embedding in self._replaced:
+                self._replaced.setdefault(head, self._replaced[embedding])
 
     def _untied(self, port: Port) -> tuple[dict[str, Any], dict[str, str]]:
         """(config.json, names that stand for others): a head that is the embedding is its own once one is adapted."""

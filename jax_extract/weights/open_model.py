@@ -75,6 +75,14 @@ class OpenModel:
         return self.checkpoint.tokenizer()
 
     @property
+    def tokenizer_notes(self) -> tuple[str, ...]:
+        """What a user should know of it: where it is an adapter's own."""
+        if self.checkpoint.adapter is None:
+            return ()
+        _ = self.tokenizer  # which finds out
+        return getattr(self.checkpoint, "tokenizer_notes", ())
+
+    @property
     def name(self) -> str:
         """The hub id where there is one, else the name of the folder or file."""
         named = str(self.checkpoint.config.get("_name_or_path") or "")

@@ -15,6 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from http import HTTPStatus
 from typing import Any, NoReturn
 from urllib.parse import quote
@@ -252,6 +253,17 @@ class Bucket:
             blob = self.blob(name)
             blob.reload(**once)
             return _entry(blob)
+
+        try:
+            return self.requests.within(f"looking for {self.where(name)}", attempt, (_MISSING,))
+        except Answer:
+            return None
+
+    def written_at(self, name: str) -> datetime | None:
+        def attempt(once: Once) -> datetime | None:
+            blob = self.blob(name)
+            blob.reload(**once)
+            return blob.time_created
 
         try:
             return self.requests.within(f"looking for {self.where(name)}", attempt, (_MISSING,))

@@ -18,6 +18,7 @@ import resource
 import threading
 import uuid
 from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -137,6 +138,10 @@ class Directory:
 
     def exists(self, name: str) -> bool:
         return self.path(name).exists()
+
+    def written_at(self, name: str) -> datetime | None:
+        path = self.path(name)
+        return datetime.fromtimestamp(path.stat().st_mtime, UTC) if path.exists() else None
 
     def entries(self, folder: str = "") -> dict[str, Entry]:
         path = self.path(folder)

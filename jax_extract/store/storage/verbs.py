@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Protocol
 
@@ -120,6 +121,10 @@ class Storage(Protocol):
         ...
 
     def exists(self, name: str) -> bool: ...
+
+    def written_at(self, name: str) -> datetime | None:
+        """When a file was written, as far as the place knows it."""
+        ...
 
     def entries(self, folder: str = "") -> dict[str, Entry]:
         """The files that lie directly in a folder, by name, sorted; none where the folder is missing."""

@@ -22,6 +22,7 @@ from jax_extract.inputs.plan import Part
 from jax_extract.inputs.slabs import Shapes
 from jax_extract.inputs.sources import Source
 from jax_extract.inputs.tokenize import InputCounts
+from jax_extract.store.finite import FLOAT16_ENDS
 from jax_extract.store.formats import SUFFIXES
 from jax_extract.terminal import Terminal, bytes_text, plural, ranges_text, share_text
 from models.hooks import CapturePlan
@@ -123,7 +124,8 @@ def tell_result(metadata: Mapping[str, Any], statistics: LoopStatistics, place: 
         f"in {place}/",
     )
     if bad := metadata["not_finite_rows"]:
-        terminal.line("warning", f"{plural(bad, 'row')} hold infinite or undefined values; see jax-extract inspect")
+        mend = FLOAT16_ENDS if metadata["capture_dtype"] == "float16" else "see jax-extract inspect"
+        terminal.line("warning", f"{plural(bad, 'row')} hold infinite or undefined values; {mend}")
     if cut := (metadata["input"] or {}).get("truncated_samples"):
         terminal.line(
             "note",

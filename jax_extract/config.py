@@ -22,6 +22,7 @@ from jax_extract.store.storage.verbs import BUCKET_SCHEME
 from models.hooks import DEFAULT_HOOK_POINT
 
 _LARGEST = 2**31 - 1
+_LEAST_CONTEXT = 2  # a token before it, and one of a text
 _OF_JAX = ("mesh_shape", "max_new_tokens", "explain", "coordinator_address")
 
 
@@ -42,6 +43,10 @@ class ExtractConfig:
       grid_encoder: how ARC grids become text: digits, spaced, json or letters.
       seed: of the ARC augmentation, and of drawn answers.
       chat_template: put each text through the tokenizer's chat template as a user's turn.
+      context_tokens: join the texts, one after the other, into contexts of so many tokens, as sparse autoencoders are
+        trained on them; every row still knows its text. By default each text is a sample of its own.
+      context_start: token before each context: bos, eos or none; by default bos, if the tokenizer has one.
+      context_separator: token between two texts of a context: bos, eos or none; by default bos, if there is one.
       max_new_tokens: answer every prompt first, with at most so many tokens; prompt and answer fit max_seq_length.
       temperature: of the answers; 0 takes the likeliest token each time.
       top_k: of the answers: draw from so many of the likeliest tokens.
@@ -92,6 +97,9 @@ class ExtractConfig:
     grid_encoder: str = "digits"
     seed: int = 0
     chat_template: bool = False
+    context_tokens: int | None = None
+    context_start: Literal["bos", "eos", "none"] | None = None
+    context_separator: Literal["bos", "eos", "none"] | None = None
     max_new_tokens: int | None = None
     temperature: float = 0.0
     top_k: int | None = None
@@ -140,6 +148,7 @@ class ExtractConfig:
         if self.host_memory_gb is not None and not 0 < self.host_memory_gb < _LARGEST:
             raise UserError(f"--host_memory_gb {self.host_memory_gb} must be a positive number of gigabytes")
         self._check_backend()
+        self._check_contexts()
         self._check_answers()
         self._check_places()
         self._check_processes()
@@ -157,6 +166,29 @@ class ExtractConfig:
         if self.distributed == "on":
             raise UserError(
                 "--distributed on is of --backend jax; on several GPUs give each a command with --worker_id"
+            )
+
+    def _check_contexts(self) -> None:
+        if self.context_tokens is None:
+            for name in ("context_start", "context_separator"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"--{name} is about contexts, and none are asked for; add --context_tokens N")
+            return
+        if not _LEAST_CONTEXT <= self.context_tokens <= _LARGEST:
+            raise UserError(f"--context_tokens {self.context_tokens} must be from {_LEAST_CONTEXT} to {_LARGEST}")
+        if self.max_new_tokens is not None:
+            raise UserError(
+                "--max_new_tokens answers each text by itself, and --context_tokens joins texts; leave one of the two "
+                "out"
+            )
+        if self.one_file_per_layer:
+            raise UserError(
+                "--one_file_per_layer is for one row a text, and --context_tokens joins texts; leave one of the two out"
+            )
+        if self.max_seq_length is not None and self.max_seq_length < self.context_tokens:
+            raise UserError(
+                f"--context_tokens {self.context_tokens} is more than --max_seq_length {self.max_seq_length}; leave "
+                "--max_seq_length out: with contexts no text is cut"
             )
 
     def _check_answers(self) -> None:

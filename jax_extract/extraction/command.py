@@ -209,7 +209,7 @@ class _Extraction:
         """The plan, from the beginning at each call; of a finite input it is made once and kept."""
 
         def read() -> tuple[Iterable[Window], InputCounts]:
-            counts = InputCounts()
+            counts = self.job.new_counts()
             windows = self.job.windows(
                 self.source.samples(), settings, self.config.chat_template, counts, self.continued
             )

@@ -18,6 +18,7 @@ from jax_extract.extraction.jax_backend import JaxBackend
 from jax_extract.extraction.loop import LoopStatistics
 from jax_extract.extraction.prepare import Job
 from jax_extract.extraction.schedule import tokens_computed
+from jax_extract.inputs.contexts import ContextCounts
 from jax_extract.inputs.plan import Part
 from jax_extract.inputs.slabs import Shapes
 from jax_extract.inputs.sources import Source
@@ -35,6 +36,18 @@ def tell_request(job: Job, config: ExtractConfig, processes: int, terminal: Term
         f"{captures_text(job.plan)}, as {config.shard_format} "
         f"into {config.activations_dir}/" + (f", then {config.gcs_bucket}" if config.gcs_bucket else ""),
     )
+    _tell_contexts(job, config, terminal)
+
+
+def _tell_contexts(job: Job, config: ExtractConfig, terminal: Terminal) -> None:
+    """Where the default finds no token to put anywhere."""
+    wanted, form = (config.context_start, config.context_separator), job.contexts
+    if form and None in wanted and getattr(job.model.tokenizer, "bos_token_id", None) is None:
+        terminal.line(
+            "note",
+            "this model's tokenizer has no BOS token, so none is put before contexts or between texts; "
+            "--context_separator eos puts its end token between texts",
+        )
 
 
 def tell_model(job: Job, processes: int, terminal: Terminal) -> None:
@@ -61,18 +74,20 @@ def captures_text(plan: CapturePlan) -> str:
 
 def tell_input(source: Source, counts: InputCounts, job: Job, terminal: Terminal) -> None:
     if not source.finite:
-        terminal.line("input", f"{source.name}, read as a stream")
+        joined = f" and joined into contexts of {plural(job.contexts.tokens, 'token')}" if job.contexts else ""
+        terminal.line("input", f"{source.name}, read as a stream{joined}")
         return
     cut = ""
     if counts.truncated_samples:
         cut = f"; {plural(counts.truncated_samples, 'sample')} truncated to {plural(job.prompt_length, 'token')}"
     if counts.empty_samples:
-        cut += f"; {plural(counts.empty_samples, 'sample')} without a token left out"
-    terminal.line(
-        "input",
-        f"{PurePath(source.name).name}: {plural(counts.samples, 'sample')}, {plural(counts.tokens, 'token')}, "
-        f"longest {counts.longest_sample:,}{cut}",
-    )
+        noun = "text" if job.contexts else "sample"
+        cut += f"; {plural(counts.empty_samples, noun)} without a token left out"
+    read, longest = plural(counts.samples, "sample"), f", longest {counts.longest_sample:,}"
+    if isinstance(counts, ContextCounts):
+        read = f"{plural(counts.documents, 'text')} in {plural(counts.samples, 'context')}"
+        longest = f" ({counts.added_tokens:,} of them before contexts and between texts)"
+    terminal.line("input", f"{PurePath(source.name).name}: {read}, {plural(counts.tokens, 'token')}{longest}{cut}")
 
 
 def tell_plan(parts: Sequence[Part], devices: int, hosts: int, terminal: Terminal) -> None:

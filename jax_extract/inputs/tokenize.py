@@ -91,12 +91,14 @@ def tokenize(
     counts: InputCounts,
     vocab_size: int | None = None,
     continued: Continued | None = None,
+    special_tokens: bool | None = None,
 ) -> Iterator[TokenizedSample]:
     """Tokenises lazily; texts without a single token are left out and named in `counts`.
 
     Args:
       max_length: of a text; longer ones are cut.
       continued: gives a sample with what follows its text.
+      special_tokens: whether the tokenizer adds them; by default to texts without a chat template.
 
     Raises:
       UserError: two samples with one id; a chat template asked for that the tokenizer lacks; a token that
@@ -107,7 +109,8 @@ def tokenize(
     seen: set[str] = set()
     numbered = enumerate(samples)
     while chunk := list(itertools.islice(numbered, _CHUNK)):
-        for (index, sample), token_ids in zip(chunk, _encode(chunk, tokenizer, chat_template), strict=True):
+        encoded = _encode(chunk, tokenizer, chat_template, special_tokens)
+        for (index, sample), token_ids in zip(chunk, encoded, strict=True):
             if sample.sample_id in seen:
                 raise UserError(f"sample id {sample.sample_id!r} occurs twice in the input; ids must be unique")
             seen.add(sample.sample_id)
@@ -127,11 +130,14 @@ def tokenize(
             yield tokenized
 
 
-def _encode(chunk: list[tuple[int, Sample]], tokenizer: Any, chat_template: bool) -> list[list[int]]:
+def _encode(
+    chunk: list[tuple[int, Sample]], tokenizer: Any, chat_template: bool, special_tokens: bool | None
+) -> list[list[int]]:
     texts = [_in_template(sample, tokenizer) if chat_template else sample.text for _, sample in chunk]
     try:
         # A chat template writes the special tokens itself.
-        return tokenizer(texts, add_special_tokens=not chat_template, verbose=False)["input_ids"]
+        special = not chat_template if special_tokens is None else special_tokens
+        return tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
     except Exception as error:  # noqa: BLE001 (a vocabulary without an unknown token fails in its library's own way)
         first_line = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(

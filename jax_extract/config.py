@@ -24,6 +24,7 @@ from jax_extract.store.storage.verbs import BUCKET_SCHEME
 from models.hooks import DEFAULT_HOOK_POINT
 
 _LARGEST = 2**31 - 1
+_LEAST_CONTEXT = 2  # a token before it, and one of a text
 _OF_JAX = ("mesh_shape", "max_new_tokens", "explain", "coordinator_address")
 
 
@@ -52,6 +53,10 @@ class ExtractConfig:
       chat_template_kwargs: variables of the chat template, as a JSON object: '{"enable_thinking": false}'.
       add_special_tokens: put the tokenizer's special tokens (BOS) around every text, or around none; by default around
         texts without a chat template, and no second BOS before a text that begins with it.
+      context_tokens: join the texts, one after the other, into contexts of so many tokens, as sparse autoencoders are
+        trained on them; every row still knows its text. By default each text is a sample of its own.
+      context_start: token before each context: bos, eos or none; by default bos, if the tokenizer has one.
+      context_separator: token between two texts of a context: bos, eos or none; by default bos, if there is one.
       max_new_tokens: answer every prompt first, with at most so many tokens; prompt and answer fit max_seq_length.
       temperature: of the answers; 0 takes the likeliest token each time.
       top_k: of the answers: draw from so many of the likeliest tokens.
@@ -107,6 +112,9 @@ class ExtractConfig:
     system_prompt: str | None = None
     chat_template_kwargs: str | None = None
     add_special_tokens: bool | None = None
+    context_tokens: int | None = None
+    context_start: Literal["bos", "eos", "none"] | None = None
+    context_separator: Literal["bos", "eos", "none"] | None = None
     max_new_tokens: int | None = None
     temperature: float = 0.0
     top_k: int | None = None
@@ -160,6 +168,7 @@ class ExtractConfig:
             raise UserError(f"--host_memory_gb {self.host_memory_gb} must be a positive number of gigabytes")
         self._check_backend()
         self._check_template()
+        self._check_contexts()
         self._check_answers()
         self._check_places()
         self._check_processes()
@@ -203,6 +212,34 @@ class ExtractConfig:
         for name in ("system_prompt", "chat_template_kwargs"):
             if getattr(self, name) is not None and not self.chat_template:
                 raise UserError(f"--{name} is for the chat template, and none is asked for; add --chat_template True")
+
+    def _check_contexts(self) -> None:
+        if self.context_tokens is None:
+            for name in ("context_start", "context_separator"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"--{name} is about contexts, and none are asked for; add --context_tokens N")
+            return
+        if not _LEAST_CONTEXT <= self.context_tokens <= _LARGEST:
+            raise UserError(f"--context_tokens {self.context_tokens} must be from {_LEAST_CONTEXT} to {_LARGEST}")
+        if self.add_special_tokens is not None:
+            raise UserError(
+                f"--add_special_tokens {self.add_special_tokens} is for texts that are samples; which tokens stand before "
+                "contexts and between texts is said by --context_start and --context_separator"
+            )
+        if self.max_new_tokens is not None:
+            raise UserError(
+                "--max_new_tokens answers each text by itself, and --context_tokens joins texts; leave one of the two "
+                "out"
+            )
+        if self.one_file_per_layer:
+            raise UserError(
+                "--one_file_per_layer is for one row a text, and --context_tokens joins texts; leave one of the two out"
+            )
+        if self.max_seq_length is not None and self.max_seq_length < self.context_tokens:
+            raise UserError(
+                f"--context_tokens {self.context_tokens} is more than --max_seq_length {self.max_seq_length}; leave "
+                "--max_seq_length out: with contexts no text is cut"
+            )
 
     def _check_answers(self) -> None:
         if self.max_new_tokens is not None:

@@ -64,8 +64,16 @@ def shard_with(activations: Any) -> dict[str, Any]:
         ),
         Call(numeric._frombuffer, bytearray(4), np.dtype("f4"), (-1, 1), "C"),
         Call(np.ndarray, (1, 1), "O"),
+        Call(np.ndarray, (1, 1), "O", bytearray(8)),
+        Call(np.ndarray, (1, 1), np.dtype("O"), bytearray(8)),
+        Call(np.ndarray, (1, 1), "f4", bytearray(8), 4),
+        Call(np.ndarray, (1 << 40, 1), "f4", bytearray(4)),
+        Call(np.ndarray, (1, 1), "f4", bytearray(4), state=(1, (1, 1), "O", False, b"A" * 8)),
     ],
-    ids=["objects", "object buffer", "object type", "changed type", "negative shape", "constructor"],
+    ids=[
+        *("objects", "object buffer", "object type", "changed type", "negative shape", "constructor"),
+        *("objects by text", "objects by type", "offset", "beyond its bytes", "changed array"),
+    ],
 )
 def test_no_pickle_makes_an_array_of_pointers(tmp_path: Path, activations: Any) -> None:
     path = tmp_path / "layer_1_batch_000001.pkl"

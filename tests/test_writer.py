@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from jax_extract.store.checksums import crc32c_of_end
+from jax_extract.store.finite import all_finite
 from jax_extract.store.ledger import Ledger
 from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.sidecar import BLOCK_BYTES, Sidecar
 from jax_extract.store.storage.local import Directory
 from jax_extract.store.storage.verbs import crc32c
-from jax_extract.store.writer import PartWriter, _all_finite
+from jax_extract.store.writer import PartWriter
 
 WIDTH = 1_000  # 4,000 bytes a row: no block of 1 MiB ends with one
 ROWS = (300, 1, 263, 400)
@@ -78,13 +79,13 @@ def test_every_16_bit_value_is_known_to_be_finite_or_not(dtype: type) -> None:
     every = np.arange(1 << 16, dtype=np.uint16).view(dtype)
     with np.errstate(invalid="ignore"):
         finite = np.isfinite(every.astype(np.float64))
-    assert [_all_finite(every[i : i + 1]) for i in range(len(every))] == finite.tolist()
-    assert _all_finite(every[finite])
+    assert [all_finite(every[i : i + 1]) for i in range(len(every))] == finite.tolist()
+    assert all_finite(every[finite])
 
 
 @pytest.mark.parametrize("bits", [0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF])
 def test_an_infinite_or_undefined_value_is_seen_among_the_largest_finite_ones(bits: int) -> None:
     values = np.array([0, 0x80000000, 0x7F7FFFFF, 0xFF7FFFFF], np.uint32).repeat(1_000)
-    assert _all_finite(values.view(np.float32))
+    assert all_finite(values.view(np.float32))
     values[1_234] = bits
-    assert not _all_finite(values.view(np.float32))
+    assert not all_finite(values.view(np.float32))

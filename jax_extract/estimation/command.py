@@ -32,6 +32,7 @@ from jax_extract.extraction.place import Place, kept_by
 from jax_extract.extraction.prepare import Job, wrapping_of
 from jax_extract.extraction.session import keep_in
 from jax_extract.extraction.summary import tell_input, tell_plan, tell_request
+from jax_extract.inputs.contexts import ContextCounts
 from jax_extract.inputs.plan import Part, Window
 from jax_extract.inputs.slabs import PlanSettings, Shapes, SlabShape
 from jax_extract.inputs.sources import Source
@@ -259,7 +260,7 @@ def _what_is_there(config: ExtractConfig, place: Place, processes: Processes) ->
 
 def _plan(request: _Request) -> tuple[Work, list[Part], Shapes]:
     """The work, the parts of it that are planned (all of a finite input, the first window of a stream), slab shapes."""
-    job, source, terminal, counts = request.job, request.source, request.terminal, InputCounts()
+    job, source, terminal, counts = request.job, request.source, request.terminal, request.job.new_counts()
     stream = job.windows(source.samples(), request.settings, request.wrapping, counts)
     windows = list(stream if source.finite else itertools.islice(stream, 1))
     require_samples(counts, source)
@@ -272,7 +273,7 @@ def _plan(request: _Request) -> tuple[Work, list[Part], Shapes]:
     parts = pending if whole else every  # what foretells the rest must be typical of it
     output = output_of(parts, job.sites, job.plan.positions, request.config.capture_dtype, request.config.shard_format)
     output = _with_plans(output, windows, counts, request.found)
-    covers, factor = _outlook(request, output, whole)
+    covers, factor = _outlook(request, output, whole, counts)
     output = output if whole else output.times(factor)
     if not output.parts:
         return Work(output, {}, covers, request.committed_samples, request.settings.samples_per_batch), [], ()
@@ -295,13 +296,16 @@ def _pending(request: _Request, windows: Sequence[Window], counts: InputCounts) 
     return list(pending_parts(windows, request.committed, check_plan))
 
 
-def _outlook(request: _Request, planned: Output, whole: bool) -> tuple[str, float]:
+def _outlook(request: _Request, planned: Output, whole: bool, counts: InputCounts) -> tuple[str, float]:
     """What the work is that of, and how many times what is planned it is."""
     if whole:
         return "run", 1.0
     if request.config.n_samples is None:
         return "million", MILLION / planned.tokens
-    return "foretold", max(request.config.n_samples - request.committed_samples, 0) / planned.samples
+    expected = float(request.config.n_samples)
+    if isinstance(counts, ContextCounts):  # texts are counted by the user, and contexts by the plan
+        expected *= counts.samples / counts.documents
+    return "foretold", max(expected - request.committed_samples, 0) / planned.samples
 
 
 def output_of(

@@ -232,7 +232,7 @@ class _Extraction:
         """The plan, from the beginning at each call; of a finite input it is made once and kept."""
 
         def read() -> tuple[Iterable[Window], InputCounts]:
-            counts = InputCounts()
+            counts = self.job.new_counts()
             wrapping = wrapping_of(self.config, self._kept)
             windows = self.job.windows(self.source.samples(), settings, wrapping, counts, self.continued)
             return windows, counts
@@ -315,7 +315,7 @@ def _of_the_same_commits(config: ExtractConfig, place: Place, processes: Process
 
 
 def named_as_begun(source: Source, config: ExtractConfig, found: Ledger | None) -> Source:
-    """A local dataset names its samples after its path: a run that is there goes on under the path it was begun with."""
+    """Samples of a local dataset are named after its path: a run goes on under the path that it was begun with."""
     begun = found.run["description"].get("source") if found else None
     given = config.dataset
     if source.kind != "dataset" or given is None or begun in (None, given) or not Path(given).expanduser().exists():

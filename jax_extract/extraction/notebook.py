@@ -15,7 +15,6 @@ from jax_extract.errors import UserError
 from jax_extract.extraction.loop import STEPS_IN_MEMORY, LoopStatistics, run_parts
 from jax_extract.extraction.prepare import Job, wrapping_of
 from jax_extract.inputs.text import named_texts
-from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.inputs.wrapping import Kept
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.memory import MemorySink
@@ -43,7 +42,7 @@ def extract(
       progress: show the lines and the bar of the command.
       options: further fields of `ExtractConfig`: dtype, capture_dtype, batch_size, mesh_shape,
         max_seq_length, slab_tokens, chat_template, system_prompt, chat_template_kwargs (a dictionary will do),
-        add_special_tokens, revision.
+        add_special_tokens, context_tokens, context_start, context_separator, revision.
 
     Returns:
       A `Run` in memory: `run.sample("0").get(layer=12)` -> [positions, width].
@@ -66,7 +65,7 @@ def extract(
     )
     config.check()
     job = Job.open(config)
-    counts = InputCounts()
+    counts = job.new_counts()
     windows = list(job.windows(samples, job.plan_settings(config), wrapping_of(config, Kept.from_now_on()), counts))
     if not windows:
         raise UserError("none of the texts has a token; there is nothing to extract")
@@ -95,6 +94,6 @@ def extract(
 _NOTEBOOK_OPTIONS = frozenset(
     (
         "adapter backend device dtype capture_dtype batch_size mesh_shape max_seq_length slab_tokens chat_template "
-        "system_prompt chat_template_kwargs add_special_tokens revision"
+        "system_prompt chat_template_kwargs add_special_tokens context_tokens context_start context_separator revision"
     ).split()
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from jax_extract.errors import UserError
 from jax_extract.extraction.backend import Backend, Loadable, Program
 from jax_extract.extraction.capture import capture_plan, sequence_limit, sites_of
 from jax_extract.extraction.jax_backend import JaxBackend
+from jax_extract.inputs.contexts import ContextCounts, ContextForm, join
 from jax_extract.inputs.plan import Window, plan_windows
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.slabs import WHOLE_INPUT, PlanSettings, SlabShape
@@ -27,6 +29,7 @@ from jax_extract.store.parts import Site
 from jax_extract.weights.open_model import OpenModel
 from models.hooks import CapturePlan
 
+_UNCUT = sys.maxsize  # tokens of a document
 _PACKAGES = ("jax_extract", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors")
 
 
@@ -38,6 +41,7 @@ class Job:
       sites: every captured tensor, in file order.
       max_length: longest sample in tokens, what follows its prompt included.
       prompt_length: longest prompt in tokens.
+      contexts: what samples are joined into, where they are.
     """
 
     model: OpenModel
@@ -46,6 +50,7 @@ class Job:
     backend: Backend
     max_length: int
     prompt_length: int
+    contexts: ContextForm | None = None
 
     @classmethod
     def open(cls, config: ExtractConfig) -> Job:
@@ -54,7 +59,8 @@ class Job:
         needs_port = backend.name == "jax"
         model = OpenModel.open(config.model_path, config.revision, config.adapter, needs_port)
         plan = capture_plan(model, config.layers_to_extract, config.hook_points, config.positions, config.capture_dtype)
-        max_length = sequence_limit(config.max_seq_length, model.config)
+        contexts = _contexts(config, model)
+        max_length = contexts.tokens if contexts else sequence_limit(config.max_seq_length, model.config)
         new_tokens = config.max_new_tokens or 0
         if new_tokens >= max_length:
             raise UserError(
@@ -68,6 +74,7 @@ class Job:
             max_length=max_length,
             prompt_length=max_length - new_tokens,
             backend=backend,
+            contexts=contexts,
         ).under(None)
 
     def under(self, settings: PlanSettings | None) -> Job:
@@ -107,7 +114,17 @@ class Job:
     ) -> Iterator[TokenizedSample]:
         """Samples as the model sees them, lazily; `counts` tells afterwards what the input was."""
         tokenizer, vocabulary = self.model.tokenizer, self.model.config.vocab_size
-        return tokenize(samples, tokenizer, self.prompt_length, wrapping, counts, vocabulary, continued)
+        if self.contexts is None:
+            return tokenize(samples, tokenizer, self.prompt_length, wrapping, counts, vocabulary, continued)
+        assert isinstance(counts, ContextCounts)
+        read = InputCounts()
+        bare = dataclasses.replace(wrapping, add_special_tokens=False)  # contexts have theirs
+        documents = tokenize(samples, tokenizer, _UNCUT, bare, read, vocabulary)
+        return join(documents, self.contexts, counts, read)
+
+    def new_counts(self) -> InputCounts:
+        """For `tokenized` to fill."""
+        return InputCounts() if self.contexts is None else ContextCounts()
 
     def windows(
         self,
@@ -141,6 +158,7 @@ class Job:
             "hook_points": [hook for hook, _ in self.plan.layers],
             "positions": str(self.plan.positions),
             "capture_dtype": self.plan.dtype,
+            **({"contexts": self.contexts.as_json()} if self.contexts else {}),
         }
 
     def description(self) -> dict[str, Any]:
@@ -163,6 +181,16 @@ def wrapping_of(config: ExtractConfig, kept: Kept) -> Wrapping:
     return Wrapping(
         config.chat_template, config.system_prompt, config.template_variables, config.add_special_tokens, kept
     )
+
+
+def _contexts(config: ExtractConfig, model: OpenModel) -> ContextForm | None:
+    if config.context_tokens is None:
+        return None
+    if config.context_tokens > (allowed := model.config.max_position_embeddings):
+        raise UserError(
+            f"--context_tokens {config.context_tokens} is more than the {allowed} positions that the model allows"
+        )
+    return ContextForm.of(config.context_tokens, config.context_start, config.context_separator, model.tokenizer)
 
 
 def _open_backend(config: ExtractConfig) -> Backend:

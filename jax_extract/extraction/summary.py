@@ -18,10 +18,12 @@ from jax_extract.extraction.jax_backend import JaxBackend
 from jax_extract.extraction.loop import LoopStatistics
 from jax_extract.extraction.prepare import Job
 from jax_extract.extraction.schedule import tokens_computed
+from jax_extract.inputs.contexts import ContextCounts
 from jax_extract.inputs.plan import Part
 from jax_extract.inputs.slabs import Shapes
 from jax_extract.inputs.sources import Source
 from jax_extract.inputs.tokenize import InputCounts
+from jax_extract.store.finite import FLOAT16_ENDS
 from jax_extract.store.formats import SUFFIXES
 from jax_extract.terminal import Terminal, bytes_text, plural, ranges_text, share_text
 from jax_extract.weights.open_model import OpenModel
@@ -37,6 +39,18 @@ def tell_request(job: Job, config: ExtractConfig, processes: int, terminal: Term
         f"{captures_text(job.plan)}, as {config.shard_format} "
         f"into {config.activations_dir}/" + (f", then {config.gcs_bucket}" if config.gcs_bucket else ""),
     )
+    _tell_contexts(job, config, terminal)
+
+
+def _tell_contexts(job: Job, config: ExtractConfig, terminal: Terminal) -> None:
+    """Where the default finds no token to put anywhere."""
+    wanted, form = (config.context_start, config.context_separator), job.contexts
+    if form and None in wanted and getattr(job.model.tokenizer, "bos_token_id", None) is None:
+        terminal.line(
+            "note",
+            "this model's tokenizer has no BOS token, so none is put before contexts or between texts; "
+            "--context_separator eos puts its end token between texts",
+        )
 
 
 def tell_model(job: Job, processes: int, terminal: Terminal) -> None:
@@ -51,10 +65,10 @@ def tell_model(job: Job, processes: int, terminal: Terminal) -> None:
         + (f" of {plural(processes, 'host')}" if processes > 1 else "")
         + f", mesh {mesh['data']},{mesh['model']}",
     )
-    tell_notes(job.model, terminal)
+    tell_model_notes(job.model, terminal)
 
 
-def tell_notes(model: OpenModel, terminal: Terminal) -> None:
+def tell_model_notes(model: OpenModel, terminal: Terminal) -> None:
     """What a model's files say that is no error; one line, because a line told twice is told once."""
     if model.notes:
         terminal.line("note", "; ".join(model.notes))
@@ -70,21 +84,23 @@ def captures_text(plan: CapturePlan) -> str:
 
 def tell_input(source: Source, counts: InputCounts, job: Job, terminal: Terminal) -> None:
     if not source.finite:
-        terminal.line("input", f"{source.name}, read as a stream")
+        joined = f" and joined into contexts of {plural(job.contexts.tokens, 'token')}" if job.contexts else ""
+        terminal.line("input", f"{source.name}, read as a stream{joined}")
         return
     cut = ""
     if counts.truncated_samples:
         cut = f"; {plural(counts.truncated_samples, 'sample')} truncated to {plural(job.prompt_length, 'token')}"
     if counts.empty_samples:
-        cut += f"; {plural(counts.empty_samples, 'sample')} without a token left out"
+        noun = "text" if job.contexts else "sample"
+        cut += f"; {plural(counts.empty_samples, noun)} without a token left out"
     if left_out := len(source.left_out):
         named = ", ".join(source.left_out[:_LEFT_OUT_NAMED]) + (", …" if left_out > _LEFT_OUT_NAMED else "")
         cut += f"; {plural(left_out, 'unusable task')} left out: {named}"
-    terminal.line(
-        "input",
-        f"{PurePath(source.name).name}: {plural(counts.samples, 'sample')}, {plural(counts.tokens, 'token')}, "
-        f"longest {counts.longest_sample:,}{cut}",
-    )
+    read, longest = plural(counts.samples, "sample"), f", longest {counts.longest_sample:,}"
+    if isinstance(counts, ContextCounts):
+        read = f"{plural(counts.documents, 'text')} in {plural(counts.samples, 'context')}"
+        longest = f" ({counts.added_tokens:,} of them before contexts and between texts)"
+    terminal.line("input", f"{PurePath(source.name).name}: {read}, {plural(counts.tokens, 'token')}{longest}{cut}")
     for note in source.notes:
         terminal.line("note", note)
     tell_notes(counts, job, terminal)
@@ -157,7 +173,8 @@ def tell_result(metadata: Mapping[str, Any], statistics: LoopStatistics, place: 
         f"in {place}/",
     )
     if bad := metadata["not_finite_rows"]:
-        terminal.line("warning", f"{plural(bad, 'row')} hold infinite or undefined values; see jax-extract inspect")
+        mend = FLOAT16_ENDS if metadata["capture_dtype"] == "float16" else "see jax-extract inspect"
+        terminal.line("warning", f"{plural(bad, 'row')} hold infinite or undefined values; {mend}")
     if cut := (metadata["input"] or {}).get("truncated_samples"):
         terminal.line(
             "note",

@@ -16,6 +16,9 @@ _FLAGS = {
     "plan_settings.max_length": "--max_seq_length",
     "answers": "--capture_answers",
     "one_file_per_layer": "--one_file_per_layer",
+    "contexts.tokens": "--context_tokens",
+    "contexts.start": "the token of --context_start",
+    "contexts.separator": "the token of --context_separator",
     **{name: f"--{name}" for name in ("positions", "capture_dtype", "shard_format", "chat_template", "dtype")},
     **{name: f"--{name}" for name in ("system_prompt", "chat_template_kwargs", "add_special_tokens")},
 }
@@ -24,9 +27,10 @@ _FOLLOWS = {
     "plan_settings.positions": ("positions",),
     "plan_settings.bytes_per_row": ("capture_dtype", "sites"),
     "plan_settings.samples_per_batch": ("plan_settings.rows",),
+    "plan_settings.max_length": ("contexts.tokens",),
 }
 _SITES = ("sites", "hook_points")
-_COUNTS = ("samples", "tokens", "truncated_samples", "empty_samples")
+_COUNTS = ("documents", "samples", "tokens", "truncated_samples", "empty_samples")
 _OF_A_MODEL = {"model_type": "architecture", "weights": "weights", "tokenizer_hash": "tokenizer"}
 
 

@@ -35,8 +35,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 _SAFETENSORS_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _NUMPY_TYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16, "I64": np.int64}
 SUFFIXES = {"pickle": "pkl", "npz": "npz", "safetensors": "safetensors", "pt": "pt"}
-
-
+_STORED_TEXT, _STORED_INT = np.dtype("<U"), np.dtype("<i8")
 _ZIP_HEADER = 30  # bytes of a local header without name and extra fields
 _ZIP64_EXTRA = 20
 _PADDING_FIELD = 0x4246  # as torch marks its own
@@ -118,6 +117,21 @@ class ShardEncoder(ABC):
         self._written = self._header.nbytes
 
 
+class _PickledArray:
+    """An array that pickles as the call `numpy.ndarray(shape, dtype, bytearray)`.
+
+    What NumPy itself writes names a module that only its own version has: `numpy._core` since 2.0, which 1.x lacks, and
+    `numpy.core` before, of which 2.x warns. `numpy.ndarray` has been there always, and takes the dtype as text. Over a
+    bytearray the array can be written to, and lies where the allocator puts things: at a multiple of 16 bytes.
+    """
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return np.ndarray, (self._array.shape, self._array.dtype.str, pickle.PickleBuffer(self._array.data))
+
+
 class PickleEncoder(ShardEncoder):
     """A pickled dictionary of arrays, strings and numbers.
 
@@ -126,18 +140,16 @@ class PickleEncoder(ShardEncoder):
     not contain them, are optional and taken out.
     """
 
-    _FRAME_BYTES = 9
-
     def _start(self) -> None:
         header = self._header
         array = np.empty((header.rows, header.width), header.stored_dtype)  # its memory is never touched
         content = {
-            "activations": array,
+            "activations": _PickledArray(array),
             "layer": header.layer,
             "hook": header.hook,
             "dtype": header.dtype,
-            "sample_ids": np.array(header.sample_ids, np.str_),
-            "row_offsets": header.row_offsets,
+            "sample_ids": _PickledArray(np.array(header.sample_ids, _STORED_TEXT)),
+            "row_offsets": _PickledArray(np.array(header.row_offsets, _STORED_INT)),
         }
         is_array = iter([True])  # the first buffer that is met; later ones stay in the stream
         stream = pickle.dumps(content, protocol=5, buffer_callback=lambda _: not next(is_array, False))
@@ -349,10 +361,20 @@ def _plain_array(buffer: object, kind: object, shape: object, order: object, *_:
     return np.frombuffer(buffer, kind.dtype).reshape(shape, order=order)  # type: ignore[union-attr, arg-type]
 
 
+def _array_over(shape: object, text: object, buffer: object) -> np.ndarray:
+    """Stands for `numpy.ndarray` while a shard is unpickled."""
+    return _plain_array(buffer, _PlainType(text), shape, "C")
+
+
 class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles dictionaries of plain arrays, strings and numbers; nothing a pickle names is ever called."""
+    """Unpickles dictionaries of plain arrays, strings and numbers; nothing a pickle names is ever called.
+
+    Shards from before `numpy.ndarray` was all that they named hold arrays as NumPy itself pickles them.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("numpy", "ndarray"):
+            return _array_over
         if (module, name) == ("numpy", "dtype"):
             return _PlainType
         if name == "_frombuffer" and module in ("numpy.core.numeric", "numpy._core.numeric"):

@@ -115,8 +115,12 @@ def shard_flaw(
     arrays: Iterable[StoredArray],
     itemsize: int,
     advance: Advance,
+    watch: Callable[[memoryview], object] | None = None,
 ) -> Flaw | None:
-    """Reads a whole shard once, against its own checksum and those of the blocks of its array, if that is given."""
+    """Reads a whole shard once, against its own checksum and those of the blocks of its array, if that is given.
+
+    `watch` gets the bytes of the array, in order and in pieces.
+    """
     name = str(file["path"])
     if (wrong := wrong_with(file, record, entries)) or name not in entries:  # which is elsewhere
         return Flaw(wrong) if wrong else None
@@ -132,11 +136,17 @@ def shard_flaw(
                 return Flaw(f"{name} cannot hold the array that its sidecar describes")
     except UserError as error:
         return Flaw(str(error))
-    return _changed(file, storage, start, stop, expected, advance)
+    return _changed(file, storage, start, stop, expected, advance, watch or (lambda _: None))
 
 
 def _changed(
-    file: Mapping[str, Any], storage: Storage, start: int, stop: int, expected: Iterable[int], advance: Advance
+    file: Mapping[str, Any],
+    storage: Storage,
+    start: int,
+    stop: int,
+    expected: Iterable[int],
+    advance: Advance,
+    watch: Callable[[memoryview], object],
 ) -> Flaw | None:
     """Where a file, whose array lies from `start` to `stop`, does not match its checksums."""
     name, size = str(file["path"]), int(file["bytes"])
@@ -152,7 +162,9 @@ def _changed(
         if got < len(piece):
             return Flaw(f"{name} is cut short at byte {at + got}")
         total = crc32c(piece, total)
-        blocks.update(piece[max(0, start - at) : max(0, stop - at)])
+        of_array = piece[max(0, start - at) : max(0, stop - at)]
+        blocks.update(of_array)
+        watch(of_array)
         at += got
     pairs = zip(blocks.values(), expected, strict=True)
     changed = [str(i) for i, (is_now, was) in enumerate(pairs) if is_now != was]

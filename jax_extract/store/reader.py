@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from jax_extract.errors import UserError, damage_is_told
+from jax_extract.store.documents import Documents, Piece, documents_of, pieces_of
 from jax_extract.store.file_part import FilePart, Sidecars, StoredPart
 from jax_extract.store.ledger import Key, Ledger, Record, part_name
 from jax_extract.store.metadata import metadata_of
@@ -37,6 +38,7 @@ class SampleActivations:
       positions: int32 [rows], the token position of each stored row; -1 where a row is the mean of all.
       meta: the source's JSON values.
       truncated_tokens: how many tokens were cut off its end.
+      pieces: the documents that it was joined from, with --context_tokens; else itself.
     """
 
     sample_id: str
@@ -51,6 +53,24 @@ class SampleActivations:
 
     def __repr__(self) -> str:
         return f"SampleActivations({self.sample_id!r}, {len(self.token_ids)} tokens, {len(self.positions)} rows)"
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        return pieces_of(self.sample_id, len(self.token_ids), self.meta)
+
+    @property
+    def documents(self) -> np.ndarray:
+        """Strings [rows], the document of each row; empty where it is of none, as a BOS between two."""
+        return self._documents[0]
+
+    @property
+    def document_positions(self) -> np.ndarray:
+        """int32 [rows], which token of its document each row is; -1 where it is of none, or a mean."""
+        return self._documents[1]
+
+    @property
+    def _documents(self) -> tuple[np.ndarray, np.ndarray]:
+        return documents_of(self.pieces, self.positions)
 
     def get(self, layer: int | None = None, hook: str = "after_block") -> np.ndarray:
         """Its activations, [positions, width], in the run's stored dtype.
@@ -71,6 +91,7 @@ class ActivationBatch:
       row_offsets: int64 [samples + 1]: sample i has rows row_offsets[i] to row_offsets[i + 1].
       positions: int32 [rows].
       activations: [rows, width].
+      sample_indices: int64 [samples], the place of each in the input.
     """
 
     batch: int
@@ -79,6 +100,7 @@ class ActivationBatch:
     row_offsets: np.ndarray
     positions: np.ndarray
     activations: np.ndarray
+    sample_indices: np.ndarray
 
 
 class Run:
@@ -175,6 +197,7 @@ class Run:
                 content.row_offsets,
                 np.concatenate(content.positions) if content.positions else np.zeros(0, np.int32),
                 part.rows(site, 0, content.rows),
+                content.sample_indices,
             )
 
     def shuffled(
@@ -208,10 +231,32 @@ class Run:
         settings = ShuffleSettings(sites, several, rows, seed, epochs, drop_remainder, shard, buffer_bytes, read_bytes)
         return ShuffledRows(self._parts, settings)
 
+    def documents(self, sample_indices: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which document each row is of, and which of its tokens, as of the rows of a shuffled batch.
+
+        Of a run without --context_tokens every sample is a document. The first call reads the sidecar of every part.
+
+        Args:
+          sample_indices: [rows], the place of each row's sample in the input.
+          positions: [rows], the token position of each row in it; -1 is the mean.
+
+        Returns:
+          Strings [rows], empty where a row is of no document (a BOS between two, the mean over several); and int32
+          [rows], from 0, -1 where there is none.
+
+        Raises:
+          UserError: the run holds no sample with such an index.
+        """
+        return self._documents.of(sample_indices, positions)
+
     @property
     def parts(self) -> Sequence[StoredPart]:
         """In storage order."""
         return self._parts
+
+    @cached_property
+    def _documents(self) -> Documents:
+        return Documents.of_parts(part.content for part in self._parts)
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, int]]:

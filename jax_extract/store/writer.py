@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jax_extract.store.finite import all_finite
 from jax_extract.store.formats import ENCODERS, SUFFIXES, ShardEncoder, ShardHeader
 from jax_extract.store.lanes import Call, Countdown, Lanes
 from jax_extract.store.ledger import PARTS, Key, Ledger, part_name
@@ -318,7 +319,7 @@ class _Shard:
         finite, at = True, 0
         while at < len(values):
             piece = values[at : at + self._checksums.room // values.itemsize]
-            finite = finite and _all_finite(piece)
+            finite = finite and all_finite(piece)
             encoder.append(piece.view(np.uint8).data)
             self._checksums.advance(piece.nbytes, self.file.crc32c)
             at += len(piece)
@@ -366,17 +367,6 @@ class _Shard:
             self._encoder = ENCODERS[writer.format](self._file, header)
             self._checksums = RunningChecksums(self._file.crc32c)
         return self._encoder
-
-
-def _all_finite(values: np.ndarray) -> bool:
-    """Whether every value [n] is finite, from its extremes: fast, and nothing is made on the way."""
-    if values.dtype == np.float32:
-        return bool(np.isfinite(values.max()) and np.isfinite(values.min()))  # both are undefined if any value is
-    # There is no fast maximum of 16-bit floats, so it is that of their bits. From its sign's infinity on, a value
-    # is not finite. Signed, the positive values are above the negative ones; unsigned, it is the other way round.
-    infinity = 0x7C00 if values.dtype == np.float16 else 0x7F80
-    positive, negative = values.view(np.int16).max(), values.view(np.uint16).max()
-    return int(positive) < infinity and int(negative) < 0x8000 | infinity
 
 
 def row_pieces(block: np.ndarray, kept: Sequence[int]) -> Iterator[np.ndarray]:

@@ -15,22 +15,26 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
 from jax_extract.errors import UserError, damage_is_told
+from jax_extract.store.finite import FLOAT16_ENDS
 from jax_extract.store.integrity import some_of
 from jax_extract.store.ledger import Ledger, to_json
 from jax_extract.store.metadata import VERIFICATION_FILE
 from jax_extract.store.storage.opening import open_storage
 from jax_extract.terminal import Terminal, bytes_text, plural
 from jax_extract.verification.comparison import Comparison, choose
-from jax_extract.verification.reading import RESTORE, Layout, Reading
+from jax_extract.verification.reading import RESTORE, Layout, NotFinite, Reading
 from jax_extract.verification.reference import SiteVerdict, plan_of
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
 from jax_extract.weights.unported import AllWeights
 from models.hooks import HOOK_POINTS
 from models.ports import Port, hook_width
+
+_SAMPLES_NAMED = 5  # on a line; verification.json names more
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,11 @@ class Verdict:
     """What `verification.json` says.
 
     Attributes:
-      verdict: the gravest that is true: `damaged`, `out of bounds`, `unfinished`, else `verified`.
+      verdict: the gravest that is true: `damaged`, `out of bounds`, `not finite`, `unfinished`, else `verified`.
       date: UTC, when the reading began.
       read: how many parts, files, bytes and blocks were read, and how many samples are in parts without a flaw.
       damaged, missing: sentences, one a thing.
+      not_finite: rows with infinite or undefined values, of each hook point and layer that has any.
       reference: what the rows were compared with, and in which versions.
       samples: those computed again.
       notes: what else a reader of the verdict must know.
@@ -73,6 +78,7 @@ class Verdict:
     read: Mapping[str, int]
     damaged: Sequence[str]
     missing: Sequence[str]
+    not_finite: Sequence[NotFinite]
     reference: Mapping[str, Any]
     samples: Sequence[Mapping[str, Any]]
     sites: Sequence[SiteVerdict]
@@ -81,7 +87,7 @@ class Verdict:
     @property
     def exit_status(self) -> int:
         """An unfinished run is told, and is nobody's mistake; `jax-extract status` answers whether all is there."""
-        return 1 if self.verdict in ("damaged", "out of bounds") else 0
+        return 1 if self.verdict in ("damaged", "out of bounds", "not finite") else 0
 
     def to_json(self) -> bytes:
         sites = [_plain({**dataclasses.asdict(site), "ok": site.ok}) for site in self.sites]
@@ -89,7 +95,7 @@ class Verdict:
 
 
 def verify_command(config: VerifyConfig) -> int:
-    """Verifies and tells; 1 where something is damaged or out of bounds, else 0."""
+    """Verifies and tells; 1 where something is damaged, out of bounds or not finite, else 0."""
     verdict = verify(
         config.place, samples=config.samples, seed=config.seed, model_path=config.model_path, adapter=config.adapter
     )
@@ -123,6 +129,7 @@ def verify(
     reading = Reading(ledger, layout)
     reading.run(terminal)
     _tell_reading(reading, terminal)
+    _tell_not_finite(reading, terminal)
     is_port = isinstance(model.family, Port)
     chosen = choose(reading.whole, layout.positions, samples, seed) if is_port else {}
     comparison = Comparison(layout, model, chosen)
@@ -131,7 +138,7 @@ def verify(
             f"no port computes {model.config.model_type!r} models: bytes were checked, rows were not"
         )
     comparison.run(terminal)
-    _tell_comparison(comparison, terminal)
+    _tell_comparison(comparison, reading, terminal)
 
     verdict = Verdict(
         verdict=_gravest(reading, comparison),
@@ -141,6 +148,7 @@ def verify(
         read={**reading.counts, "samples": sum(len(part.lengths) for part in reading.whole.values())},
         damaged=reading.damaged,
         missing=reading.missing,
+        not_finite=list(reading.not_finite.values()),
         reference=comparison.compared_with,
         samples=comparison.samples,
         sites=comparison.sites,
@@ -192,6 +200,8 @@ def _gravest(reading: Reading, comparison: Comparison) -> str:
         return "damaged"
     if any(site.ok is False for site in comparison.sites):
         return "out of bounds"
+    if reading.not_finite:
+        return "not finite"
     return "unfinished" if reading.missing else "verified"
 
 
@@ -218,7 +228,27 @@ def _tell_reading(reading: Reading, terminal: Terminal) -> None:
         )
 
 
-def _tell_comparison(comparison: Comparison, terminal: Terminal) -> None:
+def _tell_not_finite(reading: Reading, terminal: Terminal) -> None:
+    """One line a site that has such rows, and what to do about them."""
+    for found in reading.not_finite.values():
+        where = found.hook if found.layer is None else f"{found.hook} of layer {found.layer}"
+        kinds = [(found.infinite, "infinite"), (found.undefined, "undefined")]
+        values = " and ".join(f"{count:,} {kind}" for count, kind in kinds if count)
+        named = found.first_samples[:_SAMPLES_NAMED]
+        others = f" and {found.samples - len(named):,} more" if found.samples > len(named) else ""
+        terminal.line(
+            "warning",
+            f"{where}: {plural(found.rows, 'row')} with {values} values, of {', '.join(map(repr, named))}{others}",
+        )
+    if not reading.not_finite:
+        return
+    if reading.layout.dtype == np.float16 and any(found.infinite for found in reading.not_finite.values()):
+        terminal.line("mend", FLOAT16_ENDS)
+    else:
+        terminal.line("", "they were not made by rounding: the model itself computes such values")
+
+
+def _tell_comparison(comparison: Comparison, reading: Reading, terminal: Terminal) -> None:
     """One line a site."""
     if not comparison.samples:
         for note in comparison.notes:
@@ -236,18 +266,24 @@ def _tell_comparison(comparison: Comparison, terminal: Terminal) -> None:
         layer = "" if site.layer is None else str(site.layer)
         bounds = "  ".join(f"{b:>7.1e}" for b in (site.bound, site.median_bound) if b is not None)
         judged = {True: "ok", False: "OUT OF BOUNDS", None: "not judged"}[site.ok]
+        if (found := reading.not_finite.get((site.hook, site.layer))) and site.ok is not False:
+            judged += f", but {plural(found.rows, 'row')} NOT FINITE"
         errors = f"{site.worst:>7.1e}  {site.median:>7.1e}"
         terminal.line("", f"{site.hook:<16} {layer:>5} {site.rows:>9,}   {errors}   {bounds}  {judged}")
 
 
 def _tell_verdict(verdict: Verdict, terminal: Terminal) -> None:
     judged = verdict.sites and all(site.ok is not None for site in verdict.sites)
+    bad = sum(found.rows for found in verdict.not_finite)
     rows = "the rows are the model's" if judged else "its rows were not judged"
+    others = "the other rows are the model's" if judged else "the other rows were not judged"
     committed = f"every byte is as it was written, and {rows}" if verdict.read["parts"] else "there is nothing"
     told = {
         "verified": f"every byte is as it was written, and {rows}",
         "damaged": f"{plural(len(verdict.damaged), 'thing')}, named above",
         "out of bounds": some_of(site.name for site in verdict.sites if site.ok is False),
+        "not finite": f"{plural(bad, 'row')} with infinite or undefined values, named above, for which nothing is "
+        f"vouched; every byte is as it was written, and {others}",
         "unfinished": f"parts are still to be computed; of what is committed, {committed}",
     }
     terminal.line("verdict", f"{verdict.verdict}: {told[verdict.verdict]}")

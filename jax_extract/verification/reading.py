@@ -1,7 +1,8 @@
 """Reads a run whole: every record, every file against its checksums, every sidecar against record and plan.
 
-In: a ledger. Out: the parts without a flaw, sentences that name what is damaged or missing, and which places hold
-parts that can be given up. One part's sidecar and a few pieces of files are in memory at once.
+In: a ledger. Out: the parts without a flaw, sentences that name what is damaged or missing, which rows are not
+finite, and which places hold parts that can be given up. One part's sidecar and a few pieces of files are in memory at
+once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from jax_extract.errors import UserError, damage_is_told
 from jax_extract.inputs.plan import Part
 from jax_extract.inputs.slabs import Slab
 from jax_extract.inputs.tokenize import TokenizedSample
+from jax_extract.store.finite import NotFiniteRows
 from jax_extract.store.integrity import (
     NAMED,
     Advance,
@@ -40,6 +42,7 @@ from models.positions import Positions
 
 RESTORE = "restore its _run folder from a copy"
 
+SiteKey = tuple[str, int | None]
 Planned = Mapping[Key, Mapping[str, Any]]  # the parts of the stored plan, as they stand there
 
 
@@ -100,12 +103,43 @@ class Home:
 
 
 @dataclass
+class NotFinite:
+    """The rows of one hook point and layer that hold values which are no finite numbers.
+
+    Attributes:
+      rows: how many.
+      infinite, undefined: how many of their values are infinite, and how many are no numbers at all.
+      samples: how many samples they are of.
+      first_samples: the first of these, by id.
+    """
+
+    hook: str
+    layer: int | None
+    rows: int = 0
+    infinite: int = 0
+    undefined: int = 0
+    samples: int = 0
+    first_samples: list[str] = field(default_factory=list)
+
+    def add(self, found: NotFiniteRows, content: PartContent) -> None:
+        """What was found in the array of one part; no sample is in two."""
+        rows = found.rows
+        samples = np.unique(np.searchsorted(content.row_offsets, rows, side="right") - 1)
+        self.rows += len(rows)
+        self.infinite += found.infinite
+        self.undefined += found.undefined
+        self.samples += len(samples)
+        self.first_samples += [content.sample_ids[i] for i in samples[: NAMED - len(self.first_samples)]]
+
+
+@dataclass
 class Reading:
     """Reads every record, sidecar and shard of a run.
 
     Attributes:
       whole: the parts without a flaw.
       damaged, missing: sentences that name what is wrong, and what is not there yet.
+      not_finite: by hook point and layer, in the parts without a flaw; those alone that have such rows.
       to_give_up: places with damaged parts that `jax-extract sweep PLACE --damaged` gives up.
       counts: of what was read.
     """
@@ -115,6 +149,7 @@ class Reading:
     whole: dict[Key, WholePart] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    not_finite: dict[SiteKey, NotFinite] = field(default_factory=dict)
     to_give_up: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("parts", "files", "bytes", "blocks"), 0))
     _indices: dict[Key, np.ndarray] = field(default_factory=dict)
@@ -193,15 +228,23 @@ class Reading:
             problems += self._disagreements(record, sidecar, planned)
         arrays = sidecar.arrays if sidecar and not problems else ()
         width = self.layout.dtype.itemsize
-        flaws = pool.map(
-            lambda file: shard_flaw(file, record, storage, entries, arrays, width, advance), record["files"]
-        )
+        watches = {array.path: NotFiniteRows(array.site.width, self.layout.dtype) for array in arrays}
+
+        def flaw_of(file: Mapping[str, Any]) -> Flaw | None:
+            watch = watches.get(file["path"])
+            return shard_flaw(file, record, storage, entries, arrays, width, advance, watch and watch.add)
+
+        flaws = pool.map(flaw_of, record["files"])
         problems += self._told(home, *flaws)
         self.counts["files"] += len(files_of(record))
         self.counts["blocks"] += sum(len(array.blocks) for array in arrays)
         if sidecar and not problems:
             lengths = np.array([len(tokens) for tokens in sidecar.content.token_ids], np.int32)
             self.whole[key] = WholePart(storage, record, lengths)
+            for array in arrays:
+                if len(watches[array.path].rows):
+                    of_site = self.not_finite.setdefault(array.site.key, NotFinite(*array.site.key))
+                    of_site.add(watches[array.path], sidecar.content)
         return problems
 
     def _told(self, home: Home, *flaws: Flaw | None) -> list[str]:

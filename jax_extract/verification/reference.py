@@ -377,6 +377,11 @@ class SiteVerdict:
         return self.hook if self.layer is None else f"{self.hook} of layer {self.layer}"
 
 
+def _finite(blocks: Sequence[np.ndarray]) -> np.ndarray:
+    errors = np.concatenate(blocks)
+    return errors[np.isfinite(errors)]
+
+
 @dataclass
 class SiteErrors:
     """Gathers the row errors of one site, a block a sample."""
@@ -395,6 +400,7 @@ class SiteErrors:
             with np.errstate(over="ignore"):  # stored as ours are: what overflows of ours overflows of theirs
                 same_dtype = peer.astype(np.float32).astype(stored.dtype)
             _, errors = row_errors(same_dtype, truth)
+            errors[~np.isfinite(same_dtype.astype(np.float32)).all(axis=1)] = np.inf
             self.theirs.append(errors[: len(stored)])
             self.theirs_further.append(errors[len(stored) :])
 
@@ -404,8 +410,10 @@ class SiteErrors:
         median_bound = None
         if computed_in != "float32" and self.theirs:
             # Where the peer happens to be exact (embeddings), what is promised of float32 is near enough.
-            median_bound = max(bound, float(np.median(np.concatenate(self.theirs))))
-            bound = max(bound, *(float(errors.max(initial=0.0)) for errors in (*self.theirs, *self.theirs_further)))
+            # A row of theirs that overflows is no measure: an infinite bound would let everything pass.
+            theirs, further = (_finite(errors) for errors in (self.theirs, [*self.theirs, *self.theirs_further]))
+            median_bound = max(bound, float(np.median(theirs))) if len(theirs) else bound
+            bound = max(bound, float(further.max(initial=0.0)))
         errors = np.concatenate(self.unexplained)
         return SiteVerdict(
             hook=site.hook,

@@ -102,7 +102,7 @@ _OTHER: dict[str, Any] = {
     **{"use_sliding_window": True, "sliding_window": 21, "max_window_layers": 2, "sliding_window_pattern": 3},
     **{"rope_theta": 500.0, "rope_local_base_freq": 300.0, "rotary_emb_base": 700.0, "rotary_pct": 0.5},
     **{"partial_rotary_factor": 1.0, "rope_scaling": {"rope_type": "linear", "factor": 2.5}},
-    **{"n_positions": 77, "n_embd": 512, "n_layer": 4, "n_head": 32, "n_inner": 70},
+    **{"n_positions": 77, "n_embd": 384, "n_layer": 4, "n_head": 32, "n_inner": 70},
     **{"query_pre_attn_scalar": 17, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
 }
 _ONE_VALUE = ("attention_bias", "use_bidirectional_attention", "add_cross_attention")  # of which a port computes one

@@ -6,14 +6,16 @@ random model of Hugging Face's under exactly its fields (sizes are shrunk; windo
 the ratio of heads stay), and every hook point of every layer is compared row by row. The exit code is 1 where one
 differs.
 
-    python tests/models_page.py FILES_OR_FOLDERS… [--check-rows] [--write]
+    python tests/models_page.py [FILES_OR_FOLDERS…] [--check-rows] [--write]
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import json
+import math
 import os
 import sys
 import tempfile
@@ -29,9 +31,36 @@ from jax_extract.errors import UserError
 from jax_extract.weights.checkpoint import read_json
 from jax_extract.weights.model_type import name_model_type
 from jax_extract.weights.text_part import text_config
-from models.registry import port_for
+from models.registry import PORTS, port_for
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
+
+_MODELS = {
+    "qwen2": "Qwen1.5, Qwen2, Qwen2.5, QwQ, DeepSeek-R1-Distill-Qwen",
+    "qwen3": "Qwen3 (dense)",
+    "llama": "Llama 1 to 3.3, CodeLlama, Vicuna, Yi, TinyLlama, SmolLM and SmolLM2, DeepSeek-R1-Distill-Llama",
+    "mistral": "Mistral 7B, Mistral Nemo, Ministral 8B (with windows by layer where config.json has `layer_types`)",
+    "gpt2": "GPT-2, distilgpt2, DialoGPT",
+    "gpt_neox": "Pythia, GPT-NeoX-20B, RedPajama-INCITE, Dolly 2, h2oGPT",
+    "phi": "Phi-1, Phi-1.5, Phi-2",
+    "gemma": "Gemma 1, CodeGemma",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3 270M and 1B; the language model of those that read pictures (`gemma3`)",
+}
+_EXAMPLE = {"model_type": "llama"}
+# Of each kind of field that is refused, one; and what is said of it.
+REFUSED: tuple[dict[str, Any], ...] = (
+    {"quantization_config": {"quant_method": "fp8"}},
+    {"quantization": {"bits": 4}},
+    {"embedding_multiplier": 12.0},
+    {"use_qk_norm": True},
+    {"is_causal": False},
+    {"per_layer_config": {"0": {"num_key_value_heads": 4}}},
+    {"partial_rotary_factor": 0.5},
+    {"rope_scaling": {"rope_type": "mrope"}},
+    {"hidden_act": "mish"},
+    {"model_type": "falcon"},
+)
 
 _LAYERS, _WINDOW, _VOCABULARY, _FEED_FORWARD = 4, 13, 131, 90
 _LENGTHS = (1, 3, 40)  # tokens: within the window, and beyond it
@@ -63,6 +92,12 @@ class Verdict:
                 f", rows within {max(self.worst.values()):.0e}" if not self.wrong else f", **differs**: {self.wrong}"
             )
         return f"| {self.name} | {self.model_type} | {told}{''.join(f'; note: {note}' for note in self.notes)} |"
+
+
+def _at_most(value: float) -> str:
+    """With one digit, rounded up."""
+    exponent = math.floor(math.log10(value)) if value else 0
+    return f"{math.ceil(value / 10.0**exponent)}e{exponent}"
 
 
 def judge(path: Path, check_rows: bool) -> Verdict:
@@ -162,6 +197,35 @@ def shrunk(said: Mapping[str, Any]) -> dict[str, Any]:
     return small
 
 
+def sentence(beside: Mapping[str, Any]) -> str:
+    """What is said of a Llama's configuration with these fields beside; empty where it is read."""
+    try:
+        port_for({**_EXAMPLE, **beside}).config({**_EXAMPLE, **beside})
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def generated() -> dict[str, str]:
+    """Sections of the page that follow from the code alone, by name."""
+    files = {kind: Path(inspect.getfile(port.forward)).name for kind, port in PORTS.items()}
+    types = "\n".join(f"| `{kind}` | {_MODELS[kind]} | `models/{files[kind]}` |" for kind in PORTS)
+    refused = "\n".join(f"| `{json.dumps(beside)[1:-1]}` | {sentence(beside)} |" for beside in REFUSED)
+    rotations = sentence({"rope_scaling": {"rope_type": "none"}}).partition("supported: ")[2].partition(";")[0]
+    return {
+        "model types": f"| model type | models | port |\n|---|---|---|\n{types}",
+        "rotations": ", ".join(f"`{kind}`" for kind in rotations.split(", ")),
+        "refused": f"| config.json of a Llama has | the sentence |\n|---|---|\n{refused}",
+    }
+
+
+def with_generated(page: str) -> str:
+    """The page with those sections as the code has them."""
+    for name, text in generated().items():
+        page = section(name, text, page)
+    return page
+
+
 def section(name: str, text: str, page: str) -> str:
     """The page with what stands between the marks of `name` replaced."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
@@ -185,7 +249,7 @@ def main() -> int:
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     libtpu.silence()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--check-rows", action="store_true")
     parser.add_argument("--write", action="store_true")
     asked = parser.parse_args()
@@ -196,9 +260,12 @@ def main() -> int:
     read = sum(not verdict.refused for verdict in verdicts)
     print(f"{read} of {len(verdicts)} are read")
     if asked.write:
-        rows = "\n".join(verdict.row() for verdict in verdicts)
-        table = f"| configuration | model type | |\n|---|---|---|\n{rows}"
-        PAGE.write_text(section("configurations", table, PAGE.read_text()))
+        page = with_generated(PAGE.read_text())
+        if verdicts:
+            rows = "\n".join(verdict.row() for verdict in verdicts)
+            table = f"| configuration | model type | {read} of {len(verdicts)} are read |\n|---|---|---|\n{rows}"
+            page = section("configurations", table, page)
+        PAGE.write_text(page)
     return int(any(verdict.wrong for verdict in verdicts))
 
 

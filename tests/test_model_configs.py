@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import transformers
+from models_page import PAGE, REFUSED, compared, sentence, with_generated
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, masking_utils
 
 from jax_extract.errors import UserError
@@ -254,30 +255,30 @@ def test_a_second_name_is_worth_a_note_only_where_it_says_something_else() -> No
     assert "sliding_window_size" in notes({"model_type": "gemma2", "sliding_window_size": 512})[0]
 
 
-REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
-    ({"quantization_config": {"quant_method": "fp8"}}, r"has a quantization_config \(fp8\): its weights are quantised"),
-    ({"quantization": {"bits": 4}}, r"has a quantization: its weights are quantised"),
-    ({"embedding_multiplier": 12.0}, r"has embedding_multiplier 12.0, which other decoders compute with"),
-    ({"mup_width_scale": 0.125}, r"has mup_width_scale 0.125, which other decoders"),
-    ({"attention_multiplier": 1.0}, r"has attention_multiplier 1.0"),
-    ({"final_logit_softcapping": 30.0}, r"has final_logit_softcapping 30.0"),
-    ({"use_mrope": True}, r"has use_mrope True"),
-    ({"use_qk_norm": True}, r"has use_qk_norm True"),
-    ({"num_local_experts": 8}, r"has num_local_experts 8"),
-    ({"is_causal": None}, r"has is_causal None: tokens would see those behind them"),
-    (
-        {"per_layer_config": {"0": {"num_key_value_heads": 4}}},
-        r"has per_layer_config, which gives single layers a shape",
-    ),
-    ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor below 1"),
-    ({"head_dim": 32.0}, r"has head_dim 32.0; it must be a whole number"),
-    ({"rope_theta": {"__float__": "Infinity"}}, r"has rope_theta inf; it must be a positive number"),
-    ({"hidden_act": "mish"}, r"asks for hidden_act 'mish'; this port computes 'silu'"),
-)
-
-
 @pytest.mark.parametrize(
-    ("beside", "said"), REFUSED, ids=lambda value: next(iter(value)) if isinstance(value, dict) else ""
+    ("beside", "said"),
+    [
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            r"quantization_config \(fp8\): its weights are quantised",
+        ),
+        ({"quantization": {"bits": 4}}, r"has a quantization: its weights are quantised"),
+        ({"embedding_multiplier": 12.0}, r"has embedding_multiplier 12.0, which other decoders compute with"),
+        ({"mup_width_scale": 0.125}, r"has mup_width_scale 0.125, which other decoders"),
+        ({"attention_multiplier": 1.0}, r"has attention_multiplier 1.0"),
+        ({"final_logit_softcapping": 30.0}, r"has final_logit_softcapping 30.0"),
+        ({"use_mrope": True}, r"has use_mrope True"),
+        ({"num_local_experts": 8}, r"has num_local_experts 8"),
+        ({"is_causal": None}, r"has is_causal None: tokens would see those behind them"),
+        (
+            {"per_layer_config": {"0": {"num_key_value_heads": 4}}},
+            r"per_layer_config, which gives single layers",
+        ),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor below 1"),
+        ({"head_dim": 32.0}, r"has head_dim 32.0; it must be a whole number"),
+        ({"rope_theta": {"__float__": "Infinity"}}, r"has rope_theta inf; it must be a positive number"),
+        ({"hidden_act": "mish"}, r"asks for hidden_act 'mish'; this port computes 'silu'"),
+    ],
 )
 def test_what_would_change_the_rows_is_refused_with_its_name(beside: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
@@ -343,9 +344,14 @@ def test_notes_reach_the_user_once(tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == told
 
 
-def test_rows_under_a_configuration_full_of_odd_keys_are_those_of_hugging_face() -> None:
-    from models_page import compared
+def test_the_page_of_models_says_what_the_code_says() -> None:
+    page = PAGE.read_text()
+    assert with_generated(page) == page, "python tests/models_page.py --write"
+    assert all(sentence(beside) for beside in REFUSED)
+    assert "**differs**" not in page
 
+
+def test_rows_under_a_configuration_full_of_odd_keys_are_those_of_hugging_face() -> None:
     odd = {"hidden_act": "gelu", "pretraining_tp": 2, "use_foo": 1, "attention_bias": True, "sliding_window": 5}
     worst, wrong = compared({**LLAMA, **odd}, {**LLAMA, **odd})
     assert worst and not wrong

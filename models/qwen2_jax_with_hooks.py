@@ -349,6 +349,7 @@ FIELDS: Mapping[str, Fields] = {
             "num_key_value_heads": 8,
             "max_position_embeddings": 131_072,
             "sliding_window": 4_096,
+            "layer_types": None,  # transformers takes a Mistral with them for a Ministral, whose windows are by layer
         },
         _DROPOUT,
     ),
@@ -359,7 +360,7 @@ def _from_hf(config: Mapping[str, Any]) -> Qwen2Config:
     model_type = hf_config.require_model_type(config, MODEL_TYPES)
     config = hf_config.one_rotation(FIELDS[model_type].complete(config))
     heads, hidden, layers = (size(config, k) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
-    head_dim = size(config, "head_dim", default=hidden // heads)
+    head_dim = size(config, "head_dim", default=None if model_type == "qwen3" else hidden // heads)
     if hf_config.rotated_width(config, head_dim) != head_dim:
         raise UserError("config.json has a partial_rotary_factor below 1, which no model of this family has")
     bias = _biased(config, "attention_bias")
@@ -394,9 +395,8 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     """Each model type has its own switch; null means no window."""
     if config["model_type"] == "llama":
         return ()
-    if config["model_type"] == "mistral":  # whose `layer_types` transformers does not read
-        windowed = config["sliding_window"] is not None
-        return hf_config.sliding_windows({**config, "layer_types": None}, layers, [windowed] * layers)
+    if config["model_type"] == "mistral":
+        return hf_config.sliding_windows(config, layers, [config["sliding_window"] is not None] * layers)
     if not switch(config, "use_sliding_window"):
         config = {**config, "sliding_window": None}
     first = config["max_window_layers"]

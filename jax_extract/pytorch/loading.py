@@ -59,7 +59,10 @@ def load_theirs(model: OpenModel, layers: int, dtype: torch.dtype) -> Any:
 def load_ours(model: OpenModel, layers: int, dtype: torch.dtype) -> Any:
     """With the tensors that our reader gives, merged with an adapter where there is one."""
     fields = untagged(dict(model.checkpoint.config))
-    config = _without_upper_blocks(AutoConfig.for_model(fields.pop("model_type"), **fields), layers)
+    model_type = fields.pop("model_type")
+    if model_type == "mistral" and "layer_types" in fields:
+        model_type = "ministral"  # as AutoConfig takes it
+    config = _without_upper_blocks(AutoConfig.for_model(model_type, **fields), layers)
     with no_init_weights():  # every parameter is written over
         loaded = AutoModel.from_config(config, dtype=dtype, **_attention(model)).eval()
     stored = model.checkpoint.names()

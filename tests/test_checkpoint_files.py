@@ -589,7 +589,7 @@ def test_what_is_passed_over_is_told_with_the_run(
     model = make_model(tmp_path / "model", layers=2)
     change(model, {"score.weight": torch.ones(2, 32)})
     monkeypatch.setattr(command, "host_budget", lambda *_: 1 / 0)  # far enough
-    options = {"model_path": str(model), "tasks_file": str(write_jsonl(tmp_path / "in.jsonl", [5, 9]))}
+    options: dict[str, Any] = {"model_path": str(model), "tasks_file": str(write_jsonl(tmp_path / "in.jsonl", [5, 9]))}
     config = ExtractConfig(**options, activations_dir=str(tmp_path / "out"), layers_to_extract=(1,))
     with pytest.raises(ZeroDivisionError):
         command.extract_to_directory(config)

@@ -295,7 +295,7 @@ def _expected_tensors(architecture: Architecture, config: Mapping[str, Any]) -> 
     }
     letters = dict(GLOBAL_TENSORS)
     for layer in range(config["num_hidden_layers"]):
-        for gguf_name, (name, dimensions) in (LAYER_TENSORS | architecture.tensors).items():
+        for gguf_name, (name, dimensions) in {**LAYER_TENSORS, **architecture.tensors}.items():
             letters[f"blk.{layer}.{gguf_name}"] = (f"model.layers.{layer}.{name}", dimensions)
     return {
         gguf_name: (name, tuple(sizes[letter] for letter in dimensions))

@@ -155,6 +155,8 @@ class _Inference:
         processes.require_equal("inputs, model, options or library versions", same, "make them the same on every host")
         processes.of_first(lambda: files.start(settings, config.allow_numeric_change))
         tell_input(self.source, counts, self.job, self.terminal)
+        for note in weights.notes:
+            self.terminal.line("note", note)
         size = settings[SIZE]
         batches = batches_of(samples, size, self.job.prompt_length)
         numbers = set(processes.of_first(lambda: [b.number for b in batches if files.read(b) is not None]))

@@ -231,6 +231,26 @@ def test_a_head_that_should_be_the_embedding_and_is_not_is_refused_where_it_is_c
         opened(folder, head=True)
 
 
+def test_a_whole_file_that_lacks_tensors_is_told_to_count_before_the_pieces(folder: Path) -> None:
+    write_pieces(folder, scaled(1))
+    change(folder, {"model.norm.weight": None})
+    with pytest.raises(
+        UserError, match=rf"lack 'model\.norm\.weight'.*{WHOLE} of .* is read.*not the pieces of {INDEX}"
+    ):
+        opened(folder)
+
+
+def test_an_adapter_that_is_not_merged_is_told_as_such(folder: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    lora = {f"{name}.lora_A.default.weight": torch.ones(2, 54)}
+    change(folder, lora)
+    with pytest.raises(UserError, match=r"lora_A\.default\.weight', which .*merge the adapter with PEFT"):
+        opened(folder)
+    change(folder, {**lora, f"{name}.weight": None, f"{name}.base_layer.weight": torch.ones(54, 54)})
+    with pytest.raises(UserError, match=r"hold an adapter that is not merged; merge the adapter with PEFT"):
+        opened(folder)
+
+
 def test_names_of_a_wrapper_are_told_as_such(folder: Path) -> None:
     tensors = load_file(folder / WHOLE)
     save_file({f"module.{name}": tensor for name, tensor in tensors.items()}, folder / WHOLE, {"format": "pt"})
@@ -296,7 +316,7 @@ LAYOUTS = [
 @pytest.mark.parametrize("lay_out", LAYOUTS)
 def test_the_file_that_transformers_reads_is_the_one_that_counts(lay_out: Callable[[Path], None], folder: Path) -> None:
     lay_out(folder)
-    assert opened(folder).notes == ()
+    assert len(opened(folder).notes) == (1 if (folder / WHOLE).exists() and (folder / INDEX).exists() else 0)
     require_theirs(folder)
 
 
@@ -466,6 +486,11 @@ def test_a_folder_that_cannot_be_read_says_what_it_is(lay_out: Callable[[Path], 
     assert "\n" not in str(error.value)
 
 
+def test_a_file_of_a_model_says_which_folder_to_give(folder: Path) -> None:
+    with pytest.raises(UserError, match=rf"is one file of a model; give its folder, {folder}"):
+        open_checkpoint(str(folder / WHOLE))
+
+
 # -------------------------------------------------------------------------------------------- *.bin and others
 
 
@@ -577,7 +602,9 @@ def test_a_hub_that_does_not_list_its_files_is_no_second_mistake(
 ) -> None:
     of_hub(monkeypatch, tmp_path, [])
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *_, **__: 1 / 0)
-    assert hub._names_on_hub("owner/name", "main") == []
+    assert hub._names_on_hub("owner/name", "main") is None
+    with pytest.raises(UserError, match=rf"config\.json is missing from {tmp_path}"):
+        open_checkpoint("owner/name")
 
 
 # ------------------------------------------------------------------------------------------------- a whole run
@@ -589,7 +616,7 @@ def test_what_is_passed_over_is_told_with_the_run(
     model = make_model(tmp_path / "model", layers=2)
     change(model, {"score.weight": torch.ones(2, 32)})
     monkeypatch.setattr(command, "host_budget", lambda *_: 1 / 0)  # far enough
-    options = {"model_path": str(model), "tasks_file": str(write_jsonl(tmp_path / "in.jsonl", [5, 9]))}
+    options: dict[str, Any] = {"model_path": str(model), "tasks_file": str(write_jsonl(tmp_path / "in.jsonl", [5, 9]))}
     config = ExtractConfig(**options, activations_dir=str(tmp_path / "out"), layers_to_extract=(1,))
     with pytest.raises(ZeroDivisionError):
         command.extract_to_directory(config)

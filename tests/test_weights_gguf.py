@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Tokenizer,
 )
-from transformers.integrations.gguf import convert_gguf_tokenizer
+from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from jax_extract.errors import UserError
@@ -462,7 +462,12 @@ def test_a_folder_of_several_models_lists_them(write_llama: Write, pieces: list[
 def test_a_folder_with_config_json_and_gguf_alone_is_that_gguf(write_llama: Write) -> None:
     path = write_llama()
     (path.parent / "config.json").write_text("{}")
-    assert open_checkpoint(str(path.parent)).source == str(path)
+    checkpoint = open_checkpoint(str(path.parent))
+    assert checkpoint.source == str(path)
+    assert path.name in checkpoint.notes[0]
+    (path.parent / "pytorch_model.bin").write_bytes(b"x")  # which is what transformers would read
+    with pytest.raises(UserError, match=r"pytorch_model\.bin, pickles"):
+        open_checkpoint(str(path.parent))
 
 
 def test_a_missing_piece_is_named(pieces: list[Path]) -> None:

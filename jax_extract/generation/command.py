@@ -176,6 +176,8 @@ class _Inference:
         if processes.of_first(lambda: files.start(settings, config.allow_numeric_change)):
             raise AnswersBegunMeanwhile
         tell_input(self.source, counts, self.job, self.terminal)
+        for note in weights.notes:
+            self.terminal.line("note", note)
         size = settings[SIZE]
         batches = batches_of(samples, size, self.job.prompt_length)
         numbers = set(processes.of_first(lambda: [b.number for b in batches if files.read(b) is not None]))

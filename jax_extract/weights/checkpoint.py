@@ -86,6 +86,8 @@ def open_checkpoint(model_path: str, revision: str | None = None) -> Checkpoint:
     if path.is_dir():
         return _open_folder(path, model_path)
     if path.is_file():
+        if path.suffix != ".gguf" and (path.parent / "config.json").is_file():
+            raise UserError(f"model {model_path!r} is one file of a model; give its folder, {path.parent}")
         if path.suffix != ".gguf":
             raise UserError(f"model {model_path!r} is a file but not .gguf; give the folder that holds config.json")
         from jax_extract.weights.gguf import GgufCheckpoint
@@ -108,11 +110,13 @@ def _open_folder(folder: Path, source: str) -> Checkpoint:
     from jax_extract.weights.folder import refuse_folder_without_config
 
     has_config = (folder / "config.json").exists()
-    if not (has_config and any(folder.glob("*.safetensors"))) and any(folder.glob("*.gguf")):
+    others = ("*.safetensors", "pytorch_model*.bin")
+    if any(folder.glob("*.gguf")) and not (has_config and any(any(folder.glob(names)) for names in others)):
         from jax_extract.weights.gguf import GgufCheckpoint
         from jax_extract.weights.gguf_container import only_model
 
-        return GgufCheckpoint(only_model(folder))
+        path = only_model(folder)
+        return GgufCheckpoint(path, f"{path.name} is read, as {folder} has no other weights" if has_config else None)
     if not has_config:
         refuse_folder_without_config(folder, source)
     return SafetensorsCheckpoint(folder, source=source)

@@ -4,7 +4,7 @@ In: a folder, its config.json. Out: `WeightFiles`.
 
 The order is transformers' own: the file that config.json names as `transformers_weights`, model.safetensors,
 model.safetensors.index.json with the files it names. An index beside a whole model.safetensors was left behind by an
-older save, and is not looked at. Where transformers would find nothing, one choice may still be the only one: a
+older save, and is not looked at; that is told. Where transformers would find nothing, one choice may still be the only one: a
 variant (model.fp16.safetensors), pieces without their index, files under other names. It is taken, and told. Adapters
 and the files of other programs (consolidated.safetensors, *.bin, *.pth, *.h5) never count; the sentence about a folder
 that has nothing else says how they are converted.
@@ -39,7 +39,7 @@ class WeightFiles:
     Attributes:
       paths: in the order in which they are read.
       of_one_save: where a tensor is in several of them, the last one counts, as in transformers; else none may be.
-      note: to the user, where the choice is not one that transformers would make.
+      note: to the user, where another choice was possible, or transformers would make none.
     """
 
     paths: tuple[Path, ...]
@@ -52,7 +52,9 @@ def weight_files(folder: Path, config: Mapping[str, Any], source: str) -> Weight
     if named := config.get(NAMED):
         return _named(folder, str(named))
     if (folder / WHOLE).is_file():
-        return WeightFiles((folder / WHOLE,))
+        index = (folder / INDEX).is_file()
+        note = f"{WHOLE} of {source} is read, as transformers does, and not the pieces of {INDEX}" if index else None
+        return WeightFiles((folder / WHOLE,), note=note)
     if (folder / INDEX).is_file():
         return _indexed(folder / INDEX)
     for path in (folder / WHOLE, folder / INDEX):

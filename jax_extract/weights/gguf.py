@@ -144,7 +144,8 @@ class GgufCheckpoint:
             mathematics and is not understood here (architecture, metadata key, tensor, encoding).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, note: str | None = None) -> None:
+        """`note`: to the user, where it is not plain that this is the file that is meant."""
         self.source = str(path)
         self.revision: str | None = None
         container = open_container(path)
@@ -155,7 +156,7 @@ class GgufCheckpoint:
             self.config["rope_scaling"] = scaling
         self.generation: dict[str, Any] = {}
         self.adapter: str | None = None
-        self.notes: tuple[str, ...] = ()
+        self.notes = (note,) if note else ()
         self._neighbours = architecture.neighbours
         self._tensors = _by_hugging_face_name(stored, architecture, self.config, self.source)
         _refuse_unreadable_encodings(self._tensors, self.source)
@@ -295,7 +296,7 @@ def _expected_tensors(architecture: Architecture, config: Mapping[str, Any]) -> 
     }
     letters = dict(GLOBAL_TENSORS)
     for layer in range(config["num_hidden_layers"]):
-        for gguf_name, (name, dimensions) in (LAYER_TENSORS | architecture.tensors).items():
+        for gguf_name, (name, dimensions) in {**LAYER_TENSORS, **architecture.tensors}.items():
             letters[f"blk.{layer}.{gguf_name}"] = (f"model.layers.{layer}.{name}", dimensions)
     return {
         gguf_name: (name, tuple(sizes[letter] for letter in dimensions))

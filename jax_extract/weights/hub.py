@@ -55,7 +55,8 @@ def refuse_without_weights(repo_id: str, commit: str, folder: Path) -> None:
         return
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(f"{repo_id} is an adapter; give it as --adapter, and its base model as --model_path")
-    names = _names_on_hub(repo_id, commit)
+    if (names := _names_on_hub(repo_id, commit)) is None:
+        return  # what was downloaded once has its own sentences
     name = repo_id.partition("/")[2]
     if ggufs := sorted(file for file in names if file.endswith(".gguf")):
         raise UserError(
@@ -75,11 +76,11 @@ def refuse_without_weights(repo_id: str, commit: str, folder: Path) -> None:
     raise UserError(f"{repo_id} has no {lacking} on the hub; give a model in Hugging Face's form, with safetensors")
 
 
-def _names_on_hub(repo_id: str, commit: str) -> list[str]:
-    """What the repository holds; nothing where it cannot be asked."""
+def _names_on_hub(repo_id: str, commit: str) -> list[str] | None:
+    """What the repository holds; None where it cannot be asked."""
     from huggingface_hub import list_repo_files
 
     try:
         return list_repo_files(repo_id, revision=commit)
     except Exception:  # noqa: BLE001 (a sentence that says less is no reason for another error)
-        return []
+        return None

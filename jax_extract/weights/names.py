@@ -37,6 +37,7 @@ _OTHER_PARTS = re.compile(r"mtp|vision|visual|image|audio|speech|multi_modal|mm_
 _HEADS = ("lm_head.weight", "embed_out.weight")
 # What wrappers of a model put before every name; transformers finds nothing under them either.
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "_fsdp_wrapped_module.")
+_MERGE = "merge the adapter with PEFT (merge_and_unload) and save the model"
 _FEW = 3  # names in a sentence
 
 
@@ -114,7 +115,10 @@ def _missing(name: str, checkpoint: Checkpoint) -> str:
                 f"the weights of {checkpoint.source} have names that begin with {wrapper!r}, as a wrapper of the model "
                 "saves them; save the model within it with save_pretrained"
             )
-    return f"the weights of {checkpoint.source} lack {name!r}; the checkpoint is incomplete"
+    if any(".base_layer." in other for other in checkpoint.names()):
+        return f"the weights of {checkpoint.source} hold an adapter that is not merged; {_MERGE}"
+    known = f" ({'; '.join(checkpoint.notes)})" if checkpoint.notes else ""
+    return f"the weights of {checkpoint.source} lack {name!r}; the checkpoint is incomplete{known}"
 
 
 def _require_same_head(checkpoint: Checkpoint, port: Port, config: Any) -> None:
@@ -162,9 +166,10 @@ def _notes(checkpoint: Checkpoint, port: Port, config: Any, unknown: Iterable[st
             refused.append(name)
     if refused:
         more = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
+        mend = _MERGE if "lora_" in refused[0] else "this is another architecture or a modified one"
         raise UserError(
             f"the weights of {checkpoint.source} hold {refused[0]!r}{more}, which the {config.model_type} port does "
-            "not compute with; this is another architecture or a modified one"
+            f"not compute with; {mend}"
         )
     notes = []
     if beyond:

@@ -69,6 +69,10 @@ class GPTNeoXConfig:
         return self.hidden_size
 
     @property
+    def rotaries(self) -> tuple[Rotary, ...]:
+        return (self.rotary,)
+
+    @property
     def attention(self) -> AttentionRule:
         return AttentionRule()
 
@@ -187,7 +191,7 @@ def forward(
     """Runs `taps.num_blocks` blocks over rows of samples; see `Port.forward`."""
     with jax.named_scope("embeddings"):
         x = embed(gather("embedding", params["embedding"]), tokens)
-    tables = config.rotary.tables(attention.positions, config.rotated)
+    tables = config.rotary.tables(attention, config.rotated)
 
     def one(p: Parameters, x: Array, taps: Taps, attention: SelfAttention, layer: Array) -> Carry:
         return block(config, p, x, taps, attention, layer, tables, numerics)
@@ -252,14 +256,15 @@ def _from_hf(config: Mapping[str, Any]) -> GPTNeoXConfig:
     hf_config.refuse_unknown(config, (*_FIELDS, *hf_config.ROPE_FIELDS))
     hf_config.require(config, "hidden_act", tuple(ACTIVATIONS), "gelu")
     hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
+    rotated = hf_config.rotated_width(config, hidden // heads, 0.25, "rotary_pct")
     return GPTNeoXConfig(
         vocab_size=size(config, "vocab_size"),
         hidden_size=hidden,
         intermediate_size=size(config, "intermediate_size"),
         num_hidden_layers=size(config, "num_hidden_layers"),
         num_attention_heads=heads,
-        rotary=hf_config.rotary({"rope_theta": config.get("rotary_emb_base"), **config}),
-        rotated=hf_config.rotated_width(config, hidden // heads, 0.25, "rotary_pct"),
+        rotary=hf_config.rotary({"rope_theta": config.get("rotary_emb_base"), **config}, width=rotated),
+        rotated=rotated,
         layer_norm_eps=hf_config.positive(config, "layer_norm_eps", 1e-5),
         max_position_embeddings=size(config, "max_position_embeddings"),
         activation=config.get("hidden_act") or "gelu",

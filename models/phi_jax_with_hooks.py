@@ -72,6 +72,10 @@ class PhiConfig:
         return True
 
     @property
+    def rotaries(self) -> tuple[Rotary, ...]:
+        return (self.rotary,)
+
+    @property
     def attention(self) -> AttentionRule:
         return AttentionRule()
 
@@ -179,7 +183,7 @@ def forward(
     """Runs `taps.num_blocks` blocks over rows of samples; see `Port.forward`."""
     with jax.named_scope("embeddings"):
         x = embed(gather("embedding", params["embedding"]), tokens)
-    tables = config.rotary.tables(attention.positions, config.rotated)
+    tables = config.rotary.tables(attention, config.rotated)
 
     def one(p: Parameters, x: Array, taps: Taps, attention: SelfAttention, layer: Array) -> Carry:
         return block(config, p, x, taps, attention, layer, tables, numerics)
@@ -235,6 +239,7 @@ def _from_hf(config: Mapping[str, Any]) -> PhiConfig:
     hf_config.refuse_unknown(config, (*_FIELDS, *hf_config.ROPE_FIELDS))
     hf_config.require(config, "hidden_act", tuple(ACTIVATIONS), "gelu_new")
     hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
+    rotated = hf_config.rotated_width(config, hidden // heads, 0.5)
     return PhiConfig(
         vocab_size=size(config, "vocab_size"),
         hidden_size=hidden,
@@ -242,8 +247,8 @@ def _from_hf(config: Mapping[str, Any]) -> PhiConfig:
         num_hidden_layers=size(config, "num_hidden_layers"),
         num_attention_heads=heads,
         num_key_value_heads=size(config, "num_key_value_heads", default=heads),
-        rotary=hf_config.rotary(config),
-        rotated=hf_config.rotated_width(config, hidden // heads, 0.5),
+        rotary=hf_config.rotary(config, width=rotated),
+        rotated=rotated,
         layer_norm_eps=hf_config.positive(config, "layer_norm_eps", 1e-5),
         max_position_embeddings=size(config, "max_position_embeddings"),
         activation=config.get("hidden_act") or "gelu_new",

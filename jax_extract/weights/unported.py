@@ -6,13 +6,14 @@ each block, what enters the first one, and what the base model gives.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jax_extract.errors import UserError
 from jax_extract.weights.checkpoint import Checkpoint
 from models.hooks import HOOK_POINTS, HookPoints
+from models.layers import Rotary
 from models.ports import Family, Module
 
 
@@ -32,7 +33,7 @@ BLOCKS = "{blocks}"  # the list of blocks of the base model, whatever it is call
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _NO_LIMIT = 1 << 20
-_ROTATIONS_BY_LENGTH = ("longrope", "dynamic")
+_SCALINGS = ("linear", "yarn", "dynamic", "longrope")
 
 _HOOKS = ("embeddings", "residual_before", "after_block", "final_norm")
 
@@ -43,7 +44,7 @@ class UnportedConfig:
 
     Attributes:
       output_width: of the final hidden states, where the model projects them.
-      same_rotations_to: longest batch whose rotations are those of a shorter one; None where they always are.
+      rotaries: of its rotary embeddings what decides how long samples may be, and whether their lengths matter.
     """
 
     model_type: str
@@ -52,7 +53,7 @@ class UnportedConfig:
     num_hidden_layers: int
     max_position_embeddings: int
     output_width: int
-    same_rotations_to: int | None
+    rotaries: tuple[Rotary, ...]
 
     @property
     def intermediate_size(self) -> int:
@@ -73,7 +74,7 @@ def _config(config: Mapping[str, Any]) -> UnportedConfig:
         read = CONFIG_MAPPING[model_type].from_dict(dict(config)).get_text_config()
         sizes = [read.vocab_size, read.hidden_size, read.num_hidden_layers, _longest(read)]
         output_width = getattr(read, "word_embed_proj_dim", None) or read.hidden_size  # OPT-350m's
-        rotations = _same_rotations_to(read)
+        rotaries = tuple(_rotaries(read))
     except Exception as error:  # noqa: BLE001 (every configuration class fails in its own way)
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"config.json of this {model_type!r} model cannot be used ({reason})") from None
@@ -82,7 +83,7 @@ def _config(config: Mapping[str, Any]) -> UnportedConfig:
             f"config.json of this {model_type!r} model has the sizes {sizes}; expected whole numbers from 1 on"
         )
     vocabulary, width, blocks, positions = sizes
-    return UnportedConfig(model_type, vocabulary, width, blocks, positions, output_width, rotations)
+    return UnportedConfig(model_type, vocabulary, width, blocks, positions, output_width, rotaries)
 
 
 def _longest(read: Any) -> int:
@@ -90,14 +91,15 @@ def _longest(read: Any) -> int:
     return next((value for name in _LENGTHS if isinstance(value := getattr(read, name, None), int)), _NO_LIMIT)
 
 
-def _same_rotations_to(read: Any) -> int | None:
-    """Two kinds of rotary embedding are chosen by the length of the whole batch, padding included."""
+def _rotaries(read: Any) -> Iterator[Rotary]:
+    """Of the scalings that reach beyond the length of the training."""
     given = getattr(read, "rope_parameters", None) or {}
     for kind in (given, *(value for value in given.values() if isinstance(value, Mapping))):
-        if kind.get("rope_type") in _ROTATIONS_BY_LENGTH:
-            original = kind.get("original_max_position_embeddings")
-            return int(original or getattr(read, "original_max_position_embeddings", None) or _longest(read))
-    return None
+        if (name := kind.get("rope_type")) in _SCALINGS:
+            most = _longest(read)
+            original = getattr(read, "original_max_position_embeddings", None)
+            original = most if name == "dynamic" else original or kind.get("original_max_position_embeddings") or most
+            yield Rotary(1.0, name, float(kind.get("factor") or 1.0), original_max_positions=int(original))
 
 
 def _hook_points(config: UnportedConfig) -> HookPoints:

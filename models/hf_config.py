@@ -179,7 +179,7 @@ def _yarn(parameters: Config, base: float, factor: float, original: int) -> Rota
         attention_scale=_number(parameters, "attention_factor", scale),
         beta_fast=_number(parameters, "beta_fast", 0.0) or 32.0,
         beta_slow=_number(parameters, "beta_slow", 0.0) or 1.0,
-        truncate=switch(parameters, "truncate") if "truncate" in parameters else True,
+        truncate=bool(parameters.get("truncate", True)),  # null is false
     )
 
 

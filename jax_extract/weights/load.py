@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jax_extract.devices.sharding import Layout, dotted, named, parameter_specs
 from jax_extract.errors import UserError
 from jax_extract.weights.checkpoint import Checkpoint
+from models.errors import NotComputedHere
 from models.ports import Parameters, Port, TensorSource
 
 _ALIGNMENT = 64
@@ -157,7 +158,7 @@ def _stored_names(checkpoint: Checkpoint, port: Port, config: Any, head: bool) -
     ignored = unused | {prefix + name.removeprefix(port.prefix) for name in unused}
     if unknown := sorted(stored - set(names.values()) - ignored):
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise UserError(
+        raise NotComputedHere(
             f"the weights of {checkpoint.source} hold {unknown[0]!r}{more}, which the {config.model_type} port does "
             "not compute with; this is another architecture or a modified one"
         )

@@ -6,57 +6,91 @@ In: `--model_path`, with its revision and adapter. Out: an `OpenModel`.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from jax_extract.errors import UserError, user_path
 from jax_extract.weights.checkpoint import Checkpoint, open_checkpoint
+from jax_extract.weights.load import Weights
 from jax_extract.weights.text_part import text_part
-from jax_extract.weights.unported import UNPORTED
+from jax_extract.weights.unported import UNPORTED, variant_of
+from models.errors import NotComputedHere
 from models.ports import Family, ModelConfig, Port
 from models.registry import PORTS, port_for
 
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model whose configuration is understood and whose weights are not loaded yet."""
+    """A model whose configuration is understood and whose weights are not loaded yet.
+
+    Attributes:
+      notes: what a user should know of it.
+    """
 
     checkpoint: Checkpoint
     family: Family
     config: ModelConfig
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def open(
         cls, model_path: str, revision: str | None = None, adapter: str | None = None, needs_port: bool = True
     ) -> OpenModel:
-        """Without `needs_port` an architecture will do that no port computes, but Hugging Face does."""
+        """Without `needs_port` a model will do that no port computes, but Hugging Face does."""
         if not model_path:
             raise UserError("no model was given; pass --model_path with a folder, a hub id or a .gguf file")
         checkpoint = text_part(open_checkpoint(model_path, revision))
-        if not needs_port and checkpoint.config.get("model_type") not in PORTS:
-            if adapter is not None:
-                raise UserError(
-                    f"--adapter {adapter!r} cannot be merged into a {checkpoint.config.get('model_type')!r} model "
-                    "here; merge it with PEFT (merge_and_unload) and give the saved model as --model_path"
-                )
-            return cls(checkpoint, UNPORTED, UNPORTED.config(checkpoint.config))
+        if needs_port:
+            try:
+                return cls._ported(checkpoint, adapter)
+            except UserError as error:
+                raise _with_way_out(error, checkpoint) from None
+        if checkpoint.config.get("model_type") not in PORTS:
+            return cls._unported(checkpoint, adapter, UNPORTED, UNPORTED.config(checkpoint.config))
         try:
-            port = port_for(checkpoint.config)
-        except UserError as error:
-            raise UserError(f"{error}; --backend torch computes others that transformers has") from None
+            model = cls._ported(checkpoint, adapter)
+            Weights(model.checkpoint, model.port, model.config, model.config.num_hidden_layers)
+        except UserError as refusal:
+            return cls._variant(checkpoint, adapter, refusal)
+        return model
+
+    @classmethod
+    def _ported(cls, checkpoint: Checkpoint, adapter: str | None) -> OpenModel:
+        port = port_for(checkpoint.config)
         if adapter is not None:
             from jax_extract.weights.adapter import open_adapter
 
             checkpoint = open_adapter(checkpoint, adapter, port)
         return cls(checkpoint, port, port.config(checkpoint.config))
 
+    @classmethod
+    def _variant(cls, checkpoint: Checkpoint, adapter: str | None, refusal: UserError) -> OpenModel:
+        """What a port refused, as transformers computes it; the refusal itself where that is no way out."""
+        port = port_for(checkpoint.config)
+        if _understands(port, checkpoint) and not isinstance(refusal, NotComputedHere):
+            raise refusal  # the weights are incomplete, or the adapter is another model's
+        try:
+            family, config = variant_of(port, checkpoint.config)
+        except UserError:
+            raise refusal from None
+        model = cls._unported(checkpoint, adapter, family, config)
+        return replace(model, notes=(f"{refusal}: transformers' own model computes it",))
+
+    @classmethod
+    def _unported(cls, checkpoint: Checkpoint, adapter: str | None, family: Family, config: Any) -> OpenModel:
+        if adapter is not None:
+            from jax_extract.weights.adapter import beside_adapter
+
+            checkpoint = beside_adapter(checkpoint, adapter)
+        return cls(checkpoint, family, config)
+
     @property
     def port(self) -> Port:
-        """UserError where no port computes this architecture."""
+        """UserError where no port computes this model."""
         if not isinstance(self.family, Port):
-            port_for(self.checkpoint.config)
-        assert isinstance(self.family, Port)
+            port_for(self.checkpoint.config).config(self.checkpoint.config)
+            raise UserError(f"no port computes {self.checkpoint.source}; see the notes on it")
         return self.family
 
     @cached_property
@@ -72,3 +106,20 @@ class OpenModel:
         source = self.checkpoint.source
         path = user_path(source, "--model_path")
         return (path.stem if path.suffix == ".gguf" else path.resolve().name) if path.exists() else source
+
+
+def _understands(port: Port, checkpoint: Checkpoint) -> bool:
+    try:
+        port.config(checkpoint.config)
+    except UserError:
+        return False
+    return True
+
+
+def _with_way_out(refusal: UserError, checkpoint: Checkpoint) -> UserError:
+    """The refusal of a port; with what computes the model instead, where transformers reads its configuration."""
+    try:
+        UNPORTED.config(checkpoint.config)
+    except UserError:
+        return refusal
+    return type(refusal)(f"{refusal}; --backend torch computes what transformers computes of it")

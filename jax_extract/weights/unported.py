@@ -1,20 +1,21 @@
-"""Architectures that no port computes and Hugging Face does: what an extraction by forward hooks needs of them.
+"""Models that no port computes and Hugging Face does: what an extraction by forward hooks needs of them.
 
 In: config.json. Out: `UNPORTED`, a family with the hook points that every decoder has: the stream before and behind
-each block, what enters the first one, and what the base model gives.
+each block, what enters the first one, and what the base model gives; or, of a type that has a port, the family of its
+variants, which have their hook points where all models of the type have them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jax_extract.errors import UserError
 from jax_extract.weights.checkpoint import Checkpoint
 from models.hooks import HOOK_POINTS, HookPoints
 from models.layers import Rotary
-from models.ports import Family, Module
+from models.ports import Family, Module, Port
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class AllWeights:
     def provenance(self) -> str:
         """Says which weights these are: equal where the content is."""
         checkpoint = self.checkpoint
-        return f"hub:{checkpoint.revision}" if checkpoint.revision else checkpoint.digest(checkpoint.names())
+        if checkpoint.revision and not checkpoint.adapter:
+            return f"hub:{checkpoint.revision}"
+        return checkpoint.digest(checkpoint.names())
 
 
 BLOCKS = "{blocks}"  # the list of blocks of the base model, whatever it is called there
@@ -54,14 +57,16 @@ class UnportedConfig:
     max_position_embeddings: int
     output_width: int
     rotaries: tuple[Rotary, ...]
-
-    @property
-    def intermediate_size(self) -> int:
-        raise NotImplementedError("no hook point of an unported architecture has this width")
+    intermediate_size: int = 0  # where no hook point has this width
 
 
 def _config(config: Mapping[str, Any]) -> UnportedConfig:
-    """As transformers reads config.json; UserError where it does not know the architecture, or it is no decoder."""
+    """UserError where transformers does not know the architecture, or it is no decoder."""
+    return _read(config)[0]
+
+
+def _read(config: Mapping[str, Any]) -> tuple[UnportedConfig, dict[str, Any]]:
+    """What an extraction needs, and all that transformers makes of config.json."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -83,7 +88,8 @@ def _config(config: Mapping[str, Any]) -> UnportedConfig:
             f"config.json of this {model_type!r} model has the sizes {sizes}; expected whole numbers from 1 on"
         )
     vocabulary, width, blocks, positions = sizes
-    return UnportedConfig(model_type, vocabulary, width, blocks, positions, output_width, rotaries)
+    figures = UnportedConfig(model_type, vocabulary, width, blocks, positions, output_width, rotaries)
+    return figures, read.to_dict()
 
 
 def _longest(read: Any) -> int:
@@ -95,7 +101,10 @@ def _rotaries(read: Any) -> Iterator[Rotary]:
     """Of the scalings that reach beyond the length of the training."""
     given = getattr(read, "rope_parameters", None) or {}
     for kind in (given, *(value for value in given.values() if isinstance(value, Mapping))):
-        if (name := kind.get("rope_type")) in _SCALINGS:
+        name = kind.get("rope_type")
+        if name is not None and not hasattr(read, f"_validate_{name}_rope_parameters"):
+            raise ValueError(f"it knows no rope type {name!r}")
+        if name in _SCALINGS:
             most = _longest(read)
             original = getattr(read, "original_max_position_embeddings", None)
             original = most if name == "dynamic" else original or kind.get("original_max_position_embeddings") or most
@@ -118,3 +127,32 @@ def _modules(_: UnportedConfig) -> Mapping[str, Module]:
 
 
 UNPORTED = Family(config=_config, hook_points=_hook_points, modules=_modules, prefix="model.")
+
+
+# ----------------------------------------------------------------------------- variants of what a port computes
+
+# What of config.json decides where the hook points of a port are, and how wide.
+_LAYOUT = (
+    "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "head_dim max_position_embeddings use_parallel_residual n_embd n_layer n_head n_inner n_positions rms_norm_eps "
+    "layer_norm_eps layer_norm_epsilon"
+).split()
+
+
+def variant_of(port: Port, config: Mapping[str, Any]) -> tuple[Family, UnportedConfig]:
+    """A model of a type that has a port, computed by transformers because the port does not understand it.
+
+    Its class in transformers is the same, so that the port's hook points are where they always are, unless the port
+    does not even understand its sizes. UserError where transformers does not read the configuration either.
+    """
+    figures, read = _read(config)
+    layout = {key: read[key] for key in _LAYOUT if read.get(key) is not None}
+    if "rope_parameters" in read:
+        layout["rope_parameters"] = {"partial_rotary_factor": 1.0}
+    try:
+        plain = port.config(layout)
+        hook_points, modules = port.hook_points(plain), port.modules(plain)
+    except UserError:
+        return UNPORTED, figures
+    family = Family(_config, lambda _: hook_points, lambda _: modules, port.prefix)
+    return family, replace(figures, intermediate_size=plain.intermediate_size)

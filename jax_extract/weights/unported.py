@@ -68,7 +68,10 @@ def _config(config: Mapping[str, Any]) -> UnportedConfig:
 def _read(config: Mapping[str, Any]) -> tuple[UnportedConfig, dict[str, Any]]:
     """What an extraction needs, and all that transformers makes of config.json."""
     from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
 
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
@@ -76,13 +79,16 @@ def _read(config: Mapping[str, Any]) -> tuple[UnportedConfig, dict[str, Any]]:
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.get("is_encoder_decoder"):
         raise UserError(f"a {model_type!r} model is no causal language model of transformers; give one that is")
     try:
-        read = CONFIG_MAPPING[model_type].from_dict(dict(config)).get_text_config()
+        kind = CONFIG_MAPPING[model_type]
+        read = kind.from_dict(kind._decode_special_floats(dict(config))).get_text_config()
         sizes = [read.vocab_size, read.hidden_size, read.num_hidden_layers, _longest(read)]
         output_width = getattr(read, "word_embed_proj_dim", None) or read.hidden_size  # OPT-350m's
         rotaries = tuple(_rotaries(read))
     except Exception as error:  # noqa: BLE001 (every configuration class fails in its own way)
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"config.json of this {model_type!r} model cannot be used ({reason})") from None
+    if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(read, "is_decoder", False):
+        raise UserError(f"this {model_type!r} model is an encoder (is_decoder is false); give a causal language model")
     if not all(type(size) is int and size > 0 for size in sizes):
         raise UserError(
             f"config.json of this {model_type!r} model has the sizes {sizes}; expected whole numbers from 1 on"

@@ -20,7 +20,6 @@ from jax_extract.terminal import Terminal
 from jax_extract.verification.reading import Layout, WholePart
 from jax_extract.verification.reference import References, SiteErrors, SiteKey, SiteVerdict, Wanted
 from jax_extract.weights.open_model import OpenModel
-from models.ports import Port, same_rotations_to
 from models.positions import Positions
 
 _BEGINNINGS = 64  # of each sample, in which the peer's worst row is looked for as well
@@ -126,9 +125,7 @@ class Comparison:
         tokens, positions = content.token_ids[sample.place], content.positions[sample.place]
         first = int(content.row_offsets[sample.place])
         arrays = {array.site.key: array for array in sidecar.arrays}
-        same_to = same_rotations_to(self.model.config)
-        are_samples = isinstance(self.model.family, Port) and (same_to is None or len(tokens) <= same_to)
-        wanted = Wanted.of(tokens, positions, _BEGINNINGS if references.peer and are_samples else 0)
+        wanted = Wanted.of(tokens, positions, _BEGINNINGS if references.peer else 0)
         theirs = references.peer.rows(wanted, sites) if references.peer else None
         for site, truth in references.truth.rows(wanted, sites):
             stored = self._stored(sample.part, arrays[site.key], first, len(positions))

@@ -68,7 +68,8 @@ class Wanted:
     """Rows of one sample.
 
     The model is causal, so a sample's beginnings are samples themselves, computed along with it: rows that a
-    run would have stored of them are further rows of the same kind. Unless they would be rotated otherwise.
+    run would have stored of them are further rows of the same kind. (Where rotations depend on a sample's length they
+    have those of the whole sample, which changes nothing of how well they are computed.)
 
     Attributes:
       token_ids: int32 [tokens], exactly what the model sees.

@@ -10,4 +10,4 @@ class UserError(ValueError):
 
 
 class NotComputedHere(UserError):
-    """A model that no port computes: another architecture, or a modified one."""
+    """A model that no port computes: another architecture, a modified one, or one under another kind of adapter."""

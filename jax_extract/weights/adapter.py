@@ -24,6 +24,7 @@ import numpy as np
 from jax_extract.errors import UserError, user_path
 from jax_extract.weights.checkpoint import Checkpoint, SafetensorsFiles, is_hub_id, read_json
 from jax_extract.weights.text_part import text_name
+from models.errors import NotComputedHere
 from models.ports import Port
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -327,16 +328,16 @@ def find_adapter(adapter: str) -> tuple[Path, str]:
 def _refuse_other_kinds(settings: Mapping[str, Any], folder: Path) -> None:
     kind = settings.get("peft_type")
     if kind != "LORA":
-        raise UserError(f"the adapter in {folder} is of kind {kind!r}; only 'LORA' can be merged here")
+        raise NotComputedHere(f"the adapter in {folder} is of kind {kind!r}; only 'LORA' can be merged here")
     start = settings.get("init_lora_weights")
     if start not in _PLAIN_STARTS:
-        raise UserError(
+        raise NotComputedHere(
             f"the adapter in {folder} began with init_lora_weights {start!r}, which changes the base model's own "
             "weights; save it with path_initial_model_for_weight_conversion, as an adapter of the model as it was"
         )
     unset = (None, False, {}, [])
     if strange := sorted(key for key, value in settings.items() if key not in _HARMLESS and value not in unset):
-        raise UserError(
+        raise NotComputedHere(
             f"the adapter in {folder} has {', '.join(map(repr, strange))}, which cannot be merged here; merge it with "
             "PEFT (merge_and_unload) and give the saved model as --model_path"
         )

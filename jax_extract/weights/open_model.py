@@ -44,8 +44,8 @@ class OpenModel:
         if needs_port:
             try:
                 return cls._ported(checkpoint, adapter)
-            except UserError as error:
-                raise _with_way_out(error, checkpoint) from None
+            except UserError as refusal:
+                raise _with_way_out(refusal, checkpoint) from None
         if checkpoint.config.get("model_type") not in PORTS:
             return cls._unported(checkpoint, adapter, UNPORTED, UNPORTED.config(checkpoint.config))
         try:
@@ -67,11 +67,10 @@ class OpenModel:
     @classmethod
     def _variant(cls, checkpoint: Checkpoint, adapter: str | None, refusal: UserError) -> OpenModel:
         """What a port refused, as transformers computes it; the refusal itself where that is no way out."""
-        port = port_for(checkpoint.config)
-        if _understands(port, checkpoint) and not isinstance(refusal, NotComputedHere):
-            raise refusal  # the weights are incomplete, or the adapter is another model's
+        if not _is_of_the_kind(refusal, checkpoint):
+            raise refusal
         try:
-            family, config = variant_of(port, checkpoint.config)
+            family, config = variant_of(port_for(checkpoint.config), checkpoint.config)
         except UserError:
             raise refusal from None
         model = cls._unported(checkpoint, adapter, family, config)
@@ -108,16 +107,19 @@ class OpenModel:
         return (path.stem if path.suffix == ".gguf" else path.resolve().name) if path.exists() else source
 
 
-def _understands(port: Port, checkpoint: Checkpoint) -> bool:
+def _is_of_the_kind(refusal: UserError, checkpoint: Checkpoint) -> bool:
+    """Whether it is of what no port computes; else weights are incomplete, or there is no such adapter, and so on."""
     try:
-        port.config(checkpoint.config)
+        port_for(checkpoint.config).config(checkpoint.config)
     except UserError:
-        return False
-    return True
+        return True
+    return isinstance(refusal, NotComputedHere)
 
 
 def _with_way_out(refusal: UserError, checkpoint: Checkpoint) -> UserError:
     """The refusal of a port; with what computes the model instead, where transformers reads its configuration."""
+    if not _is_of_the_kind(refusal, checkpoint):
+        return refusal
     try:
         UNPORTED.config(checkpoint.config)
     except UserError:

@@ -82,6 +82,10 @@ class GemmaConfig:
         return False
 
     @property
+    def rotaries(self) -> tuple[Rotary, ...]:
+        return self.rotary, self.local_rotary
+
+    @property
     def attention(self) -> AttentionRule:
         return AttentionRule(self.query_scale, self.soft_cap, self.windows)
 
@@ -197,9 +201,7 @@ def forward(
     """Runs `taps.num_blocks` blocks over rows of samples; see `Port.forward`."""
     with jax.named_scope("embeddings"):
         x = embed(gather("embedding", params["embedding"]), tokens) * jnp.float32(config.hidden_size**0.5)
-    everywhere, nearby = (
-        rotary.tables(attention.positions, config.head_dim) for rotary in (config.rotary, config.local_rotary)
-    )
+    everywhere, nearby = (rotary.tables(attention, config.head_dim) for rotary in config.rotaries)
 
     def one(p: Parameters, x: Array, taps: Taps, attention: SelfAttention, layer: Array) -> Carry:
         sees_all = config.attention.window_of(layer) == 0
@@ -336,7 +338,7 @@ def _from_hf(config: Mapping[str, Any]) -> GemmaConfig:
     hf_config.require(config, "attention_bias", (False,))
     hf_config.require(config, "use_bidirectional_attention", (False, None))
     layers, head_dim = size(config, "num_hidden_layers"), size(config, "head_dim")
-    rotary, local_rotary = _rotaries(config)
+    rotary, local_rotary = _rotaries(config, head_dim)
     return GemmaConfig(
         vocab_size=size(config, "vocab_size"),
         hidden_size=size(config, "hidden_size"),
@@ -364,17 +366,19 @@ def _cap(config: Mapping[str, Any], key: str) -> float | None:
     return None if config.get(key) is None else positive(config, key)
 
 
-def _rotaries(config: Mapping[str, Any]) -> tuple[Rotary, Rotary]:
+def _rotaries(config: Mapping[str, Any], width: int) -> tuple[Rotary, Rotary]:
     """Of layers that see all, and of layers with a sliding window; Gemma 3 has a set of parameters for each."""
     if config["model_type"] != "gemma3_text":
-        rotary = hf_config.rotary(hf_config.one_rotation(config))
+        rotary = hf_config.rotary(config, width=width)
         return rotary, rotary
     named = hf_config.mapping(config, "rope_parameters") or {"full_attention": {"rope_type": "default"}}
     wide = {**hf_config.mapping(named, "full_attention"), **hf_config.mapping(config, "rope_scaling")}
     near = hf_config.mapping(named, "sliding_attention")
+    # transformers looks for YaRN's `truncate` beside the two sets, where no file has it.
+    wide, near = ({key: one[key] for key in one if key != "truncate"} for one in (wide, near))
     return (
-        hf_config.rotary_of(wide, config.get("rope_theta"), 1_000_000.0),
-        hf_config.rotary_of(near, config.get("rope_local_base_freq"), 10_000.0),
+        hf_config.rotary_of(wide, config.get("rope_theta"), 1_000_000.0, config, width),
+        hf_config.rotary_of(near, config.get("rope_local_base_freq"), 10_000.0, config, width),
     )
 
 

@@ -22,7 +22,7 @@ from models.decoder import Carry, run_decoder
 from models.feed_forward import ungated
 from models.hf_config import size, switch
 from models.hooks import UNGATED, HookPoints, Taps
-from models.layers import ACTIVATIONS, Numerics, embed, layer_norm, split_heads
+from models.layers import ACTIVATIONS, Numerics, Rotary, embed, layer_norm, split_heads
 from models.ports import Gather, Module, Parameters, Port, TensorSource
 from models.self_attention import AttentionRule, SelfAttention
 
@@ -69,6 +69,10 @@ class GPT2Config:
     @property
     def parallel(self) -> bool:
         return False
+
+    @property
+    def rotaries(self) -> tuple[Rotary, ...]:
+        return ()
 
     @property
     def attention(self) -> AttentionRule:

@@ -70,6 +70,10 @@ class GPTNeoXConfig:
         return self.hidden_size
 
     @property
+    def rotaries(self) -> tuple[Rotary, ...]:
+        return (self.rotary,)
+
+    @property
     def attention(self) -> AttentionRule:
         return AttentionRule()
 
@@ -188,7 +192,7 @@ def forward(
     """Runs `taps.num_blocks` blocks over rows of samples; see `Port.forward`."""
     with jax.named_scope("embeddings"):
         x = embed(gather("embedding", params["embedding"]), tokens)
-    tables = config.rotary.tables(attention.positions, config.rotated)
+    tables = config.rotary.tables(attention, config.rotated)
 
     def one(p: Parameters, x: Array, taps: Taps, attention: SelfAttention, layer: Array) -> Carry:
         return block(config, p, x, taps, attention, layer, tables, numerics)
@@ -246,6 +250,7 @@ FIELDS: Mapping[str, Fields] = {
         read={
             "rope_scaling": None,
             "rope_parameters": None,
+            "original_max_position_embeddings": None,
             "rotary_emb_base": 10_000.0,
             "rotary_pct": 0.25,
             "vocab_size": 50_432,
@@ -269,17 +274,18 @@ FIELDS: Mapping[str, Fields] = {
 
 def _from_hf(config: Mapping[str, Any]) -> GPTNeoXConfig:
     model_type = hf_config.require_model_type(config, MODEL_TYPES)
-    config = hf_config.one_rotation(FIELDS[model_type].complete(config))
+    config = FIELDS[model_type].complete(config)
     hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
     hf_config.require(config, "head_dim", (None, hidden // heads))
+    rotated = hf_config.rotated_width(config, hidden // heads, 0.25, "rotary_pct")
     return GPTNeoXConfig(
         vocab_size=size(config, "vocab_size"),
         hidden_size=hidden,
         intermediate_size=size(config, "intermediate_size"),
         num_hidden_layers=size(config, "num_hidden_layers"),
         num_attention_heads=heads,
-        rotary=hf_config.rotary({**config, "rope_theta": config["rotary_emb_base"]}),
-        rotated=hf_config.rotated_width(config, hidden // heads, 0.25, "rotary_pct"),
+        rotary=hf_config.rotary({**config, "rope_theta": config["rotary_emb_base"]}, width=rotated),
+        rotated=rotated,
         layer_norm_eps=hf_config.positive(config, "layer_norm_eps"),
         max_position_embeddings=size(config, "max_position_embeddings"),
         activation=hf_config.require(config, "hidden_act", tuple(ACTIVATIONS)),

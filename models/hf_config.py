@@ -6,6 +6,7 @@ values, or one sentence that names the field, what it holds and what was expecte
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from types import NoneType
@@ -16,19 +17,21 @@ from models.layers import Rotary
 
 Config = Mapping[str, Any]
 
-_ROPE_FIELDS = {
-    "default": {"rope_theta"},
-    "linear": {"rope_theta", "factor"},
-    "llama3": {
-        "rope_theta",
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    },
+# What each rope type cannot do without.
+_ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+    "dynamic": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
 }
+_ORIGINAL = "original_max_position_embeddings"
 # What says how positions are rotated, and what each means where it is missing.
-ROPE_FIELDS = {"rope_theta": 10_000.0, "rope_scaling": None, "rope_parameters": None, "partial_rotary_factor": None}
+ROPE_FIELDS = {
+    **{"rope_theta": 10_000.0, "rope_scaling": None, "rope_parameters": None, "partial_rotary_factor": None},
+    _ORIGINAL: None,
+}
 _LAYER_TYPES = {"full_attention": False, "attention": False, "sliding_attention": True}  # -> whether it has a window
 
 
@@ -105,48 +108,111 @@ def _shown(value: Any) -> str:
     return "null" if value is None else repr(value)[:40]
 
 
-def one_rotation(config: Config) -> Config:
-    """With one set of rope parameters, as transformers takes it: `rope_scaling` where it says anything."""
-    return {**config, "rope_parameters": None} if config.get("rope_scaling") else config
-
-
 # ------------------------------------------------------------------------------------------- rotations
 
 
-def rotary(config: Config, default_theta: float = 10_000.0) -> Rotary:
-    """From `rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling` (transformers 4)."""
-    scaling = {**mapping(config, "rope_scaling"), **mapping(config, "rope_parameters")}
-    scaling.pop("partial_rotary_factor", None)
-    return rotary_of(scaling, config.get("rope_theta"), default_theta)
+def rotary(config: Config, default_theta: float = 10_000.0, *, width: int) -> Rotary:
+    """From `rope_scaling` with `rope_theta` (transformers 4), or `rope_parameters` (transformers 5).
+
+    Args:
+      width: how many values of a head are rotated.
+    """
+    parameters = dict(mapping(config, "rope_scaling") or mapping(config, "rope_parameters"))
+    if (original := config.get(_ORIGINAL)) is not None:  # beside them it counts for more than in them
+        parameters[_ORIGINAL] = original
+    return rotary_of(parameters, config.get("rope_theta"), default_theta, config, width)
 
 
-def rotary_of(parameters: Config, theta: Any, default_theta: float) -> Rotary:
-    """From one set of rope parameters; `theta` is what config.json says of it elsewhere."""
-    scaling = dict(parameters)
-    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
-    scaling.pop("type", None)
-    if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
-        raise UserError(f"unsupported rope type {_shown(kind)} in config.json; supported: {', '.join(_ROPE_FIELDS)}")
-    if unknown := sorted(set(scaling) - _ROPE_FIELDS[kind]):
-        raise UserError(f"rope type {kind!r} in config.json has {', '.join(unknown)}, which is not understood")
-    theta = next((t for t in (scaling.pop("rope_theta", None), theta) if t is not None), default_theta)
-    if missing := sorted(_ROPE_FIELDS[kind] - {"rope_theta"} - set(scaling)):
+def rotary_of(parameters: Config, theta: Any, default_theta: float, config: Config, width: int) -> Rotary:
+    """From one set of rope parameters, whose further keys change nothing.
+
+    Args:
+      theta: what config.json says of it elsewhere.
+      width: how many values of a head are rotated.
+    """
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if not isinstance(kind, str) or kind not in _ROPE_TYPES:
+        raise UserError(f"unsupported rope type {_shown(kind)} in config.json; supported: {', '.join(_ROPE_TYPES)}")
+    if missing := [key for key in _ROPE_TYPES[kind] if key not in parameters]:
         raise UserError(f"rope type {kind!r} in config.json lacks {', '.join(missing)}")
+    theta = next((t for t in (parameters.get("rope_theta"), theta) if t is not None), default_theta)
     base = positive({"rope_theta": theta}, "rope_theta")
     if kind == "default":
         return Rotary(base)
-    factor = positive(scaling, "factor")
     if kind == "linear":
-        return Rotary(base, "linear", factor)
-    low, high = positive(scaling, "low_freq_factor"), positive(scaling, "high_freq_factor")
-    if high <= low:
-        raise UserError(f"config.json has high_freq_factor {high}, which must be above low_freq_factor {low}")
-    return Rotary(base, "llama3", factor, low, high, size(scaling, "original_max_position_embeddings"))
+        return Rotary(base, "linear", positive(parameters, "factor"))
+    most = size(config, "max_position_embeddings")
+    if kind == "dynamic":
+        if width <= 2:  # noqa: PLR2004 (its formula divides by what is more)
+            raise UserError(f"rope type 'dynamic' in config.json needs more than {width} rotated values of a head")
+        return Rotary(base, "dynamic", positive(parameters, "factor"), original_max_positions=most)
+    original = size(parameters, _ORIGINAL, most)
+    if kind == "llama3":
+        factor, low, high = (positive(parameters, key) for key in _ROPE_TYPES["llama3"])
+        if high <= low:
+            raise UserError(f"config.json has high_freq_factor {high}, which must be above low_freq_factor {low}")
+        return Rotary(base, "llama3", factor, low, high, original)
+    factor = positive(parameters, "factor", most / original)
+    if kind == "longrope":
+        return _longrope(parameters, base, factor, original, width)
+    return _yarn(parameters, base, factor, original)
+
+
+def _yarn(parameters: Config, base: float, factor: float, original: int) -> Rotary:
+    if base <= 1:
+        raise UserError(f"rope type 'yarn' in config.json needs a rope_theta above 1, not {base:g}")
+    mscale, mscale_all_dim = (_number(parameters, key, 0.0) for key in ("mscale", "mscale_all_dim"))
+    if mscale and mscale_all_dim:
+        scale = _yarn_scale(factor, mscale) / _yarn_scale(factor, mscale_all_dim)
+    else:
+        scale = _yarn_scale(factor, 1.0)
+    return Rotary(
+        base,
+        "yarn",
+        factor,
+        original_max_positions=original,
+        attention_scale=_number(parameters, "attention_factor", scale),
+        beta_fast=_number(parameters, "beta_fast", 0.0) or 32.0,
+        beta_slow=_number(parameters, "beta_slow", 0.0) or 1.0,
+        truncate=bool(parameters.get("truncate", True)),  # null is false
+    )
+
+
+def _yarn_scale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _longrope(parameters: Config, base: float, factor: float, original: int, width: int) -> Rotary:
+    factors = {}
+    for key in ("short_factor", "long_factor"):
+        found = parameters[key]
+        if not isinstance(found, list) or len(found) != width // 2:
+            raise UserError(
+                f"config.json has {key} {_shown(found)}; it must be a list of {width // 2} numbers, one for each "
+                f"frequency of a head"
+            )
+        factors[key] = tuple(positive({key: one}, key) for one in found)
+    scale = 1.0 if factor <= 1 or original == 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return Rotary(
+        base,
+        "longrope",
+        factor,
+        original_max_positions=original,
+        attention_scale=_number(parameters, "attention_factor", scale),
+        short_factors=factors["short_factor"],
+        long_factors=factors["long_factor"],
+    )
+
+
+def _number(parameters: Config, key: str, default: float) -> float:
+    """From 0 on; absent and null are the default."""
+    value = parameters.get(key)
+    return default if value is None else 0.0 if value == 0 and type(value) is not bool else positive(parameters, key)
 
 
 def rotated_width(config: Config, head_dim: int, default: float = 1.0, key: str = "partial_rotary_factor") -> int:
     """How many values of a head are rotated, from the share that config.json names."""
-    said = {**mapping(config, "rope_scaling"), **mapping(config, "rope_parameters")}
+    said = mapping(config, "rope_scaling") or mapping(config, "rope_parameters")
     share = said.get("partial_rotary_factor")
     share = positive({key: config.get(key) if share is None else share}, key, default)
     width = int(head_dim * share)

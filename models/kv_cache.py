@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from models.layers import Numerics, soft_capped
-from models.packing import Packing
+from models.packing import Packing, sample_lengths
 from models.self_attention import AttentionRule, WithinRows
 
 # Of all layers: stacked on a leading axis, or a list with those of each, as the parameters are given.
@@ -64,6 +64,15 @@ class Prefill:
     places: Array
     rows: Array
 
+    @property
+    def sample_lengths(self) -> Array:
+        """int32 [b, t]: of the prompts; what follows them is not there yet."""
+        return sample_lengths(self.positions)
+
+    @property
+    def longest(self) -> int:
+        return self.positions.shape[1]
+
     @classmethod
     def into(cls, cache: KeyValueCache, packing: Packing, rows: Array) -> Prefill:
         """`rows` int32 [b, samples of a row] of the cache, for the prompts that lie in `packing`."""
@@ -107,6 +116,16 @@ class Decoding:
     def positions(self) -> Array:
         """int32 [b, 1]"""
         return (self.cache.prompt_lengths + self.step)[:, None]
+
+    @property
+    def sample_lengths(self) -> Array:
+        """int32 [b, 1]: a sample ends with its newest token; keys that are remembered stay as they were rotated."""
+        return self.positions + jnp.int32(1)
+
+    @property
+    def longest(self) -> int:
+        keys = self.cache.keys
+        return (keys[0] if isinstance(keys, list) else keys).shape[-2]
 
     def attend(
         self, rule: AttentionRule, layer: Array, query: Array, key: Array, value: Array, numerics: Numerics

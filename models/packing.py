@@ -50,3 +50,17 @@ class Packing:
         columns = jnp.arange(self.tokens, dtype=jnp.int32)[None, None, :]
         ends = self.ends[:, :, None]
         return (columns >= ends - self.lengths[:, :, None]) & (columns < ends)
+
+
+def sample_lengths(positions: Array) -> Array:
+    """int32 [b, tokens]: how many tokens the sample of each token has in its row; 1 for padding.
+
+    Args:
+      positions: int32 [b, tokens], of each token in its sample, as `Packing.positions` are.
+    """
+    rows, tokens = positions.shape
+    columns = jnp.arange(tokens, dtype=jnp.int32)[None, :]
+    begins = jnp.where(positions == 0, columns, jnp.int32(tokens))
+    next_one = jax.lax.cummin(begins, axis=1, reverse=True)
+    behind = jnp.concatenate([next_one[:, 1:], jnp.full((rows, 1), tokens, jnp.int32)], axis=1)
+    return behind - columns + positions

@@ -73,6 +73,10 @@ class PhiConfig:
         return True
 
     @property
+    def rotaries(self) -> tuple[Rotary, ...]:
+        return (self.rotary,)
+
+    @property
     def attention(self) -> AttentionRule:
         return AttentionRule()
 
@@ -180,7 +184,7 @@ def forward(
     """Runs `taps.num_blocks` blocks over rows of samples; see `Port.forward`."""
     with jax.named_scope("embeddings"):
         x = embed(gather("embedding", params["embedding"]), tokens)
-    tables = config.rotary.tables(attention.positions, config.rotated)
+    tables = config.rotary.tables(attention, config.rotated)
 
     def one(p: Parameters, x: Array, taps: Taps, attention: SelfAttention, layer: Array) -> Carry:
         return block(config, p, x, taps, attention, layer, tables, numerics)
@@ -250,9 +254,10 @@ FIELDS: Mapping[str, Fields] = {
 
 def _from_hf(config: Mapping[str, Any]) -> PhiConfig:
     model_type = hf_config.require_model_type(config, MODEL_TYPES)
-    config = hf_config.one_rotation(FIELDS[model_type].complete(config))
+    config = FIELDS[model_type].complete(config)
     hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
     hf_config.require(config, "head_dim", (None, hidden // heads))
+    rotated = hf_config.rotated_width(config, hidden // heads, 0.5)
     return PhiConfig(
         vocab_size=size(config, "vocab_size"),
         hidden_size=hidden,
@@ -260,8 +265,8 @@ def _from_hf(config: Mapping[str, Any]) -> PhiConfig:
         num_hidden_layers=size(config, "num_hidden_layers"),
         num_attention_heads=heads,
         num_key_value_heads=size(config, "num_key_value_heads", default=heads),
-        rotary=hf_config.rotary(config),
-        rotated=hf_config.rotated_width(config, hidden // heads, 0.5),
+        rotary=hf_config.rotary(config, width=rotated),
+        rotated=rotated,
         layer_norm_eps=hf_config.positive(config, "layer_norm_eps"),
         max_position_embeddings=size(config, "max_position_embeddings"),
         activation=hf_config.require(config, "hidden_act", tuple(ACTIVATIONS)),

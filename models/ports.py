@@ -15,7 +15,7 @@ from jax import Array
 
 from models.config_fields import Fields
 from models.hooks import HookPoints, Taps
-from models.layers import Numerics
+from models.layers import Numerics, Rotary
 from models.self_attention import AttentionRule, SelfAttention
 
 Module = tuple[str, Literal["input", "output"]]  # a submodule's path, `{i}` standing for the layer, and what of it
@@ -74,7 +74,14 @@ class ModelConfig(Protocol):
     @property
     def attention(self) -> AttentionRule: ...
     @property
-    def max_position_embeddings(self) -> int: ...
+    def max_position_embeddings(self) -> int:
+        """As config.json says; `longest_sample` is what can be computed."""
+        ...
+
+    @property
+    def rotaries(self) -> tuple[Rotary, ...]:
+        """The rotary embeddings that its layers have; none where positions are learned."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -122,3 +129,14 @@ class Port(Family):
 def hook_width(config: ModelConfig, width: str) -> int:
     """Values a row has at a hook point of width `d_model` or `d_ff`."""
     return config.hidden_size if width == "d_model" else config.intermediate_size
+
+
+def longest_sample(config: ModelConfig) -> int:
+    """In tokens: what the model was made for, or what a scaling of its rotations makes of that."""
+    most = config.max_position_embeddings
+    return max((rotary.allows(most) for rotary in config.rotaries), default=most)
+
+
+def same_rotations_to(config: ModelConfig) -> int | None:
+    """Longest sample whose tokens are rotated as they are in any shorter one that they begin; None where all are."""
+    return min((rotary.same_to for rotary in config.rotaries if rotary.same_to is not None), default=None)

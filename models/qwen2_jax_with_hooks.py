@@ -79,6 +79,10 @@ class Qwen2Config:
         return False
 
     @property
+    def rotaries(self) -> tuple[Rotary, ...]:
+        return (self.rotary,)
+
+    @property
     def attention(self) -> AttentionRule:
         return AttentionRule(windows=self.windows)
 
@@ -253,7 +257,7 @@ def forward(
     """Runs `taps.num_blocks` blocks over rows of samples; see `Port.forward`."""
     with jax.named_scope("embeddings"):
         x = embed(gather("embedding", params["embedding"]), tokens)
-    tables = config.rotary.tables(attention.positions, config.head_dim)
+    tables = config.rotary.tables(attention, config.head_dim)
 
     def one(p: Parameters, x: Array, taps: Taps, attention: SelfAttention, layer: Array) -> Carry:
         return block(config, p, x, taps, attention, layer, tables, numerics)
@@ -358,7 +362,7 @@ FIELDS: Mapping[str, Fields] = {
 
 def _from_hf(config: Mapping[str, Any]) -> Qwen2Config:
     model_type = hf_config.require_model_type(config, MODEL_TYPES)
-    config = hf_config.one_rotation(FIELDS[model_type].complete(config))
+    config = FIELDS[model_type].complete(config)
     heads, hidden, layers = (size(config, k) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
     head_dim = size(config, "head_dim", default=None if model_type == "qwen3" else hidden // heads)
     if hf_config.rotated_width(config, head_dim) != head_dim:
@@ -372,7 +376,9 @@ def _from_hf(config: Mapping[str, Any]) -> Qwen2Config:
         num_attention_heads=heads,
         num_key_value_heads=size(config, "num_key_value_heads", default=heads),
         head_dim=head_dim,
-        rotary=hf_config.rotary(config),  # files older than `rope_theta` mean 10,000, as transformers reads them
+        rotary=hf_config.rotary(
+            config, width=head_dim
+        ),  # files older than `rope_theta` mean 10,000, as transformers reads them
         rms_norm_eps=hf_config.positive(config, "rms_norm_eps"),
         max_position_embeddings=size(config, "max_position_embeddings"),
         tie_word_embeddings=switch(config, "tie_word_embeddings"),

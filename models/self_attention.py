@@ -17,7 +17,8 @@ from jax import Array
 
 from models.accelerated_attention import kernel_attention
 from models.attention import causal_attention
-from models.layers import Numerics
+from models.layers import Numerics, TokenPlaces
+from models.packing import sample_lengths
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,8 @@ class AttentionRule:
         return jnp.asarray(self.windows or (0,), jnp.int32)[layer if self.windows else 0]
 
 
-class SelfAttention(Protocol):
+class SelfAttention(TokenPlaces, Protocol):
     """Attends for one layer after the other, and may remember keys and values between them."""
-
-    @property
-    def positions(self) -> Array:
-        """int32 [b, t]: of each token in its sample; 0 for padding."""
-        ...
 
     def attend(
         self, rule: AttentionRule, layer: Array, query: Array, key: Array, value: Array, numerics: Numerics
@@ -60,6 +56,15 @@ class WithinRows:
     """Every token sees the tokens of its own sample that lie before it in its row."""
 
     positions: Array
+
+    @property
+    def sample_lengths(self) -> Array:
+        """int32 [b, t]"""
+        return sample_lengths(self.positions)
+
+    @property
+    def longest(self) -> int:
+        return self.positions.shape[1]
 
     def attend(
         self, rule: AttentionRule, layer: Array, query: Array, key: Array, value: Array, numerics: Numerics

@@ -11,7 +11,7 @@ from jax_extract.errors import UserError
 from jax_extract.store.parts import Site
 from jax_extract.weights.open_model import OpenModel
 from models.hooks import HOOK_POINTS, CapturePlan, resolve_hook_points
-from models.ports import ModelConfig, hook_width
+from models.ports import ModelConfig, hook_width, longest_sample
 from models.positions import Positions
 from models.qwen2_jax_with_hooks import DEFAULT_SAE_LAYERS
 
@@ -58,8 +58,8 @@ def sites_of(plan: CapturePlan, config: ModelConfig) -> list[Site]:
 
 
 def sequence_limit(wanted: int | None, config: ModelConfig) -> int:
-    """Longest sample in tokens."""
-    allowed = config.max_position_embeddings
+    """Longest sample in tokens; one who asks for it gets what a scaling of the rotations makes of the positions."""
+    allowed = longest_sample(config)
     if wanted is not None and wanted > allowed:
         raise UserError(f"--max_seq_length {wanted} is more than the {allowed} positions this model allows")
-    return wanted or min(LONGEST_DEFAULT, allowed)
+    return wanted or min(LONGEST_DEFAULT, config.max_position_embeddings)

@@ -19,11 +19,14 @@ from jax_extract.devices.mesh import BATCH_AXES, make_mesh, parse_mesh_shape, pl
 from jax_extract.devices.planner import Decision, ModelCounts, Request, choose_layout
 from jax_extract.devices.platform import PlatformDefaults, device_kind, platform_defaults
 from jax_extract.devices.sharding import Layout
+from jax_extract.errors import UserError
 from jax_extract.extraction.program import CaptureProgram, captured_bytes
 from jax_extract.inputs.slabs import PlanSettings, SlabShape
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
 from models.accelerated_attention import attention_backend
+from models.config_fields import TORCH_MEND
+from models.errors import NotComputedHere
 from models.hooks import CapturePlan
 from models.layers import Numerics
 from models.ports import ModelConfig
@@ -120,7 +123,10 @@ class JaxBackend:
 
     def weights(self, model: OpenModel, plan: CapturePlan) -> Weights:
         blocks = plan.blocks_needed(model.config.num_hidden_layers)
-        return Weights(model.checkpoint, model.port, model.config, blocks)
+        try:
+            return Weights(model.checkpoint, model.port, model.config, blocks)
+        except NotComputedHere as refusal:
+            raise UserError(f"{refusal}; {TORCH_MEND}") from None
 
     def layout(
         self, model: OpenModel, plan: CapturePlan, weights: Weights, shapes: Iterable[SlabShape]

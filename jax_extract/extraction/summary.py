@@ -34,6 +34,8 @@ _LEFT_OUT_NAMED = 3
 
 def tell_request(job: Job, config: ExtractConfig, processes: int, terminal: Terminal) -> None:
     tell_model(job, processes, terminal)
+    for note in job.model.notes:
+        terminal.line("note", note)
     terminal.line(
         "capture",
         f"{captures_text(job.plan)}, as {config.shard_format} "

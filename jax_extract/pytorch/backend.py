@@ -18,9 +18,9 @@ from jax_extract.errors import UserError
 from jax_extract.inputs.slabs import PlanSettings, SlabShape
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
-from jax_extract.weights.unported import AllWeights, UnportedConfig
+from jax_extract.weights.unported import AllWeights
 from models.hooks import HOOK_POINTS, CapturePlan
-from models.ports import Port, hook_width
+from models.ports import Port, hook_width, same_rotations_to
 
 # Nothing is compiled, so that every shape is worth having; a GPU needs more tokens to be busy.
 _CPU = PlatformDefaults("float32", 4_096, False, 16, 0)
@@ -133,8 +133,6 @@ class TorchBackend:
         if self.dtype == "float32":  # everywhere: a GPU's matrix units would round the operands
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         is_port = isinstance(model.family, Port)
-        if isinstance(model.config, UnportedConfig):
-            _require_same_rotations(model.config, shapes)
         blocks = max(1, plan.blocks_needed(model.config.num_hidden_layers))
         load = load_ours if is_port else load_theirs
         try:
@@ -142,7 +140,15 @@ class TorchBackend:
                 loaded = load(model, blocks, getattr(torch, self.dtype)).to(self.device)
                 modules = hooked_modules(loaded, model)
                 device = torch.device(self.device)
-                program = TorchProgram(loaded, modules, plan, device, _widths(plan, model), needs_mask=not is_port)
+                program = TorchProgram(
+                    loaded,
+                    modules,
+                    plan,
+                    device,
+                    _widths(plan, model),
+                    needs_mask=not is_port,
+                    same_rotations_to=same_rotations_to(model.config),
+                )
                 program.try_out()
         except torch.cuda.OutOfMemoryError:
             raise UserError(
@@ -155,17 +161,6 @@ class TorchBackend:
                 f"({reason.rstrip('.')}); check the folder, or ask for other --hook_points"
             ) from None
         return program
-
-
-def _require_same_rotations(config: UnportedConfig, shapes: Iterable[SlabShape]) -> None:
-    """UserError where the rows of a short sample would depend on a long one beside it."""
-    most, longest = config.same_rotations_to, max(shape.length for shape in shapes)
-    if most is not None and longest > most:
-        raise UserError(
-            f"this {config.model_type!r} model rotates by other angles where a batch is longer than {most:,} "
-            f"tokens, and batches of {longest:,} are planned: rows would depend on their company; give "
-            f"--max_seq_length {most // 64 * 64 or most}"
-        )
 
 
 def _widths(plan: CapturePlan, model: OpenModel) -> dict[str, int]:

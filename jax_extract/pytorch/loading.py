@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from jax_extract.weights.open_model import OpenModel
 from jax_extract.weights.unported import BLOCKS
 from models.config_fields import untagged
 from models.ports import Module, Port
+
+_POOLER = "pooler."  # behind the last hidden state of models that may be encoders too
+_SOFT_CAPS = ("attn_logit_softcapping", "attention_logit_softcapping")  # as models without a port call it
 
 
 def load_theirs(model: OpenModel, layers: int, dtype: torch.dtype) -> Any:
@@ -46,14 +50,36 @@ def load_theirs(model: OpenModel, layers: int, dtype: torch.dtype) -> Any:
         if is_port:
             _without_upper_blocks(config.get_text_config(), layers)
         options["config"] = config
-    loaded, info = AutoModel.from_pretrained(source, output_loading_info=True, **options)
-    if lacking := sorted([*info["missing_keys"], *info["mismatched_keys"]]):
+    adapter = getattr(model.checkpoint, "adapter_folder", None)
+    kind: Any = AutoModel if adapter is None else AutoModelForCausalLM  # whose modules an adapter names
+    loaded, info = kind.from_pretrained(source, output_loading_info=True, **options)
+    lost = sorted([*info["missing_keys"], *info["mismatched_keys"]])
+    if lacking := [name for name in lost if not name.startswith(_POOLER)]:
         raise ValueError(f"it did not find {lacking[0]!r}")  # and would compute with random numbers in its place
+    if adapter is not None:
+        loaded = _merged(loaded, adapter)
     loaded = getattr(loaded, "language_model", loaded)  # of a model that reads pictures too
     if is_port:
         del loaded.get_submodule(blocks_path(loaded, model))[layers:]
         loaded.config.num_hidden_layers = layers
     return loaded.eval()
+
+
+def _merged(loaded: Any, adapter: Path) -> Any:
+    """The base model with an adapter in its weights; ValueError where that is not one of this model."""
+    from peft import PeftModel
+
+    before = _sums(loaded)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged = PeftModel.from_pretrained(loaded, adapter).merge_and_unload()
+    if _sums(merged) == before:
+        raise ValueError(f"the adapter in {adapter} changes nothing of this model")
+    return merged.base_model
+
+
+def _sums(loaded: Any) -> dict[str, float]:
+    return {name: value.sum(dtype=torch.float64).item() for name, value in loaded.named_parameters()}
 
 
 def load_ours(model: OpenModel, layers: int, dtype: torch.dtype) -> Any:
@@ -99,8 +125,23 @@ def blocks_path(loaded: Any, model: OpenModel) -> str:
 def _attention(model: OpenModel) -> dict[str, str]:
     """The attention of torch's that never holds tokens x tokens values, unless it would leave out what is asked for."""
     if not isinstance(model.family, Port):
-        return {}
+        caps = any(model.checkpoint.config.get(key) is not None for key in _SOFT_CAPS)
+        return {"attn_implementation": "eager"} if caps else {}
     return {"attn_implementation": "sdpa" if model.config.attention.soft_cap is None else "eager"}
+
+
+def forget_lengths(loaded: Any) -> None:
+    """Rotations as they are before the first sample.
+
+    transformers keeps those of the longest sample that a `dynamic` rotation was asked for, and goes on with them for
+    shorter ones.
+    """
+    for module in loaded.modules():
+        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            setattr(module, name, getattr(module, "original_max_seq_len", getattr(module, name)))
+        for name, first in [*module.named_buffers(recurse=False)]:
+            if name.endswith("original_inv_freq"):
+                setattr(module, name.replace("original_inv_freq", "inv_freq"), first.clone())
 
 
 def _without_upper_blocks(config: Any, layers: int) -> Any:

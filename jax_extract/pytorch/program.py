@@ -2,7 +2,8 @@
 
 In: a base model on a device, where its hook points are, a capture plan. Out: what `extraction.backend.Program` asks
 for. Every sample has a row of its own, padded on the right: no real token of a causal model looks there. Positions are
-selected, means taken and values cast on the device, and copied while the next slab computes.
+selected, means taken and values cast on the device, and copied while the next slab computes. Where rotations depend on
+how long a batch is, a sample that is so long is computed with those of its own length alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from jax_extract.errors import UserError
 from jax_extract.inputs.slabs import SlabShape
+from jax_extract.pytorch.loading import forget_lengths
 from models.hooks import CapturePlan
 from models.ports import Module
 from models.positions import Positions
@@ -47,14 +49,19 @@ class TorchProgram:
         device: torch.device,
         widths: Mapping[str, int],
         needs_mask: bool,
+        same_rotations_to: int | None = None,
     ) -> None:
-        """`needs_mask` where it is not known that the model is causal in everything it does."""
+        """Args:
+        needs_mask: where it is not known that the model is causal in everything it does.
+        same_rotations_to: the longest batch that is rotated as shorter ones are; None where all are.
+        """
         self.plan = plan
         self.hosts, self.host, self.devices_of_host = 1, 0, 1
         self._model = model
         self._device = device
         self._widths = widths
         self._needs_mask = needs_mask
+        self._same_to = same_rotations_to
         self._dtype = _DTYPES[plan.dtype]
         self._captured: dict[SiteKey, torch.Tensor] = {}
         self._selection: _Selection | None = None
@@ -99,6 +106,23 @@ class TorchProgram:
         return captured_bytes(self.plan, self._widths, shape)
 
     def run(self, tokens: np.ndarray, lengths: np.ndarray) -> Any:
+        groups = rotated_alike(lengths[:, 0], tokens.shape[1], self._same_to)
+        try:
+            with torch.inference_mode():
+                captured = [self._captured_of(tokens[rows, :columns], lengths[rows]) for rows, columns in groups]
+                if len(captured) == 1:
+                    return _OnItsWay(captured[0], self._device)
+                return _OnItsWay(self._together(captured, [rows for rows, _ in groups], tokens.shape), self._device)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"{self._device} has not enough memory for {tokens.shape[0]} rows of {tokens.shape[1]} tokens; give a "
+                "smaller --batch_size or --slab_tokens, or --dtype bfloat16"
+            ) from None
+
+    def _captured_of(self, tokens: np.ndarray, lengths: np.ndarray) -> dict[SiteKey, torch.Tensor]:
+        """Of rows [b, t] that are computed together: [b, slots, width]."""
+        if self._same_to is not None:
+            forget_lengths(self._model)
         self._selection = _Selection.of_rows(self.plan.positions, lengths[:, 0], tokens.shape[1], self._device)
         self._captured = {}
         given: dict[str, torch.Tensor] = {"input_ids": torch.from_numpy(tokens.astype(np.int64)).to(self._device)}
@@ -106,20 +130,40 @@ class TorchProgram:
             columns = np.arange(tokens.shape[1])[None, :]
             real = columns < np.maximum(lengths, 1)  # a row without any would have nothing to attend to
             given["attention_mask"] = torch.from_numpy(real.astype(np.int64)).to(self._device)
-        try:
-            with torch.inference_mode():
-                with contextlib.suppress(_Enough):
-                    self._model(**given, use_cache=False)
-                captured, self._captured = self._captured, {}
-                return _OnItsWay(captured, self._device)
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"{self._device} has not enough memory for {tokens.shape[0]} rows of {tokens.shape[1]} tokens; give a "
-                "smaller --batch_size or --slab_tokens, or --dtype bfloat16"
-            ) from None
+        with contextlib.suppress(_Enough):
+            self._model(**given, use_cache=False)
+        captured, self._captured = self._captured, {}
+        return captured
+
+    def _together(
+        self, captured: list[dict[SiteKey, torch.Tensor]], rows: list[np.ndarray], shape: tuple[int, ...]
+    ) -> dict[SiteKey, torch.Tensor]:
+        """Of all rows of a slab, where they lie in it; what no group has is zero."""
+        slots = self.plan.positions.slots(shape[1])
+        whole: dict[SiteKey, torch.Tensor] = {}
+        for key, first in captured[0].items():
+            whole[key] = first.new_zeros((shape[0], slots, first.shape[2]))
+            for some, places in zip(captured, rows, strict=True):
+                whole[key][torch.from_numpy(places).to(self._device), : some[key].shape[1]] = some[key]
+        return whole
 
     def on_host(self, captured: Any) -> list[Mapping[SiteKey, np.ndarray]]:
         return [captured.arrays()]
+
+
+def rotated_alike(lengths: np.ndarray, columns: int, same_to: int | None) -> list[tuple[np.ndarray, int]]:
+    """Which rows of a slab may be computed together, as (their numbers, how many columns they need).
+
+    Args:
+      lengths: int [b], real tokens of each row.
+      columns: of the slab.
+      same_to: the longest batch that is rotated as shorter ones are; None where all are.
+    """
+    if same_to is None or columns <= same_to:
+        return [(np.arange(len(lengths)), columns)]
+    short = lengths <= same_to
+    groups = [(np.flatnonzero(short), max(1, int(lengths[short].max())))] if short.any() else []
+    return groups + [(np.flatnonzero(lengths == length), int(length)) for length in np.unique(lengths[~short])]
 
 
 def captured_bytes(plan: CapturePlan, widths: Mapping[str, int], shape: SlabShape) -> int:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from models.layers import Numerics, soft_capped
+from models.packing import sample_lengths
 from models.self_attention import AttentionRule
 
 
@@ -23,6 +24,15 @@ class CausalRows:
     """Every token sees the tokens before it in its row; what pads a row on the right is seen by no real token."""
 
     positions: Array  # int32 [b, t]
+
+    @property
+    def sample_lengths(self) -> Array:
+        """int32 [b, t]"""
+        return sample_lengths(self.positions)
+
+    @property
+    def longest(self) -> int:
+        return self.positions.shape[1]
 
     def attend(
         self, rule: AttentionRule, layer: Array, query: Array, key: Array, value: Array, numerics: Numerics

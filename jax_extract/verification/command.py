@@ -130,13 +130,7 @@ def verify(
     reading.run(terminal)
     _tell_reading(reading, terminal)
     _tell_not_finite(reading, terminal)
-    is_port = isinstance(model.family, Port)
-    chosen = choose(reading.whole, layout.positions, samples, seed) if is_port else {}
-    comparison = Comparison(layout, model, chosen)
-    if not is_port:
-        comparison.notes.append(
-            f"no port computes {model.config.model_type!r} models: bytes were checked, rows were not"
-        )
+    comparison = Comparison(layout, model, choose(reading.whole, layout.positions, samples, seed))
     comparison.run(terminal)
     _tell_comparison(comparison, reading, terminal)
 

@@ -89,6 +89,8 @@ class Comparison:
             return
         layout = self.layout
         references = References.open(self.model, layout.sites, layout.computed_in, self.notes.append)
+        if references is None:
+            return
         if layout.computed_in == "bfloat16" and references.peer is None:
             self.notes.append(
                 "a bfloat16 run is judged by the errors of Hugging Face in bfloat16, which cannot be had here: its "

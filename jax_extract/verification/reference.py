@@ -28,7 +28,7 @@ from jax_extract.weights.open_model import OpenModel
 from models.hooks import HOOK_POINTS, CapturePlan, Taps
 from models.layers import Numerics
 from models.packing import Packing
-from models.ports import Module, Parameters, hook_width
+from models.ports import Module, Parameters, Port, hook_width
 from models.positions import MEAN_POSITION, Positions
 from models.self_attention import WithinRows
 
@@ -68,7 +68,8 @@ class Wanted:
     """Rows of one sample.
 
     The model is causal, so a sample's beginnings are samples themselves, computed along with it: rows that a
-    run would have stored of them are further rows of the same kind.
+    run would have stored of them are further rows of the same kind. (Where rotations depend on a sample's length they
+    have those of the whole sample, which changes nothing of how well they are computed.)
 
     Attributes:
       token_ids: int32 [tokens], exactly what the model sees.
@@ -115,14 +116,18 @@ class References:
     peer: Reference | None = None
 
     @classmethod
-    def open(cls, model: OpenModel, sites: Sequence[Site], computed_in: str, tell: Tell) -> References:
-        """The most independent ones there are here; `tell` hears why they are not the first choice."""
+    def open(cls, model: OpenModel, sites: Sequence[Site], computed_in: str, tell: Tell) -> References | None:
+        """The most independent ones there are here; `tell` hears why they are not the first choice.
+
+        None where no port computes the model, and transformers cannot here either.
+        """
+        instead = "the reference is our own forward" if isinstance(model.family, Port) else "its rows were not checked"
         if not torch_is_installed():
-            tell("torch is not installed, so the reference is our own forward")
+            tell(f"torch is not installed, so {instead}")
         elif truth := _open_torch(model, sites, computed_in, "float32", tell):
             half = computed_in == "bfloat16"
             return cls(truth, _open_torch(model, sites, computed_in, computed_in, lambda _: None) if half else None)
-        return cls(OwnForward(model, sites, computed_in))
+        return cls(OwnForward(model, sites, computed_in)) if isinstance(model.family, Port) else None
 
 
 def torch_is_installed() -> bool:
@@ -162,6 +167,8 @@ class HuggingFace:
     def _captured(self, sample: Wanted, sites: Sequence[Site]) -> dict[SiteKey, np.ndarray]:
         import torch
 
+        from jax_extract.pytorch.loading import forget_lengths
+
         found: dict[SiteKey, np.ndarray] = {}
 
         def keep(key: SiteKey, value: Any) -> None:
@@ -171,6 +178,7 @@ class HuggingFace:
         with contextlib.ExitStack() as hooks:
             for site in sites:
                 hooks.callback(self._hook(site, keep).remove)
+            forget_lengths(self._model)
             with torch.inference_mode():
                 self._model(input_ids=torch.from_numpy(sample.token_ids.astype(np.int64))[None], use_cache=False)
         return found
@@ -196,13 +204,17 @@ def _open_torch(model: OpenModel, sites: Sequence[Site], weights: str, dtype: st
 
     layers = _blocks_of(sites, model.config.num_hidden_layers)
     name = _name("Hugging Face transformers", weights, dtype)
-    if adapter := model.checkpoint.adapter:
-        tell(f"the weights are merged with the adapter {adapter} by jax_extract")
-    ways = (
+    ways = [
         (load_theirs, "", "its weights are read by jax_extract"),
         (load_ours, ", weights read by jax_extract", "the reference is our own forward"),
-    )
-    for load, whose, instead in ways[1:] if adapter else ways:
+    ]
+    if not isinstance(model.family, Port):
+        tell("no port computes this model: the reference is transformers as well, a sample at a time")
+        ways = [(load_theirs, "", "its rows were not checked")]
+    elif adapter := model.checkpoint.adapter:
+        tell(f"the weights are merged with the adapter {adapter} by jax_extract")
+        ways = ways[1:]
+    for load, whose, instead in ways:
         try:
             with quiet():
                 loaded = load(model, layers, getattr(torch, weights)).to(getattr(torch, dtype))

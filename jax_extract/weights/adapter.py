@@ -10,6 +10,7 @@ and modules saved whole. Anything else is refused by name.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -25,6 +26,7 @@ from jax_extract.weights.adapter_tokenizer import adapter_tokenizer
 from jax_extract.weights.checkpoint import Checkpoint, SafetensorsFiles, is_hub_id, read_json
 from jax_extract.weights.folder import conversion_command
 from jax_extract.weights.text_part import text_name
+from models.errors import NotComputedHere
 from models.ports import Port
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -296,6 +298,53 @@ def open_adapter(base: Checkpoint, adapter: str, port: Port) -> AdaptedCheckpoin
     return AdaptedCheckpoint(base, folder, port, found)
 
 
+class CheckpointBesideAdapter:
+    """A checkpoint whose tensors are as they were, with the adapter that PEFT merges into the model made of them."""
+
+    def __init__(self, base: Checkpoint, folder: Path, adapter: str) -> None:
+        self.source, self.revision, self.config = base.source, base.revision, base.config
+        self.generation = base.generation
+        self.adapter, self.adapter_folder = adapter, folder
+        self._base = base
+        self._settings = read_json(folder / SETTINGS)
+        if not (folder / WEIGHTS).is_file():
+            raise UserError(
+                f"there is no {WEIGHTS} in {folder}; save the adapter with save_pretrained(…, safe_serialization=True)"
+            )
+        self._file = SafetensorsFiles([folder / WEIGHTS])
+
+    def names(self) -> frozenset[str]:
+        return self._base.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._base.shape(name)
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        return self._base.read(name, rows)
+
+    def digest(self, names: Iterable[str]) -> str:
+        """Of the base, by its commit where it has one, and of the adapter, settings and all."""
+        base = self._base.revision or self._base.digest(names)
+        total = hashlib.sha256(base.encode())
+        total.update(json.dumps(self._settings, sort_keys=True).encode())
+        total.update(self._file.digest(self._file.names()).encode())
+        return f"sha256:{total.hexdigest()}"
+
+    def tokenizer(self) -> Any:
+        return self._base.tokenizer()
+
+
+def beside_adapter(base: Checkpoint, adapter: str) -> CheckpointBesideAdapter:
+    """The model and the adapter that goes into it; UserError where there is none, or PEFT is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise UserError(
+            f"--adapter {adapter!r} is merged into this {base.config.get('model_type')!r} model by PEFT, which is not "
+            "installed; pip install peft"
+        )
+    folder, found = find_adapter(adapter)
+    return CheckpointBesideAdapter(base, folder, found)
+
+
 def find_adapter(adapter: str) -> tuple[Path, str]:
     """The folder of an adapter, and the name that finds the same one again; UserError where there is none.
 
@@ -330,16 +379,16 @@ def _mend(folder: Path) -> str:
 def _refuse_other_kinds(settings: Mapping[str, Any], folder: Path) -> None:
     kind = settings.get("peft_type")
     if kind != "LORA":
-        raise UserError(f"the adapter in {folder} is of kind {kind!r}; only 'LORA' can be merged here")
+        raise NotComputedHere(f"the adapter in {folder} is of kind {kind!r}; only 'LORA' can be merged here")
     start = settings.get("init_lora_weights")
     if start not in _PLAIN_STARTS:
-        raise UserError(
+        raise NotComputedHere(
             f"the adapter in {folder} began with init_lora_weights {start!r}, which changes the base model's own "
             "weights; save it with path_initial_model_for_weight_conversion, as an adapter of the model as it was"
         )
     unset = (None, False, {}, [])
     if strange := sorted(key for key, value in settings.items() if key not in _HARMLESS and value not in unset):
-        raise UserError(
+        raise NotComputedHere(
             f"the adapter in {folder} has {', '.join(map(repr, strange))}, which cannot be merged here; merge it with "
             "PEFT (merge_and_unload) and give the saved model as --model_path"
         )

@@ -25,6 +25,7 @@ import numpy as np
 from jax_extract.errors import UserError
 from jax_extract.weights.checkpoint import Checkpoint
 from jax_extract.weights.renamed import RenamedCheckpoint
+from models.errors import NotComputedHere
 from models.ports import Port
 
 # Buffers of every age of transformers, and what other trainers leave beside a module.
@@ -167,7 +168,7 @@ def _notes(checkpoint: Checkpoint, port: Port, config: Any, unknown: Iterable[st
     if refused:
         more = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
         mend = _MERGE if "lora_" in refused[0] else "this is another architecture or a modified one"
-        raise UserError(
+        raise NotComputedHere(
             f"the weights of {checkpoint.source} hold {refused[0]!r}{more}, which the {config.model_type} port does "
             f"not compute with; {mend}"
         )

@@ -6,16 +6,19 @@ In: `--model_path`, with its revision and adapter. Out: an `OpenModel`.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from jax_extract.errors import UserError, user_path
 from jax_extract.weights.checkpoint import Checkpoint, open_checkpoint
+from jax_extract.weights.load import Weights
 from jax_extract.weights.model_type import name_model_type
 from jax_extract.weights.names import with_embedding
 from jax_extract.weights.text_part import text_part
-from jax_extract.weights.unported import UNPORTED
+from jax_extract.weights.unported import UNPORTED, variant_of
+from models.config_fields import TORCH_MEND
+from models.errors import NotComputedHere
 from models.ports import Family, ModelConfig, Port
 from models.registry import PORTS, port_for
 
@@ -37,37 +40,68 @@ class OpenModel:
     def open(
         cls, model_path: str, revision: str | None = None, adapter: str | None = None, needs_port: bool = True
     ) -> OpenModel:
-        """Without `needs_port` an architecture will do that no port computes, but Hugging Face does."""
+        """Without `needs_port` a model will do that no port computes, but Hugging Face does."""
         if not model_path:
             raise UserError("no model was given; pass --model_path with a folder, a hub id or a .gguf file")
         checkpoint = open_checkpoint(model_path, revision)
         notes = name_model_type(checkpoint.config)
         checkpoint = text_part(checkpoint)
-        if not needs_port and checkpoint.config.get("model_type") not in PORTS:
-            if adapter is not None:
-                raise UserError(
-                    f"--adapter {adapter!r} cannot be merged into a {checkpoint.config.get('model_type')!r} model "
-                    "here; merge it with PEFT (merge_and_unload) and give the saved model as --model_path"
-                )
-            return cls(checkpoint, UNPORTED, UNPORTED.config(checkpoint.config), notes)
+        model = cls._of(checkpoint, adapter, needs_port)
+        return replace(model, notes=(*notes, *model.notes))
+
+    @classmethod
+    def _of(cls, checkpoint: Checkpoint, adapter: str | None, needs_port: bool) -> OpenModel:
+        if needs_port:
+            try:
+                return cls._ported(checkpoint, adapter)
+            except UserError as refusal:
+                raise _with_way_out(refusal, checkpoint) from None
+        if checkpoint.config.get("model_type") not in PORTS:
+            return cls._unported(checkpoint, adapter, UNPORTED, UNPORTED.config(checkpoint.config))
         try:
-            port = port_for(checkpoint.config)
-        except UserError as error:
-            raise UserError(f"{error}; --backend torch computes others that transformers has") from None
+            model = cls._ported(checkpoint, adapter)
+            Weights(model.checkpoint, model.port, model.config, model.config.num_hidden_layers)
+        except UserError as refusal:
+            return cls._variant(checkpoint, adapter, refusal)
+        return model
+
+    @classmethod
+    def _ported(cls, checkpoint: Checkpoint, adapter: str | None) -> OpenModel:
+        port = port_for(checkpoint.config)
         checkpoint = with_embedding(checkpoint, port)
         if adapter is not None:
             from jax_extract.weights.adapter import open_adapter
 
             checkpoint = open_adapter(checkpoint, adapter, port)
         config = port.config(checkpoint.config)
-        return cls(checkpoint, port, config, notes + port.fields[config.model_type].notes(checkpoint.config))
+        return cls(checkpoint, port, config, port.fields[config.model_type].notes(checkpoint.config))
+
+    @classmethod
+    def _variant(cls, checkpoint: Checkpoint, adapter: str | None, refusal: UserError) -> OpenModel:
+        """What a port refused, as transformers computes it; the refusal itself where that is no way out."""
+        if not _is_of_the_kind(refusal, checkpoint):
+            raise refusal
+        try:
+            family, config = variant_of(port_for(checkpoint.config), checkpoint.config)
+        except UserError:
+            raise refusal from None
+        model = cls._unported(checkpoint, adapter, family, config)
+        return replace(model, notes=(f"{refusal}: transformers' own model computes it",))
+
+    @classmethod
+    def _unported(cls, checkpoint: Checkpoint, adapter: str | None, family: Family, config: Any) -> OpenModel:
+        if adapter is not None:
+            from jax_extract.weights.adapter import beside_adapter
+
+            checkpoint = beside_adapter(checkpoint, adapter)
+        return cls(checkpoint, family, config)
 
     @property
     def port(self) -> Port:
-        """UserError where no port computes this architecture."""
+        """UserError where no port computes this model."""
         if not isinstance(self.family, Port):
-            port_for(self.checkpoint.config)
-        assert isinstance(self.family, Port)
+            port_for(self.checkpoint.config).config(self.checkpoint.config)
+            raise UserError(f"no port computes {self.checkpoint.source}; see the notes on it")
         return self.family
 
     @cached_property
@@ -91,3 +125,23 @@ class OpenModel:
         source = self.checkpoint.source
         path = user_path(source, "--model_path")
         return (path.stem if path.suffix == ".gguf" else path.resolve().name) if path.exists() else source
+
+
+def _is_of_the_kind(refusal: UserError, checkpoint: Checkpoint) -> bool:
+    """Whether it is of what no port computes; else weights are incomplete, or there is no such adapter, and so on."""
+    try:
+        port_for(checkpoint.config).config(checkpoint.config)
+    except UserError:
+        return True
+    return isinstance(refusal, NotComputedHere)
+
+
+def _with_way_out(refusal: UserError, checkpoint: Checkpoint) -> UserError:
+    """The refusal of a port; with what computes the model instead, where transformers reads its configuration."""
+    if TORCH_MEND in str(refusal) or not _is_of_the_kind(refusal, checkpoint):
+        return refusal
+    try:
+        UNPORTED.config(checkpoint.config)
+    except UserError:
+        return refusal
+    return type(refusal)(f"{refusal}; {TORCH_MEND}")

@@ -1,20 +1,22 @@
-"""Architectures that no port computes and Hugging Face does: what an extraction by forward hooks needs of them.
+"""Models that no port computes and Hugging Face does: what an extraction by forward hooks needs of them.
 
 In: config.json. Out: `UNPORTED`, a family with the hook points that every decoder has: the stream before and behind
-each block, what enters the first one, and what the base model gives.
+each block, what enters the first one, and what the base model gives; or, of a type that has a port, the family of its
+variants, which have their hook points where all models of the type have them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jax_extract.errors import UserError
 from jax_extract.weights.checkpoint import Checkpoint
 from models.config_fields import untagged
 from models.hooks import HOOK_POINTS, HookPoints
-from models.ports import Family, Module
+from models.layers import Rotary
+from models.ports import Family, Module, Port
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,16 @@ class AllWeights:
     def provenance(self) -> str:
         """Says which weights these are: equal where the content is."""
         checkpoint = self.checkpoint
-        return f"hub:{checkpoint.revision}" if checkpoint.revision else checkpoint.digest(checkpoint.names())
+        if checkpoint.revision and not checkpoint.adapter:
+            return f"hub:{checkpoint.revision}"
+        return checkpoint.digest(checkpoint.names())
 
 
 BLOCKS = "{blocks}"  # the list of blocks of the base model, whatever it is called there
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _NO_LIMIT = 1 << 20
-_ROTATIONS_BY_LENGTH = ("longrope", "dynamic")
+_SCALINGS = ("linear", "yarn", "dynamic", "longrope")
 
 _HOOKS = ("embeddings", "residual_before", "after_block", "final_norm")
 
@@ -48,7 +52,7 @@ class UnportedConfig:
 
     Attributes:
       output_width: of the final hidden states, where the model projects them.
-      same_rotations_to: longest batch whose rotations are those of a shorter one; None where they always are.
+      rotaries: of its rotary embeddings what decides how long samples may be, and whether their lengths matter.
     """
 
     model_type: str
@@ -57,17 +61,22 @@ class UnportedConfig:
     num_hidden_layers: int
     max_position_embeddings: int
     output_width: int
-    same_rotations_to: int | None
-
-    @property
-    def intermediate_size(self) -> int:
-        raise NotImplementedError("no hook point of an unported architecture has this width")
+    rotaries: tuple[Rotary, ...]
+    intermediate_size: int = 0  # where no hook point has this width
 
 
 def _config(config: Mapping[str, Any]) -> UnportedConfig:
-    """As transformers reads config.json; UserError where it does not know the architecture, or it is no decoder."""
+    """UserError where transformers does not know the architecture, or it is no decoder."""
+    return _read(config)[0]
+
+
+def _read(config: Mapping[str, Any]) -> tuple[UnportedConfig, dict[str, Any]]:
+    """What an extraction needs, and all that transformers makes of config.json."""
     from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
 
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
@@ -78,16 +87,19 @@ def _config(config: Mapping[str, Any]) -> UnportedConfig:
         read = CONFIG_MAPPING[model_type].from_dict(untagged(dict(config))).get_text_config()
         sizes = [read.vocab_size, read.hidden_size, read.num_hidden_layers, _longest(read)]
         output_width = getattr(read, "word_embed_proj_dim", None) or read.hidden_size  # OPT-350m's
-        rotations = _same_rotations_to(read)
+        rotaries = tuple(_rotaries(read))
     except Exception as error:  # noqa: BLE001 (every configuration class fails in its own way)
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"config.json of this {model_type!r} model cannot be used ({reason})") from None
+    if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(read, "is_decoder", False):
+        raise UserError(f"this {model_type!r} model is an encoder (is_decoder is false); give a causal language model")
     if not all(type(size) is int and size > 0 for size in sizes):
         raise UserError(
             f"config.json of this {model_type!r} model has the sizes {sizes}; expected whole numbers from 1 on"
         )
     vocabulary, width, blocks, positions = sizes
-    return UnportedConfig(model_type, vocabulary, width, blocks, positions, output_width, rotations)
+    figures = UnportedConfig(model_type, vocabulary, width, blocks, positions, output_width, rotaries)
+    return figures, read.to_dict()
 
 
 def _longest(read: Any) -> int:
@@ -95,14 +107,18 @@ def _longest(read: Any) -> int:
     return next((value for name in _LENGTHS if isinstance(value := getattr(read, name, None), int)), _NO_LIMIT)
 
 
-def _same_rotations_to(read: Any) -> int | None:
-    """Two kinds of rotary embedding are chosen by the length of the whole batch, padding included."""
+def _rotaries(read: Any) -> Iterator[Rotary]:
+    """Of the scalings that reach beyond the length of the training."""
     given = getattr(read, "rope_parameters", None) or {}
     for kind in (given, *(value for value in given.values() if isinstance(value, Mapping))):
-        if kind.get("rope_type") in _ROTATIONS_BY_LENGTH:
-            original = kind.get("original_max_position_embeddings")
-            return int(original or getattr(read, "original_max_position_embeddings", None) or _longest(read))
-    return None
+        name = kind.get("rope_type")
+        if name is not None and not hasattr(read, f"_validate_{name}_rope_parameters"):
+            raise ValueError(f"it knows no rope type {name!r}")
+        if name in _SCALINGS:
+            most = _longest(read)
+            original = getattr(read, "original_max_position_embeddings", None)
+            original = most if name == "dynamic" else original or kind.get("original_max_position_embeddings") or most
+            yield Rotary(1.0, name, float(kind.get("factor") or 1.0), original_max_positions=int(original))
 
 
 def _hook_points(config: UnportedConfig) -> HookPoints:
@@ -121,3 +137,32 @@ def _modules(_: UnportedConfig) -> Mapping[str, Module]:
 
 
 UNPORTED = Family(config=_config, hook_points=_hook_points, modules=_modules, prefix="model.")
+
+
+# ----------------------------------------------------------------------------- variants of what a port computes
+
+# What of config.json decides where the hook points of a port are, and how wide.
+_LAYOUT = (
+    "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "head_dim max_position_embeddings use_parallel_residual n_embd n_layer n_head n_inner n_positions rms_norm_eps "
+    "layer_norm_eps layer_norm_epsilon"
+).split()
+
+
+def variant_of(port: Port, config: Mapping[str, Any]) -> tuple[Family, UnportedConfig]:
+    """A model of a type that has a port, computed by transformers because the port does not understand it.
+
+    Its class in transformers is the same, so that the port's hook points are where they always are, unless the port
+    does not even understand its sizes. UserError where transformers does not read the configuration either.
+    """
+    figures, read = _read(config)
+    layout = {key: read[key] for key in _LAYOUT if read.get(key) is not None}
+    if "rope_parameters" in read:
+        layout["rope_parameters"] = {"partial_rotary_factor": 1.0}
+    try:
+        plain = port.config(layout)
+        hook_points, modules = port.hook_points(plain), port.modules(plain)
+    except UserError:
+        return UNPORTED, figures
+    family = Family(_config, lambda _: hook_points, lambda _: modules, port.prefix)
+    return family, replace(figures, intermediate_size=plain.intermediate_size)

@@ -87,7 +87,7 @@ def test_rows_with_a_text_are_texts_even_if_they_have_pairs_too(tmp_path: Path) 
 
 
 def test_a_large_corpus_takes_little_more_than_its_cells(tmp_path: Path) -> None:
-    tasks, side = 40, 30
+    tasks, side = 12, 30
     grids = [[[(n + k) % 10 for k in range(side)] for _ in range(side)] for n in range(10)]
     with (tmp_path / "big.jsonl").open("w") as file:
         for n in range(tasks):

@@ -150,6 +150,11 @@ def test_a_wrong_csv_line_is_told_with_its_number(tmp_path: Path, content: bytes
         samples(tmp_path / "t.csv")
 
 
+def test_blank_lines_of_a_csv_are_no_rows_and_empty_cells_are(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text('id,text,more\n \na,"\n\n",\n\t\nb,c\nd,,,\n', encoding="utf-8")
+    assert pairs(tmp_path / "t.csv") == [("a", "\n\n"), ("b", "c"), ("d", "")]
+
+
 def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(
         b"\xef\xbb\xbf,id,text\r\n0,007,a\r\n\r\n1,008\r\n2,009,c\r\n".replace(b"1,008", b"1,008,")

@@ -6,18 +6,24 @@ import gzip
 import json
 import tracemalloc
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from jax_extract.config import ExtractConfig
 from jax_extract.errors import UserError
+from jax_extract.extraction.command import _left_out, _open_source
+from jax_extract.extraction.prepare import Job
+from jax_extract.extraction.summary import tell_input
 from jax_extract.generation.arc import predicted_grid
 from jax_extract.inputs.arc import ArcTask, arc_samples, read_tasks
 from jax_extract.inputs.arc_encoders import ENCODERS
 from jax_extract.inputs.arc_task import ArcTasks, grid_from_rows
 from jax_extract.inputs.sources import Source, open_source
+from jax_extract.inputs.tokenize import InputCounts
+from jax_extract.terminal import Terminal
 
 
 def task(first: int = 0, side: int = 1) -> dict[str, Any]:
@@ -87,7 +93,7 @@ def test_rows_with_a_text_are_texts_even_if_they_have_pairs_too(tmp_path: Path) 
 
 
 def test_a_large_corpus_takes_little_more_than_its_cells(tmp_path: Path) -> None:
-    tasks, side = 40, 30
+    tasks, side = 12, 30
     grids = [[[(n + k) % 10 for k in range(side)] for _ in range(side)] for n in range(10)]
     with (tmp_path / "big.jsonl").open("w") as file:
         for n in range(tasks):
@@ -123,6 +129,17 @@ def test_folders_within_a_folder_are_read_in_the_order_of_their_names(tmp_path: 
     write(tmp_path / ".git" / "x5.json", task())
     write(tmp_path / "__MACOSX" / "x6.json", {})
     assert list(open_arc(tmp_path).tasks) == ["x4", "x3", "x10", "x2"]
+
+
+def test_the_order_of_a_folder_is_not_the_file_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b/x2", "b/x1", "a/x3", "ä/x4", "Z/x5"):
+        write(tmp_path / f"{name}.json", task())
+    (tmp_path / "a" / "round").symlink_to(tmp_path, target_is_directory=True)
+    expected = ["x5", "x3", "x1", "x2", "x4"]
+    listed = Path.iterdir
+    for backwards in (False, True):
+        monkeypatch.setattr(Path, "iterdir", lambda path, order=backwards: iter(sorted(listed(path), reverse=order)))
+        assert list(open_arc(tmp_path).tasks) == expected
 
 
 def test_where_two_files_have_one_name_every_id_is_a_path(tmp_path: Path) -> None:
@@ -255,3 +272,18 @@ def test_a_folder_of_texts_is_no_folder_of_tasks(tmp_path: Path) -> None:
 def test_a_wrong_form_is_told_with_its_place(tmp_path: Path, content: object, problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         open_arc(write(tmp_path / "t.json", content))
+
+
+def test_the_options_reach_the_reader_and_the_input_line_says_what_was_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"key": f"k{n}", **(task() if n < 2 else {"train": []})} for n in range(6)]
+    path = write_lines(tmp_path / "corpus.jsonl", *rows)
+    source = _open_source(ExtractConfig(tasks_file=str(path), id_column="key", skip_bad_tasks=True))
+    assert ids(source) == ["k0_0", "k1_0"]
+    counts = InputCounts(samples=2, tokens=8, longest_sample=4)
+    tell_input(source, counts, cast(Job, None), Terminal())
+    told = "".join(capsys.readouterr())
+    assert "4 unusable tasks left out: corpus.jsonl, line 3, corpus.jsonl, line 4, corpus.jsonl, line 5, …" in told
+    assert _left_out(source)["unusable_tasks"]["count"] == 4
+    assert _left_out(open_arc(write(tmp_path / "a.json", task()))) == {}

@@ -43,6 +43,7 @@ from jax_extract.terminal import Terminal, bytes_text, plural
 from jax_extract.weights.checkpoint import is_hub_id
 
 _SPOOLED_PARTS = 4  # two that are written, and as many that wait to be uploaded and deleted
+_UNUSABLE_NAMED = 20
 _STARTED_MEANWHILE = "another command has just started a run in %s; give this one again when that has ended"
 
 
@@ -179,6 +180,7 @@ class _Extraction:
                 "source": run["description"]["source"] or self.source.name,
                 "about": dict(self.about),
                 "kept": self._kept.as_json(),
+                **_left_out(self.source),
             }
             if found:
                 found.require_same(run["identity"], run["numerics"], config.allow_numeric_change)
@@ -345,6 +347,13 @@ def _open_source(config: ExtractConfig) -> Source:
         id_column=config.id_column,
         skip_bad_tasks=config.skip_bad_tasks,
     )
+
+
+def _left_out(source: Source) -> dict[str, Any]:
+    """What metadata.json says of unusable tasks; nothing where there are none."""
+    if not source.left_out:
+        return {}
+    return {"unusable_tasks": {"count": len(source.left_out), "first": list(source.left_out[:_UNUSABLE_NAMED])}}
 
 
 def _require_one_window(samples: int | None) -> None:

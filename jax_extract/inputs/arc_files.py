@@ -181,12 +181,13 @@ def _alike(files: list[Path]) -> list[Path]:
     ]
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    above = (*above, folder.resolve())
     for path in _listed(folder):
         if not path.is_dir():
             yield path
-        elif not path.is_symlink():  # which could lead round in a circle
-            yield from _walk(path)
+        elif path.resolve() not in above:  # a link could lead round in a circle
+            yield from _walk(path, above)
 
 
 def _listed(folder: Path) -> list[Path]:

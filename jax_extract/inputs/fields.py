@@ -16,7 +16,7 @@ from jax_extract.inputs.samples import Sample
 
 TEXT_FIELDS = ("text", "prompt", "question")
 TURNS_FIELDS = ("messages", "conversations", "conversation")
-TOKENS_FIELD = "input_ids"
+TOKENS_FIELDS = ("input_ids", "tokens")
 MASK_FIELD = "attention_mask"
 ID_FIELD = "id"
 
@@ -34,7 +34,7 @@ class Fields:
 
     Attributes:
       text: the field of the text, a conversation or token ids; None for the first there is of text, prompt, question,
-        messages, conversations, conversation and input_ids.
+        messages, conversations, conversation, input_ids and tokens.
       id: the field of the id; None for `id` where there is one.
     """
 
@@ -56,12 +56,12 @@ class Fields:
         sample_id = otherwise if sample_id is None else sample_id
         value, told = field_of(row, name), f"{where}, field {name!r},"
         last = name.rpartition(".")[2]
-        if isinstance(value, str) and (last == TOKENS_FIELD or last in TURNS_FIELDS):
-            value = _list_in(value, named=self.text is not None and last in TURNS_FIELDS, where=told)
-        if (turns := _turns(value, told)) is not None:
+        if isinstance(value, str) and last in (*TURNS_FIELDS, *TOKENS_FIELDS):
+            value = _list_in(value, named=self.text is not None, where=told)
+        if (turns := _turns(value, last in TURNS_FIELDS, told)) is not None:
             return Sample(sample_id, "", meta, turns=turns)
-        if (token_ids := _token_ids(value, last == TOKENS_FIELD, told)) is not None:
-            mask = _beside(row, name, MASK_FIELD) if last == TOKENS_FIELD else None
+        if (token_ids := _token_ids(value, last in TOKENS_FIELDS, told)) is not None:
+            mask = _beside(row, name, MASK_FIELD)
             return Sample(sample_id, "", meta, token_ids=_unmasked(token_ids, mask, where))
         return Sample(sample_id, checked_text(value, told), meta)
 
@@ -94,7 +94,7 @@ class Fields:
                 f"{where} has no {self.id} but {', '.join(there)}: name what holds the id with --id_column, or leave "
                 "it out."
             )
-        if text == TOKENS_FIELD and MASK_FIELD in there:
+        if MASK_FIELD in there:
             needed.append(MASK_FIELD)
         return tuple(dict.fromkeys(needed))
 
@@ -109,7 +109,7 @@ def text_field(names: Collection[str], text_column: str | None, where: str) -> s
       UserError: it is not among them; the sentence begins with `where` and lists those that are.
     """
     if text_column is None:
-        for name in (*TEXT_FIELDS, *TURNS_FIELDS, TOKENS_FIELD):
+        for name in (*TEXT_FIELDS, *TURNS_FIELDS, *TOKENS_FIELDS):
             if name in names:
                 return name
         wanted = " or ".join(TEXT_FIELDS)
@@ -224,8 +224,8 @@ def _list_in(value: str, named: bool, where: str) -> object:
     )
 
 
-def _turns(value: object, where: str) -> tuple[dict[str, Any], ...] | None:
-    """A conversation, {"role": …, "content": …} each; None where the value is none."""
+def _turns(value: object, named: bool, where: str) -> tuple[dict[str, Any], ...] | None:
+    """A conversation; None where the value is none. `named`: the field's name says that it is one."""
     if (
         isinstance(value, Mapping)
         and not {"role", "from"}.isdisjoint(value)
@@ -234,6 +234,8 @@ def _turns(value: object, where: str) -> tuple[dict[str, Any], ...] | None:
         # Older versions of `datasets` turn a list of objects into an object of lists.
         value = [dict(zip(value.keys(), turn, strict=True)) for turn in zip(*value.values(), strict=False)]
     if not isinstance(value, list | tuple) or not any(isinstance(turn, Mapping) for turn in value):
+        if value == [] and named:
+            raise UserError(f"{where} holds no turn: leave such rows out.")
         return None
     return tuple(_turn(turn, f"{where} turn {number},") for number, turn in enumerate(value))
 

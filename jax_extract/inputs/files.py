@@ -14,13 +14,14 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path, PurePath
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from jax_extract.errors import UserError
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 LONGEST_LINE = 1 << 28  # bytes; a small archive could otherwise hold a line that no memory does
 LARGEST_WHOLE = 1 << 31  # bytes of what is decompressed into memory at once
+_PIECE = 1 << 20  # bytes
 
 Opened = Callable[[], IO[bytes]]
 
@@ -129,8 +130,11 @@ def _decompressed(file: IO[bytes], ending: str) -> contextlib.AbstractContextMan
     if ending == ".zst":
         import pyarrow as pa  # comes with `datasets`; Python itself reads Zstandard from 3.14 on
 
-        return _closing(io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd"), 1 << 20))
-    return contextlib.nullcontext(file)
+        return _closing(io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd"), _PIECE))
+    if isinstance(file, io.BufferedReader):
+        return contextlib.nullcontext(file)
+    # Files of the hub read whole blocks anew for every line.
+    return _closing(io.BufferedReader(cast(Any, file), _PIECE))
 
 
 def _closing(stream: Any) -> contextlib.AbstractContextManager[IO[bytes]]:

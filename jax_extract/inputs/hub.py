@@ -22,7 +22,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from jax_extract.errors import UserError
-from jax_extract.inputs.fields import Fields
+from jax_extract.inputs.fields import TEXT_FIELDS, Fields
 from jax_extract.inputs.files import COMPRESSIONS, Opened, kind_and_stem, open_bytes
 from jax_extract.inputs.rows import KINDS, rows_of
 from jax_extract.inputs.samples import Sample
@@ -87,7 +87,10 @@ def open_dataset(
         chosen = _chosen_split(name, splits, split)
         table = splits[chosen]
         # Other columns may hold images or audio, whose decoding costs time and further libraries.
-        columns = fields.columns(table.columns(), f"Dataset {name}, split {chosen},")
+        there = table.columns()
+        if text_column is None and {"train", "test"} <= set(there) and not set(TEXT_FIELDS) & set(there):
+            raise UserError(f"Dataset {name} holds ARC tasks and no texts: give its file or folder as --tasks_file.")
+        columns = fields.columns(there, f"Dataset {name}, split {chosen},")
         table.require_row(columns)
     return partial(_samples, table, columns, name, config_name, chosen, fields)
 

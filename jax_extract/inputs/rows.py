@@ -63,21 +63,28 @@ def jsonl_rows(name: str, file: IO[bytes]) -> Iterator[PlacedRow]:
 def csv_rows(name: str, file: IO[bytes], delimiter: str = ",") -> Iterator[PlacedRow]:
     """Rows under the names of the first line; cells that a short row lacks are not there, blank lines passed over."""
     csv.field_size_limit(_LARGEST_CELL)
-    text = (decoded(name, number, line) for number, line in byte_lines(name, file))
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    last = ""
+
+    def text() -> Iterator[str]:
+        nonlocal last
+        for number, raw in byte_lines(name, file):
+            last = decoded(name, number, raw)
+            yield last
+
+    reader = csv.reader(text(), delimiter=delimiter, strict=True)
     names: list[str] = []
     line = 1
     try:
         for cells in reader:
             number, line = line, reader.line_num + 1
-            if not cells:
+            if len(cells) <= 1 and number == reader.line_num and not last.strip():
                 continue
             if not names:
                 names = cells
                 if repeated := [column for column in names if column and names.count(column) > 1]:
                     raise UserError(f"{name} names the column {repeated[0]!r} more than once; give each its own name")
                 continue
-            if len(cells) > len(names):
+            if any(cells[len(names) :]):  # empty ones are a delimiter at the end of the line
                 raise UserError(
                     f"{name}, line {number}, has {len(cells)} fields and the first line names {len(names)}; quote "
                     f"{_CALLED.get(delimiter, repr(delimiter))} in texts"

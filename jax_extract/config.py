@@ -43,10 +43,6 @@ class ExtractConfig:
       grid_encoder: how ARC grids become text: digits, spaced, json or letters.
       seed: of the ARC augmentation, and of drawn answers.
       chat_template: put each text through the tokenizer's chat template as a user's turn.
-      context_tokens: join the texts, one after the other, into contexts of so many tokens, as sparse autoencoders are
-        trained on them; every row still knows its text. By default each text is a sample of its own.
-      context_start: token before each context: bos, eos or none; by default bos, if the tokenizer has one.
-      context_separator: token between two texts of a context: bos, eos or none; by default bos, if there is one.
       max_new_tokens: answer every prompt first, with at most so many tokens; prompt and answer fit max_seq_length.
       temperature: of the answers; 0 takes the likeliest token each time.
       top_k: of the answers: draw from so many of the likeliest tokens.
@@ -68,6 +64,10 @@ class ExtractConfig:
       batch_size: sequences per device.
       mesh_shape: DATA,MODEL over all devices; by default all on DATA.
       max_seq_length: longest sample in tokens; by default the smaller of 8192 and what the model allows.
+      context_tokens: join the texts, one after the other, into contexts of so many tokens, as sparse autoencoders are
+        trained on them; every row still knows its text. By default each text is a sample of its own.
+      context_start: token before each context: bos, eos or none; by default bos, if the tokenizer has one.
+      context_separator: token between two texts of a context: bos, eos or none; by default bos, if there is one.
       slab_tokens: most tokens one device computes at once; by default what suits the platform.
       gcs_bucket: gs://bucket/prefix to upload to, with upload_to_cloud.
       upload_to_cloud: upload every part to gcs_bucket as soon as it is committed in activations_dir.
@@ -97,9 +97,6 @@ class ExtractConfig:
     grid_encoder: str = "digits"
     seed: int = 0
     chat_template: bool = False
-    context_tokens: int | None = None
-    context_start: Literal["bos", "eos", "none"] | None = None
-    context_separator: Literal["bos", "eos", "none"] | None = None
     max_new_tokens: int | None = None
     temperature: float = 0.0
     top_k: int | None = None
@@ -120,6 +117,9 @@ class ExtractConfig:
     batch_size: int = 8
     mesh_shape: str | None = None
     max_seq_length: int | None = None
+    context_tokens: int | None = None
+    context_start: Literal["bos", "eos", "none"] | None = None
+    context_separator: Literal["bos", "eos", "none"] | None = None
     slab_tokens: int | None = None
     gcs_bucket: str | None = None
     upload_to_cloud: bool = False
@@ -148,9 +148,9 @@ class ExtractConfig:
         if self.host_memory_gb is not None and not 0 < self.host_memory_gb < _LARGEST:
             raise UserError(f"--host_memory_gb {self.host_memory_gb} must be a positive number of gigabytes")
         self._check_backend()
-        self._check_contexts()
         self._check_answers()
         self._check_places()
+        self._check_contexts()
         self._check_processes()
 
     def _check_backend(self) -> None:
@@ -167,6 +167,15 @@ class ExtractConfig:
             raise UserError(
                 "--distributed on is of --backend jax; on several GPUs give each a command with --worker_id"
             )
+
+    def _check_answers(self) -> None:
+        if self.max_new_tokens is not None:
+            if not 1 <= self.max_new_tokens <= _LARGEST:
+                raise UserError(f"--max_new_tokens {self.max_new_tokens} must be from 1 to {_LARGEST}")
+            return
+        for name in ("temperature", "top_k", "top_p", "capture_answers", "solutions_file"):
+            if getattr(self, name) not in (None, False, 0):
+                raise UserError(f"--{name} is about answers, and none are asked for; add --max_new_tokens N")
 
     def _check_contexts(self) -> None:
         if self.context_tokens is None:
@@ -190,15 +199,6 @@ class ExtractConfig:
                 f"--context_tokens {self.context_tokens} is more than --max_seq_length {self.max_seq_length}; leave "
                 "--max_seq_length out: with contexts no text is cut"
             )
-
-    def _check_answers(self) -> None:
-        if self.max_new_tokens is not None:
-            if not 1 <= self.max_new_tokens <= _LARGEST:
-                raise UserError(f"--max_new_tokens {self.max_new_tokens} must be from 1 to {_LARGEST}")
-            return
-        for name in ("temperature", "top_k", "top_p", "capture_answers", "solutions_file"):
-            if getattr(self, name) not in (None, False, 0):
-                raise UserError(f"--{name} is about answers, and none are asked for; add --max_new_tokens N")
 
     def _check_places(self) -> None:
         if self.upload_to_cloud and not self.gcs_bucket:

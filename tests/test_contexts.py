@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,6 +169,14 @@ def test_what_contexts_cannot_be_is_said_in_one_sentence(
 ) -> None:
     with pytest.raises(UserError, match=said):
         run_here(folder / "model", folder / "in.jsonl", tmp_path / "a", **options)
+
+
+def test_a_token_between_texts_that_the_model_does_not_know_is_refused(folder: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    tokens = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**tokens, "bos_token": "<begin>"}))  # the 257th
+    with pytest.raises(UserError, match="puts the token id 256 there but the model knows 0 to 255"):
+        run_here(model, folder / "in.jsonl", tmp_path / "a", context_tokens=16)
 
 
 TEXTS = {"one": "a" * 10, "long": "abcdefghij" * 7, "three": "xyz", "empty": "", "last": "0123456789"}

@@ -120,10 +120,6 @@ class Job:
         documents = tokenize(samples, tokenizer, _UNCUT, chat_template, read, vocabulary, special_tokens=False)
         return join(documents, self.contexts, counts, read)
 
-    def new_counts(self) -> InputCounts:
-        """For `tokenized` to fill."""
-        return InputCounts() if self.contexts is None else ContextCounts()
-
     def windows(
         self,
         samples: Iterable[Sample],
@@ -134,6 +130,10 @@ class Job:
     ) -> Iterator[Window]:
         """Tokenises and plans, lazily; `continued` gives a sample with what follows its prompt."""
         return plan_windows(self.tokenized(samples, chat_template, counts, continued), settings)
+
+    def new_counts(self) -> InputCounts:
+        """For `tokenized` to fill."""
+        return InputCounts() if self.contexts is None else ContextCounts()
 
     def weights(self) -> Loadable:
         """The tensors that will be loaded, checked by name and shape."""
@@ -174,19 +174,27 @@ class Job:
         }
 
 
-def _contexts(config: ExtractConfig, model: OpenModel) -> ContextForm | None:
-    if config.context_tokens is None:
-        return None
-    if config.context_tokens > (allowed := model.config.max_position_embeddings):
-        raise UserError(
-            f"--context_tokens {config.context_tokens} is more than the {allowed} positions that the model allows"
-        )
-    return ContextForm.of(config.context_tokens, config.context_start, config.context_separator, model.tokenizer)
-
-
 def _open_backend(config: ExtractConfig) -> Backend:
     if config.backend == "torch":
         from jax_extract.pytorch.backend import TorchBackend
 
         return TorchBackend.open(config.device, config.dtype)
     return JaxBackend.open(config.mesh_shape, config.dtype)
+
+
+def _contexts(config: ExtractConfig, model: OpenModel) -> ContextForm | None:
+    """What samples are joined into; None where each stays by itself. UserError where the model cannot take that."""
+    if config.context_tokens is None:
+        return None
+    if config.context_tokens > (allowed := model.config.max_position_embeddings):
+        raise UserError(
+            f"--context_tokens {config.context_tokens} is more than the {allowed} positions that the model allows"
+        )
+    form = ContextForm.of(config.context_tokens, config.context_start, config.context_separator, model.tokenizer)
+    for name, token in (("start", form.start), ("separator", form.separator)):
+        if token is not None and token >= model.config.vocab_size:
+            raise UserError(
+                f"--context_{name} puts the token id {token} there but the model knows 0 to "
+                f"{model.config.vocab_size - 1}; the tokenizer is of another model, or give --context_{name} none"
+            )
+    return form

@@ -20,7 +20,7 @@ from jax_extract.extraction.backend import Backend, Loadable, Program
 from jax_extract.extraction.capture import capture_plan, sequence_limit, sites_of
 from jax_extract.extraction.jax_backend import JaxBackend
 from jax_extract.inputs.contexts import ContextCounts, ContextForm, join
-from jax_extract.inputs.plan import Window, plan_windows
+from jax_extract.inputs.plan import WINDOW_SAMPLES, Window, plan_windows
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.slabs import WHOLE_INPUT, PlanSettings, SlabShape
 from jax_extract.inputs.tokenize import Continued, InputCounts, TokenizedSample, tokenize
@@ -29,6 +29,7 @@ from jax_extract.weights.open_model import OpenModel
 from models.hooks import CapturePlan
 
 _UNCUT = sys.maxsize  # tokens of a document
+_WINDOW_TOKENS = 1 << 26  # of contexts that are planned together: 256 MB
 _PACKAGES = ("jax_extract", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors")
 
 
@@ -129,7 +130,10 @@ class Job:
         continued: Continued | None = None,
     ) -> Iterator[Window]:
         """Tokenises and plans, lazily; `continued` gives a sample with what follows its prompt."""
-        return plan_windows(self.tokenized(samples, chat_template, counts, continued), settings)
+        window = WINDOW_SAMPLES
+        if self.contexts is not None:  # all are long, and nothing is gained by sorting many of them
+            window = min(window, max(1, _WINDOW_TOKENS // self.contexts.tokens))
+        return plan_windows(self.tokenized(samples, chat_template, counts, continued), settings, window)
 
     def new_counts(self) -> InputCounts:
         """For `tokenized` to fill."""

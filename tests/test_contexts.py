@@ -20,7 +20,9 @@ from jax_extract import extract
 from jax_extract.config import ExtractConfig
 from jax_extract.errors import UserError
 from jax_extract.extraction.command import extract_to_directory
+from jax_extract.extraction.prepare import Job
 from jax_extract.inputs.contexts import ContextCounts, ContextForm, join
+from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.tokenize import InputCounts, TokenizedSample
 from jax_extract.store.documents import Documents, Piece, pieces_of
 from jax_extract.store.ledger import Ledger
@@ -257,3 +259,16 @@ def test_a_run_without_contexts_says_nothing_of_them_and_its_samples_are_its_doc
     assert run.sample("a").documents.tolist() == ["a"] * 3
     with pytest.raises(UserError, match="no sample with the index 7"):
         run.documents(np.array([0, 7]), np.array([0, 0]))
+
+
+def test_a_plan_of_contexts_holds_no_more_tokens_than_a_window_may(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jax_extract.extraction.prepare._WINDOW_TOKENS", 64)
+    config = ExtractConfig(model_path=str(folder / "model"), context_tokens=16, **EMBEDDINGS)
+    job = Job.open(config)
+    counts = job.new_counts()
+    samples = [Sample(name, text) for name, text in TEXTS.items()]
+    windows = list(job.windows(samples, job.plan_settings(config), False, counts))
+    assert [sum(len(part.samples) for part in window.parts) for window in windows] == [4, 3]
+    assert isinstance(counts, ContextCounts) and (counts.samples, counts.documents) == (7, 4)

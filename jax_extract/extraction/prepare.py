@@ -130,10 +130,12 @@ class Job:
         continued: Continued | None = None,
     ) -> Iterator[Window]:
         """Tokenises and plans, lazily; `continued` gives a sample with what follows its prompt."""
-        window = WINDOW_SAMPLES
-        if self.contexts is not None:  # all are long, and nothing is gained by sorting many of them
-            window = min(window, max(1, _WINDOW_TOKENS // self.contexts.tokens))
-        return plan_windows(self.tokenized(samples, chat_template, counts, continued), settings, window)
+        tokenized = self.tokenized(samples, chat_template, counts, continued)
+        if self.contexts is None:
+            return plan_windows(tokenized, settings)
+        # All are long, and nothing is gained by sorting many of them.
+        most = max(1, _WINDOW_TOKENS // self.contexts.tokens)
+        return plan_windows(tokenized, settings, window_samples=min(WINDOW_SAMPLES, most))
 
     def new_counts(self) -> InputCounts:
         """For `tokenized` to fill."""

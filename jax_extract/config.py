@@ -53,10 +53,6 @@ class ExtractConfig:
       chat_template_kwargs: variables of the chat template, as a JSON object: '{"enable_thinking": false}'.
       add_special_tokens: put the tokenizer's special tokens (BOS) around every text, or around none; by default around
         texts without a chat template, and no second BOS before a text that begins with it.
-      context_tokens: join the texts, one after the other, into contexts of so many tokens, as sparse autoencoders are
-        trained on them; every row still knows its text. By default each text is a sample of its own.
-      context_start: token before each context: bos, eos or none; by default bos, if the tokenizer has one.
-      context_separator: token between two texts of a context: bos, eos or none; by default bos, if there is one.
       max_new_tokens: answer every prompt first, with at most so many tokens; prompt and answer fit max_seq_length.
       temperature: of the answers; 0 takes the likeliest token each time.
       top_k: of the answers: draw from so many of the likeliest tokens.
@@ -78,6 +74,10 @@ class ExtractConfig:
       batch_size: sequences per device.
       mesh_shape: DATA,MODEL over all devices; by default all on DATA.
       max_seq_length: longest sample in tokens; by default the smaller of 8192 and what the model allows.
+      context_tokens: join the texts, one after the other, into contexts of so many tokens, as sparse autoencoders are
+        trained on them; every row still knows its text. By default each text is a sample of its own.
+      context_start: token before each context: bos, eos or none; by default bos, if the tokenizer has one.
+      context_separator: token between two texts of a context: bos, eos or none; by default bos, if there is one.
       slab_tokens: most tokens one device computes at once; by default what suits the platform.
       gcs_bucket: gs://bucket/prefix to upload to, with upload_to_cloud.
       upload_to_cloud: upload every part to gcs_bucket as soon as it is committed in activations_dir.
@@ -112,9 +112,6 @@ class ExtractConfig:
     system_prompt: str | None = None
     chat_template_kwargs: str | None = None
     add_special_tokens: bool | None = None
-    context_tokens: int | None = None
-    context_start: Literal["bos", "eos", "none"] | None = None
-    context_separator: Literal["bos", "eos", "none"] | None = None
     max_new_tokens: int | None = None
     temperature: float = 0.0
     top_k: int | None = None
@@ -135,6 +132,9 @@ class ExtractConfig:
     batch_size: int = 8
     mesh_shape: str | None = None
     max_seq_length: int | None = None
+    context_tokens: int | None = None
+    context_start: Literal["bos", "eos", "none"] | None = None
+    context_separator: Literal["bos", "eos", "none"] | None = None
     slab_tokens: int | None = None
     gcs_bucket: str | None = None
     upload_to_cloud: bool = False
@@ -168,9 +168,9 @@ class ExtractConfig:
             raise UserError(f"--host_memory_gb {self.host_memory_gb} must be a positive number of gigabytes")
         self._check_backend()
         self._check_template()
-        self._check_contexts()
         self._check_answers()
         self._check_places()
+        self._check_contexts()
         self._check_processes()
 
     def _check_backend(self) -> None:
@@ -213,6 +213,15 @@ class ExtractConfig:
             if getattr(self, name) is not None and not self.chat_template:
                 raise UserError(f"--{name} is for the chat template, and none is asked for; add --chat_template True")
 
+    def _check_answers(self) -> None:
+        if self.max_new_tokens is not None:
+            if not 1 <= self.max_new_tokens <= _LARGEST:
+                raise UserError(f"--max_new_tokens {self.max_new_tokens} must be from 1 to {_LARGEST}")
+            return
+        for name in ("temperature", "top_k", "top_p", "capture_answers", "solutions_file"):
+            if getattr(self, name) not in (None, False, 0):
+                raise UserError(f"--{name} is about answers, and none are asked for; add --max_new_tokens N")
+
     def _check_contexts(self) -> None:
         if self.context_tokens is None:
             for name in ("context_start", "context_separator"):
@@ -240,15 +249,6 @@ class ExtractConfig:
                 f"--context_tokens {self.context_tokens} is more than --max_seq_length {self.max_seq_length}; leave "
                 "--max_seq_length out: with contexts no text is cut"
             )
-
-    def _check_answers(self) -> None:
-        if self.max_new_tokens is not None:
-            if not 1 <= self.max_new_tokens <= _LARGEST:
-                raise UserError(f"--max_new_tokens {self.max_new_tokens} must be from 1 to {_LARGEST}")
-            return
-        for name in ("temperature", "top_k", "top_p", "capture_answers", "solutions_file"):
-            if getattr(self, name) not in (None, False, 0):
-                raise UserError(f"--{name} is about answers, and none are asked for; add --max_new_tokens N")
 
     def _check_places(self) -> None:
         if self.upload_to_cloud and not self.gcs_bucket:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,9 @@ from jax_extract import extract
 from jax_extract.config import ExtractConfig
 from jax_extract.errors import UserError
 from jax_extract.extraction.command import extract_to_directory
+from jax_extract.extraction.prepare import Job
 from jax_extract.inputs.contexts import ContextCounts, ContextForm, join
+from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.tokenize import InputCounts, TokenizedSample
 from jax_extract.store.documents import Documents, Piece, pieces_of
 from jax_extract.store.ledger import Ledger
@@ -170,6 +173,14 @@ def test_what_contexts_cannot_be_is_said_in_one_sentence(
         run_here(folder / "model", folder / "in.jsonl", tmp_path / "a", **options)
 
 
+def test_a_token_between_texts_that_the_model_does_not_know_is_refused(folder: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    tokens = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**tokens, "bos_token": "<begin>"}))  # the 257th
+    with pytest.raises(UserError, match="puts the token id 256 there but the model knows 0 to 255"):
+        run_here(model, folder / "in.jsonl", tmp_path / "a", context_tokens=16)
+
+
 TEXTS = {"one": "a" * 10, "long": "abcdefghij" * 7, "three": "xyz", "empty": "", "last": "0123456789"}
 EMBEDDINGS: dict[str, Any] = {"hook_points": ("embeddings",), "positions": "all"}  # no block need be compiled for these
 
@@ -248,3 +259,16 @@ def test_a_run_without_contexts_says_nothing_of_them_and_its_samples_are_its_doc
     assert run.sample("a").documents.tolist() == ["a"] * 3
     with pytest.raises(UserError, match="no sample with the index 7"):
         run.documents(np.array([0, 7]), np.array([0, 0]))
+
+
+def test_a_plan_of_contexts_holds_no_more_tokens_than_a_window_may(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jax_extract.extraction.prepare._WINDOW_TOKENS", 64)
+    config = ExtractConfig(model_path=str(folder / "model"), context_tokens=16, **EMBEDDINGS)
+    job = Job.open(config)
+    counts = job.new_counts()
+    samples = [Sample(name, text) for name, text in TEXTS.items()]
+    windows = list(job.windows(samples, job.plan_settings(config), False, counts))
+    assert [sum(len(part.samples) for part in window.parts) for window in windows] == [4, 3]
+    assert isinstance(counts, ContextCounts) and (counts.samples, counts.documents) == (7, 4)

@@ -20,7 +20,7 @@ from jax_extract.extraction.backend import Backend, Loadable, Program
 from jax_extract.extraction.capture import capture_plan, sequence_limit, sites_of
 from jax_extract.extraction.jax_backend import JaxBackend
 from jax_extract.inputs.contexts import ContextCounts, ContextForm, join
-from jax_extract.inputs.plan import Window, plan_windows
+from jax_extract.inputs.plan import WINDOW_SAMPLES, Window, plan_windows
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.slabs import WHOLE_INPUT, PlanSettings, SlabShape
 from jax_extract.inputs.tokenize import Continued, InputCounts, TokenizedSample, tokenize
@@ -30,6 +30,7 @@ from jax_extract.weights.open_model import OpenModel
 from models.hooks import CapturePlan
 
 _UNCUT = sys.maxsize  # tokens of a document
+_WINDOW_TOKENS = 1 << 26  # of contexts that are planned together: 256 MB
 _PACKAGES = ("jax_extract", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors")
 
 
@@ -122,10 +123,6 @@ class Job:
         documents = tokenize(samples, tokenizer, _UNCUT, bare, read, vocabulary)
         return join(documents, self.contexts, counts, read)
 
-    def new_counts(self) -> InputCounts:
-        """For `tokenized` to fill."""
-        return InputCounts() if self.contexts is None else ContextCounts()
-
     def windows(
         self,
         samples: Iterable[Sample],
@@ -135,7 +132,16 @@ class Job:
         continued: Continued | None = None,
     ) -> Iterator[Window]:
         """Tokenises and plans, lazily; `continued` gives a sample with what follows its prompt."""
-        return plan_windows(self.tokenized(samples, wrapping, counts, continued), settings)
+        tokenized = self.tokenized(samples, wrapping, counts, continued)
+        if self.contexts is None:
+            return plan_windows(tokenized, settings)
+        # All are long, and nothing is gained by sorting many of them.
+        most = max(1, _WINDOW_TOKENS // self.contexts.tokens)
+        return plan_windows(tokenized, settings, window_samples=min(WINDOW_SAMPLES, most))
+
+    def new_counts(self) -> InputCounts:
+        """For `tokenized` to fill."""
+        return InputCounts() if self.contexts is None else ContextCounts()
 
     def weights(self) -> Loadable:
         """The tensors that will be loaded, checked by name and shape."""
@@ -183,19 +189,27 @@ def wrapping_of(config: ExtractConfig, kept: Kept) -> Wrapping:
     )
 
 
-def _contexts(config: ExtractConfig, model: OpenModel) -> ContextForm | None:
-    if config.context_tokens is None:
-        return None
-    if config.context_tokens > (allowed := model.config.max_position_embeddings):
-        raise UserError(
-            f"--context_tokens {config.context_tokens} is more than the {allowed} positions that the model allows"
-        )
-    return ContextForm.of(config.context_tokens, config.context_start, config.context_separator, model.tokenizer)
-
-
 def _open_backend(config: ExtractConfig) -> Backend:
     if config.backend == "torch":
         from jax_extract.pytorch.backend import TorchBackend
 
         return TorchBackend.open(config.device, config.dtype)
     return JaxBackend.open(config.mesh_shape, config.dtype)
+
+
+def _contexts(config: ExtractConfig, model: OpenModel) -> ContextForm | None:
+    """What samples are joined into; None where each stays by itself. UserError where the model cannot take that."""
+    if config.context_tokens is None:
+        return None
+    if config.context_tokens > (allowed := model.config.max_position_embeddings):
+        raise UserError(
+            f"--context_tokens {config.context_tokens} is more than the {allowed} positions that the model allows"
+        )
+    form = ContextForm.of(config.context_tokens, config.context_start, config.context_separator, model.tokenizer)
+    for name, token in (("start", form.start), ("separator", form.separator)):
+        if token is not None and token >= model.config.vocab_size:
+            raise UserError(
+                f"--context_{name} puts the token id {token} there but the model knows 0 to "
+                f"{model.config.vocab_size - 1}; the tokenizer is of another model, or give --context_{name} none"
+            )
+    return form

@@ -8,7 +8,8 @@ is cut. What is left at the end is a shorter context.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -126,7 +127,7 @@ class _Context:
         self.length = self.added = 0
         self._form = form
         self._ids = np.empty(form.tokens, np.int32)
-        self._pieces: list[dict[str, Any]] = []
+        self._pieces = _Pieces()
 
     def take(self, document: TokenizedSample, at: int) -> int:
         """Takes as many of the document's tokens from `at` on as there is room for; says how many."""
@@ -137,8 +138,7 @@ class _Context:
         count = min(self._form.tokens - self.length, document.length - at)
         if count:
             self._ids[self.length : self.length + count] = document.token_ids[at : at + count]
-            piece = {"document": document.sample_id, "first": at, "tokens": count, "at": self.length}
-            self._pieces.append({**piece, "meta": document.meta} if document.meta else piece)
+            self._pieces.add(document, at, count, self.length)
             self.length += count
         return count
 
@@ -150,4 +150,31 @@ class _Context:
 
     def finish(self, number: int) -> TokenizedSample:
         name = f"context:{number + 1:06d}"
-        return TokenizedSample(number, name, self._ids[: self.length], self.length, {"pieces": self._pieces})
+        return TokenizedSample(number, name, self._ids[: self.length], self.length, self._pieces)
+
+
+class _Pieces(Mapping[str, Any]):
+    """The `meta` of a context, written out when it is asked for: a plan keeps many contexts of many short texts."""
+
+    def __init__(self) -> None:
+        self._documents: list[tuple[str, Mapping[str, Any]]] = []
+        self._places = array("q")  # first, tokens and at of each
+
+    def add(self, document: TokenizedSample, first: int, tokens: int, at: int) -> None:
+        self._documents.append((document.sample_id, document.meta))
+        self._places.extend((first, tokens, at))
+
+    def __getitem__(self, key: str) -> list[dict[str, Any]]:
+        if key != "pieces":
+            raise KeyError(key)
+        places = np.frombuffer(self._places, np.int64).reshape(-1, 3).tolist()
+        return [
+            {"document": name, "first": first, "tokens": tokens, "at": at, **({"meta": dict(meta)} if meta else {})}
+            for (name, meta), (first, tokens, at) in zip(self._documents, places, strict=True)
+        ]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("pieces",))
+
+    def __len__(self) -> int:
+        return 1

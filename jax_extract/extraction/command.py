@@ -313,7 +313,7 @@ def _of_the_same_commits(config: ExtractConfig, place: Place, processes: Process
 
 
 def named_as_begun(source: Source, config: ExtractConfig, found: Ledger | None) -> Source:
-    """A local dataset names its samples after its path: a run that is there goes on under the path it was begun with."""
+    """A local dataset names its samples after its path: a run goes on under the one that it was begun with."""
     begun = found.run["description"].get("source") if found else None
     given = config.dataset
     if source.kind != "dataset" or given is None or begun in (None, given) or not Path(given).expanduser().exists():
@@ -387,7 +387,7 @@ def run_of(config: ExtractConfig, job: Job, weights: Loadable, settings: PlanSet
             "answers": config.capture_answers,
             # Only where it is so: runs that were begun before there was a choice go on.
             **({"one_file_per_layer": True} if config.one_file_per_layer else {}),
-            **_wrapping_identity(config),
+            **text_identity(config),
             "weights": weights.provenance(),
             "tokenizer_hash": tokenizer_digest(job.model.tokenizer),
             "plan_settings": settings.as_json(),
@@ -401,7 +401,7 @@ def run_of(config: ExtractConfig, job: Job, weights: Loadable, settings: PlanSet
     }
 
 
-def _wrapping_identity(config: ExtractConfig) -> dict[str, Any]:
+def text_identity(config: ExtractConfig) -> dict[str, Any]:
     """What is put around texts, as far as a run may say nothing of it."""
     said: dict[str, Any] = {"system_prompt": config.system_prompt, "add_special_tokens": config.add_special_tokens}
     if variables := config.template_variables:

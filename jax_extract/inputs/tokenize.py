@@ -235,9 +235,9 @@ class _Encoder:
 
     def _once(self, encoded: list[int], own: list[int]) -> list[int]:
         """`encoded` is `own` between what the tokenizer adds; without what of that is there already."""
-        before = next((i for i in range(len(encoded)) if encoded[i : i + len(own)] == own), 0)
+        before = next((i for i in range(1, len(encoded)) if encoded[i : i + len(own)] == own), 0)
         opening, closing = encoded[:before], encoded[before + len(own) :]
-        if not opening or own[: len(opening)] != opening:
+        if not opening or own[:before] != opening:
             return encoded
         self._counts.opened_samples += 1
         self._counts.opening = self._opening

@@ -239,6 +239,15 @@ def test_data_that_are_tokenized_already_are_taken_as_they_are() -> None:
     refused("special tokens are added to texts alone", letters(), given(5), add_special_tokens=True)
 
 
+def test_a_model_without_a_tokenizer_will_do_for_them_and_says_so_for_texts(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", layers=1)
+    (folder / "tokenizer.json").unlink()
+    tokenizer = OpenModel.open(str(folder)).tokenizer
+    assert tokens(tokenizer, Sample("g", "", token_ids=(5, 7)))[0] == [[5, 7]] and tokenizer_digest(tokenizer) == "none"
+    refused("no usable tokenizer in .*; add its tokenizer.json", tokenizer, "a")
+    refused("no usable tokenizer in", tokenizer, "a", chat_template=True)
+
+
 # ---------------------------------------------------------------------------------------------- adapters
 
 
@@ -429,6 +438,12 @@ def test_a_hub_name_means_the_commit_that_its_run_was_begun_with(tmp_path: Path)
     assert opened(revision="main", adapter="owner/lora@v2") == ("main", "owner/lora@v2"), "what is asked for goes first"
     assert opened(model_path="owner/other", adapter="owner/dora") == (None, "owner/dora")
     assert opened(overwrite=True) == (None, "owner/lora")
+
+    asked = {"revision": "main", "adapter": "owner/lora@v2"}
+    place = tmp_path / "another"
+    _begun(place, model_path="owner/name", model_revision="c0ffee", adapter="owner/lora@beef", asked=asked)
+    assert opened(activations_dir=str(place), **asked) == ("c0ffee", "owner/lora@beef"), "a branch moves too"
+    assert opened(activations_dir=str(place)) == (None, "owner/lora"), "which is another command"
 
 
 def test_options_of_texts_are_part_of_what_a_run_is_only_where_they_are_given(clocked: Path) -> None:

@@ -158,6 +158,25 @@ def test_a_run_with_an_adapter_holds_its_rows_and_can_be_verified(
         run_here(base, inputs, tmp_path / "run", **options)  # the same directory without the adapter
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2_tied"])
+def test_an_adapter_of_a_resized_vocabulary_gives_the_logits_of_peft(family: str, tmp_path: Path) -> None:
+    """As tokens are added before a training: PEFT saves the embeddings, and the head, beside the matrices."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(tiny_folder(family), dtype=torch.float32)
+        model.resize_token_embeddings(140)
+        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2)).eval()
+        with torch.no_grad():
+            for name, value in adapted.named_parameters():
+                if "lora_B" in name or "embed_tokens" in name:
+                    value.add_(torch.full_like(value, 0.1))
+        adapted.save_pretrained(tmp_path)
+    token_ids = np.array([3, 139, 5, 138, 7], np.int32)
+    with torch.inference_mode():
+        truth = adapted(torch.from_numpy(token_ids.astype(np.int64))[None], use_cache=False).logits[0].numpy()
+    assert row_errors(our_logits(tiny_folder(family), tmp_path, token_ids), truth).max() <= BOUND
+
+
 def test_an_adapter_of_a_classifier_leaves_its_head_out(tmp_path: Path) -> None:
     base = tiny_folder("llama")
     with warnings.catch_warnings():
@@ -254,7 +273,7 @@ def test_an_adapter_that_does_not_fit_is_refused(change: str, said: str, lora: P
     elif change == "nothing":
         tensors = {}
     elif change == "vocabulary":
-        tensors["base_model.model.model.embed_tokens.weight"] = np.zeros((140, 54), np.float32)
+        tensors["base_model.model.model.embed_tokens.weight"] = np.zeros((140, 53), np.float32)
     safetensors.numpy.save_file(tensors, path)
     if change == "no weights":
         path.unlink()

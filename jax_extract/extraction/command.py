@@ -302,16 +302,16 @@ class _Extraction:
 
 
 def _of_the_same_commits(config: ExtractConfig, place: Place, processes: Processes) -> ExtractConfig:
-    """A hub's name without a revision means what it meant when the run that is there was begun, not what is newest."""
-    model = config.model_path if config.revision is None else ""
-    adapter = "" if config.adapter is None or "@" in config.adapter else config.adapter
+    """What is asked of the hub means the commit that it meant when the run that is there was begun, not the newest."""
+    model, adapter = config.model_path, (config.adapter or "").partition("@")[0]
     model, adapter = (name if is_hub_id(name) and not Path(name).exists() else "" for name in (model, adapter))
     if config.overwrite or not (model or adapter) or (found := place.find(processes)) is None:
         return config
     begun = found.run["description"]
-    if model and begun.get("model_path") == model:
+    asked = begun.get("asked", {"revision": None, "adapter": adapter})  # runs that do not say it: the newest
+    if model and model == begun.get("model_path") and config.revision == asked["revision"]:
         config = dataclasses.replace(config, revision=begun.get("model_revision"))
-    if adapter and str(begun.get("adapter")).startswith(f"{adapter}@"):
+    if adapter and config.adapter == asked["adapter"] and str(begun.get("adapter")).startswith(f"{adapter}@"):
         config = dataclasses.replace(config, adapter=begun["adapter"])
     return config
 
@@ -400,7 +400,7 @@ def run_of(config: ExtractConfig, job: Job, weights: Loadable, settings: PlanSet
             "answers": config.capture_answers,
             # Only where it is so: runs that were begun before there was a choice go on.
             **({"one_file_per_layer": True} if config.one_file_per_layer else {}),
-            **_wrapping_identity(config),
+            **text_identity(config),
             "weights": weights.provenance(),
             "tokenizer_hash": tokenizer_digest(job.model.tokenizer),
             "plan_settings": settings.as_json(),
@@ -408,13 +408,14 @@ def run_of(config: ExtractConfig, job: Job, weights: Loadable, settings: PlanSet
         "numerics": job.backend.fingerprint(),
         "description": {
             **job.description(),
+            "asked": {"revision": config.revision, "adapter": config.adapter},
             "source": config.dataset or config.tasks_file,
             "mesh": dict(job.backend.mesh_shape),
         },
     }
 
 
-def _wrapping_identity(config: ExtractConfig) -> dict[str, Any]:
+def text_identity(config: ExtractConfig) -> dict[str, Any]:
     """What is put around texts, as far as a run may say nothing of it."""
     said: dict[str, Any] = {"system_prompt": config.system_prompt, "add_special_tokens": config.add_special_tokens}
     if variables := config.template_variables:

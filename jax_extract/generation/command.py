@@ -257,6 +257,7 @@ class _Inference:
         self, weights: Weights, samples: Sequence[TokenizedSample], sampling: Sampling, found: Mapping[str, Any]
     ) -> dict[str, Any]:
         """What decides the answers, and which prompts are answered together."""
+        _ = self.job.model.tokenizer.decode  # answers are texts: a model without a tokenizer has none
         return {
             "weights": weights.provenance(),
             "tokenizer_hash": tokenizer_digest(self.job.model.tokenizer),

@@ -148,6 +148,21 @@ def tokenize(
             yield tokenized
 
 
+class MissingTokenizer:
+    """Stands for the tokenizer of a model that has none, which data that are tokenized already do not need."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise UserError(self.reason)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked by Python itself
+            raise AttributeError(name)
+        raise UserError(self.reason)
+
+
 class _Encoder:
     """What a tokenizer makes of samples under a wrapping."""
 
@@ -167,6 +182,8 @@ class _Encoder:
         texts = [self._text(sample) for i, sample in enumerate(samples) if i not in given]
         try:
             encoded = iter(self._encode_texts(texts) if texts else ())
+        except UserError:
+            raise
         except Exception as error:  # noqa: BLE001 (a vocabulary without an unknown token fails in its library's own way)
             raise UserError(
                 f"this model's tokenizer fails on a text from {samples[0].sample_id!r} to {samples[-1].sample_id!r} "
@@ -227,7 +244,13 @@ class _Encoder:
     @cached_property
     def _opening(self) -> str:
         """The token that the tokenizer puts before every text, where one may be there already."""
-        if not self._opens_once or not (around := self._plain([""], True)[0]):
+        if not self._opens_once:
+            return ""
+        try:
+            around = self._plain([""], True)[0]
+        except Exception:  # noqa: BLE001 (a tokenizer that fails on no text at all puts nothing around others)
+            return ""
+        if not around:
             return ""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         name = (backend.id_to_token if backend else self._tokenizer.convert_ids_to_tokens)(around[0])
@@ -235,9 +258,9 @@ class _Encoder:
 
     def _once(self, encoded: list[int], own: list[int]) -> list[int]:
         """`encoded` is `own` between what the tokenizer adds; without what of that is there already."""
-        before = next((i for i in range(len(encoded)) if encoded[i : i + len(own)] == own), 0)
+        before = next((i for i in range(1, len(encoded)) if encoded[i : i + len(own)] == own), 0)
         opening, closing = encoded[:before], encoded[before + len(own) :]
-        if not opening or own[: len(opening)] != opening:
+        if not opening or own[:before] != opening:
             return encoded
         self._counts.opened_samples += 1
         self._counts.opening = self._opening
@@ -252,7 +275,9 @@ def _content(sample: Sample) -> str:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """`sha256:…` over everything that decides how text becomes tokens."""
+    """`sha256:…` over everything that decides how text becomes tokens; `none` where nothing does."""
+    if isinstance(tokenizer, MissingTokenizer):
+        return "none"
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     template = getattr(tokenizer, "chat_template", None) or ""

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from jax_extract.errors import UserError, user_path
+from jax_extract.inputs.tokenize import MissingTokenizer
 from jax_extract.weights.checkpoint import Checkpoint, open_checkpoint
 from jax_extract.weights.load import Weights
 from jax_extract.weights.model_type import name_model_type
@@ -106,7 +107,11 @@ class OpenModel:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return self.checkpoint.tokenizer()
+        """The checkpoint's; where that has none, what says so as soon as a text is to be tokenized."""
+        try:
+            return self.checkpoint.tokenizer()
+        except UserError as error:
+            return MissingTokenizer(str(error))
 
     @property
     def tokenizer_notes(self) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ tokenizer = GgufCheckpoint(Path(sys.argv[1])).tokenizer()
 tokenizer_digest(tokenizer)
 print(tokenizer(["Hello world"], add_special_tokens=True, verbose=False)["input_ids"], "transformers" in sys.modules)
 """
+CACHE_OF_JAX = of_jax.get_file_cache  # tests are read before the session's own cache is started
 SETTINGS = (
     "jax_compilation_cache_dir",
     "jax_enable_compilation_cache",
@@ -60,12 +61,13 @@ SETTINGS = (
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder for compiled programs, named to commands; JAX is as it was when the test is over."""
+    """A folder for compiled programs, named to commands; JAX, which keeps none now, is as it was when the test is over."""
     before = {name: getattr(jax.config, name) for name in SETTINGS}
-    monkeypatch.setattr(of_jax, "get_file_cache", of_jax.get_file_cache)
+    monkeypatch.setattr(of_jax, "get_file_cache", CACHE_OF_JAX)
     monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "compiled"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_compilation_cache_dir", None)
     of_jax.reset_cache()
     yield tmp_path / "compiled"
     of_jax.reset_cache()

@@ -6,8 +6,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from gcs_server import running
-from small_run import environment, make_model, run_cli, snapshot, write_arc, write_jsonl
+from small_run import make_model, run_cli, snapshot, write_arc, write_jsonl
 from test_processes import program
 from tiny_models import random_ids, reference, row_errors, text_of, tiny_folder, tiny_model
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
@@ -43,8 +41,8 @@ from models.positions import Positions
 NEAR_TIE = 1e-4  # of the two largest logits: below it, either token is right
 NEW_TOKENS = 64
 LENGTHS = (3, 1, 40, 90, 17)
-# One a kind of attention and of head: windows at some layers, q/k norms, learned positions and scales by layer, rotation
-# of a part of a head beside parallel blocks, norms with biases, two rotations. Capped logits, plain attention and tied
+# One a kind of attention and of head: windows at some layers, q/k norms, learned positions and scales by layer, a part
+# of a head rotated beside parallel blocks, norms with biases, two rotations. Capped logits, plain attention and tied
 # heads are those of the activations of answers.
 KINDS = ("qwen2_window", "qwen3", "gpt2_variant", "gpt_neox", "phi_variant", "gemma3")
 
@@ -150,10 +148,8 @@ def test_a_stopped_command_goes_on_and_answers_nothing_twice(
     prompts = write_jsonl(tmp_path / "in.jsonl", (30, 12, 50, 44, 9, 20))
     whole = generated(model, prompts, tmp_path / "whole", max_new_tokens=8, batch_size=2)
     words = ["--model_path", model, "--tasks_file", prompts, "--activations_dir", tmp_path / "run"]
-    line = [sys.executable, "-c", STOPPED, int(sent), 2, "generate", *words, "--max_new_tokens", 8, "--batch_size", 2]
-    done = subprocess.run(
-        list(map(str, line)), env=environment(), capture_output=True, text=True, timeout=120, check=False
-    )
+    words = [int(sent), 2, "generate", *words, "--max_new_tokens", 8, "--batch_size", 2]
+    done = run_cli(*words, cwd=tmp_path, code=STOPPED)
     assert done.returncode == code, done.stderr
     assert said in done.stderr
     batches = sorted((tmp_path / "run" / "answers").glob("batch_*.jsonl"))
@@ -197,9 +193,7 @@ def test_answers_of_another_request_are_never_mixed(change: dict[str, Any], said
 
 
 @pytest.mark.parametrize("family", ["qwen2_tied", "gpt2", "gemma2"])
-def test_greedy_answers_and_their_activations_are_those_that_hugging_face_computes(
-    family: str, tmp_path: Path
-) -> None:
+def test_greedy_answers_and_their_activations_are_those_that_hugging_face_computes(family: str, tmp_path: Path) -> None:
     prompts = random_ids((12, 40, 3), seed=9)
     inputs = write_texts(tmp_path / "t.jsonl", prompts)
     options = {"positions": "all", "layers_to_extract": (0, 3), "max_new_tokens": 11}

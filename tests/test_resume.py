@@ -84,7 +84,7 @@ def test_a_killed_run_resumed_gives_the_files_of_an_undisturbed_run_byte_for_byt
     first = _kill_when_committed(words, tmp_path / "killed", 2)
     second = _kill_when_committed(words, tmp_path / "killed", first + 5)
     assert 2 <= first < second < 75
-    again = run_cli(*words, cwd=tmp_path)
+    again = run_cli(*words, cwd=tmp_path, fresh=True)
     assert again.returncode == 0, again.stderr
     assert f"{4 * second} samples committed already" in again.stdout
     whole, killed = shards(tmp_path / "whole"), shards(tmp_path / "killed")

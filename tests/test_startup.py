@@ -61,7 +61,7 @@ SETTINGS = (
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder for compiled programs, named to commands; JAX, which keeps none now, is as it was when the test is over."""
+    """A folder for compiled programs, named to commands; JAX keeps none yet, and is as it was when the test is over."""
     before = {name: getattr(jax.config, name) for name in SETTINGS}
     monkeypatch.setattr(of_jax, "get_file_cache", CACHE_OF_JAX)
     monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "compiled"))
@@ -272,7 +272,7 @@ def test_a_second_process_compiles_nothing_and_writes_the_same_bytes(folder: Pat
     kept = {path: path.stat().st_ino for path in _files(folder)}
     assert any(path.name.startswith("jit_one_device") for path in kept)
     jax.clear_caches()
-    done = run_cli(*words, tmp_path / "second", cwd=tmp_path, env={ENVIRONMENT: str(folder)})
+    done = run_cli(*words, tmp_path / "second", cwd=tmp_path, env={ENVIRONMENT: str(folder)}, fresh=True)
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_ino for path in _files(folder)} == kept
     assert shards(tmp_path / "first") == shards(tmp_path / "second")

@@ -1,9 +1,9 @@
 """The production program on a pod of 64 chips, as the pod's own compiler makes it: no TPU is needed for that.
 
 Guarded, for Qwen2.5 of 0.5 (layers 10-23), 1.5 and 7 billion parameters (all layers) in bfloat16, 2,048 tokens,
-parameters gathered over `model`, and for a model of every other port: it fits a chip's 16 GB with a margin; nothing but parameters
-crosses chips, and as many bytes as were counted beforehand; no two chips hold the same captures; and all chips together
-do no more work than one would.
+parameters gathered over `model`, and for a model of every other port: it fits a chip's 16 GB with a margin; nothing but
+parameters crosses chips, and as many bytes as were counted beforehand; no two chips hold the same captures; and all
+chips together do no more work than one would.
 """
 
 from __future__ import annotations

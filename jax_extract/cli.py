@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jax_extract import interruption
+from jax_extract import interruption, startup
 from jax_extract.devices import libtpu
 from jax_extract.errors import UserError
 
@@ -152,7 +152,13 @@ def _prepare(config: ExtractConfig) -> None:
 
     if config.overwrite:
         interruption.again = "run the same command again without --overwrite to go on"
+    _leave_torch_out(config)
     compilation_cache.start()
+
+
+def _leave_torch_out(config: ExtractConfig) -> None:
+    if config.backend == "jax" and interruption.listening:
+        startup.leave_torch_out()
 
 
 def _extract_config(
@@ -210,9 +216,11 @@ def _sweep(argv: list[str]) -> int:
 
 def _estimate(argv: list[str]) -> None:
     interruption.again = None
+    config = _extract_config(argv, "jax-extract estimate")
+    _leave_torch_out(config)
     from jax_extract.estimation.command import estimate_command
 
-    estimate_command(_extract_config(argv, "jax-extract estimate"))
+    estimate_command(config)
 
 
 def _compile(argv: list[str]) -> None:

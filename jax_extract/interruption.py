@@ -20,6 +20,7 @@ EXIT_CODE = 128 + signal.SIGINT
 _UNWIND_SECONDS = 10.0
 
 again: str | None = "run the same command again to go on"  # set by commands: what then; None where nothing was kept
+listening = False  # whether this process is a command's own
 ending = threading.Event()  # set by who is about to end this process with words of its own; others keep silent
 _speaking = threading.Lock()  # taken once and for good
 _unwinds = False  # whether the main thread is in a place that it should leave by itself
@@ -28,8 +29,10 @@ _told = False  # whether it was told to
 
 def listen() -> None:
     """From here on Ctrl-C ends this process; for commands, whose process nobody else shares."""
+    global listening  # noqa: PLW0603
     if threading.current_thread() is not threading.main_thread():
         return
+    listening = True
     heard, tell = os.pipe()
     os.set_blocking(tell, False)
     signal.signal(signal.SIGINT, _in_main_thread)

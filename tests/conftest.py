@@ -1,9 +1,15 @@
-"""Shared fixtures. Strict dtype and rank promotion are on in every test process; warnings are errors."""
+"""Shared fixtures. Strict dtype and rank promotion are on in every test process; warnings are errors.
+
+The processes of a test run, those that tests start among them, share their compiled programs: one folder a run, made
+anew, so that nothing depends on an earlier run. See docs/decisions/test-suite.md.
+"""
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,12 +19,25 @@ from jax_extract.devices import libtpu
 # Before JAX is imported anywhere; subprocesses inherit them.
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-os.environ["JAX_EXTRACT_COMPILATION_CACHE"] = "off"  # tests of the cache name a folder of their own
+os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads wait by spinning, and there are as many processes as cores
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _COMPILED = tempfile.TemporaryDirectory(prefix="jax_extract_tests_", ignore_cleanup_errors=True)
+    atexit.register(_COMPILED.cleanup)
+    os.environ["JAX_EXTRACT_COMPILATION_CACHE"] = _COMPILED.name  # tests of the cache name a folder of their own
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 libtpu.silence()
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_programs() -> None:
+    """What is compiled in this process is kept for the others too."""
+    from jax_extract.devices import compilation_cache
+
+    compilation_cache.start()
 
 
 @pytest.fixture(scope="session")

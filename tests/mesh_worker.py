@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from jax_extract import extract
+from jax_extract.devices import compilation_cache
 from jax_extract.devices.mesh import make_mesh
 from jax_extract.extraction import jax_backend
 from jax_extract.extraction.capture import capture_plan
@@ -74,6 +75,7 @@ def facts_of(model: OpenModel, shape: str) -> dict[str, Any]:
 
 
 def main(folder: str, texts: str, out: str, batch_size: str, *meshes: str) -> None:
+    compilation_cache.start()
     model = OpenModel.open(folder)
     facts: dict[str, Any] = {"devices": len(jax.devices())}
     for shape in meshes:

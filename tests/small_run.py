@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 import tokenizers
+from command_server import Forked
 
 from jax_extract.config import ExtractConfig
 from jax_extract.extraction.command import extract_to_directory
@@ -26,11 +27,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "distributed_inference_with_activations.py"
 LAYERS = 12
 HIDDEN = 32
-_WITH_LIMIT = """
-import os, resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 def make_model(folder: Path, *, layers: int = LAYERS, hidden: int = HIDDEN, seed: int = 0) -> Path:
@@ -136,26 +132,53 @@ def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **(changes or {})}
 
 
+def started(
+    *words: object,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    script: Path | None = SCRIPT,
+    code: str | None = None,
+    largest_file: int | None = None,
+) -> Forked:
+    """The command, or a program of its own, in a process that goes on; see command_server.py."""
+    said = list(map(str, words))
+    env = environment(env)
+    return Forked(said, code=code, script=None if code else script, cwd=cwd, env=env, largest_file=largest_file)
+
+
 def run_cli(
     *words: object,
     cwd: Path,
     env: Mapping[str, str] | None = None,
     script: Path | None = SCRIPT,
+    code: str | None = None,
     largest_file: int | None = None,
+    fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """The command as a user runs it; `env` is added to the environment, `largest_file` is a limit in bytes."""
-    line = command(*words, script=script)
-    if largest_file is not None:
-        line = [sys.executable, "-c", _WITH_LIMIT, str(largest_file), *line]
-    return subprocess.run(
-        line,
-        cwd=cwd,
-        env=environment(env),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    """The command in a process of its own.
+
+    Args:
+      env: added to the environment.
+      largest_file: a limit in bytes.
+      fresh: in an interpreter that is started for it, as a user does.
+    """
+    if fresh:
+        assert code is largest_file is None
+        return subprocess.run(
+            command(*words, script=script),
+            cwd=cwd,
+            env=environment(env),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    with started(*words, cwd=cwd, env=env, script=script, code=code, largest_file=largest_file) as process:
+        try:
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(list(map(str, words)), process.wait(), out, err)
 
 
 def shards(directory: Path) -> dict[str, bytes]:

@@ -173,7 +173,7 @@ def test_a_hub_model_that_cannot_be_reached_is_told_within_20_seconds(tmp_path: 
     started = time.monotonic()
     words = ["--model_path", "nobody/no-such-model", "--tasks_file", tasks]
     unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
-    done = run_cli(*words, cwd=tmp_path, env=unreachable)
+    done = run_cli(*words, cwd=tmp_path, env=unreachable, fresh=True)
     assert done.returncode == 2
     _check_sentence(done.stderr)
     assert "nobody/no-such-model" in done.stderr

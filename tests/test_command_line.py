@@ -84,7 +84,7 @@ def test_the_documented_command_works_quietly_and_its_shards_are_where_the_docum
     model: Path, tasks: Path, tmp_path: Path
 ) -> None:
     words = ["--model_path", model, "--tasks_file", "arc_tasks.json", "--layers_to_extract", *DEFAULT_LAYERS]
-    done = run_cli(*words, "--batch_size", 8, "--mesh_shape", "1,1", cwd=tmp_path)
+    done = run_cli(*words, "--batch_size", 8, "--mesh_shape", "1,1", cwd=tmp_path, fresh=True)
     assert done.returncode == 0, done.stderr
     assert set(shards(tmp_path / "activations")) == {"layer_10_batch_000001.pkl", "layer_11_batch_000001.pkl"}
     assert json.loads((tmp_path / "activations/metadata.json").read_text())["total_samples"] == 4
@@ -106,14 +106,14 @@ def test_the_documented_command_works_quietly_and_its_shards_are_where_the_docum
 
 def test_the_one_host_command_works(model: Path, tasks: Path, tmp_path: Path) -> None:
     script = ROOT / "simple_extraction_inference.py"
-    done = run_cli("--model_path", model, "--tasks_file", tasks, cwd=tmp_path, script=script)
+    done = run_cli("--model_path", model, "--tasks_file", tasks, cwd=tmp_path, script=script, fresh=True)
     assert done.returncode == 0, done.stderr
     assert set(shards(tmp_path / "activations")) == {"layer_10_batch_000001.pkl", "layer_11_batch_000001.pkl"}
 
 
 def test_the_documented_verification_prints_what_the_document_prints_and_imports_no_jax(tmp_path: Path) -> None:
     (tmp_path / "check.py").write_text(IMPORT)
-    done = run_cli(cwd=tmp_path, script=tmp_path / "check.py")
+    done = run_cli(cwd=tmp_path, script=tmp_path / "check.py", fresh=True)
     assert done.stderr == ""
     assert done.stdout.splitlines() == [
         "Extracting layers: [10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23]",

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy._core import numeric
-from small_run import ROOT, make_model, run_here, write_jsonl
+from small_run import make_model, run_here, started, write_jsonl
 
 from jax_extract.errors import UserError
 from jax_extract.store.formats import load_shard
@@ -228,16 +226,12 @@ def test_rows_that_are_not_finite_are_reported(copied: Path, capsys: pytest.Capt
 
 
 def test_an_extraction_whose_reader_goes_away_is_done_all_the_same(copied: Path) -> None:
-    command = [sys.executable, "-m", "jax_extract.cli", "extract", "--model_path", str(copied / "model")]
-    command += ["--tasks_file", str(copied / "in.jsonl"), "--activations_dir", str(copied / "c")]
-    process = subprocess.Popen(
-        [*command, "--layers_to_extract", "10"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
-    )
-    assert process.stdout and process.stderr
-    process.stdout.close()
-    process.stderr.read()
-    process.stderr.close()
-    assert process.wait() == 0
+    words = ["extract", "--model_path", copied / "model", "--tasks_file", copied / "in.jsonl"]
+    words += ["--activations_dir", copied / "c", "--layers_to_extract", 10]
+    with started(*words, script=None) as process:
+        process.stdout.close()
+        process.stderr.read()
+        assert process.wait() == 0
     assert len(open_activations(copied / "c")) == 3
 
 

@@ -2,12 +2,12 @@
 
 Guarded: replace, add, zero and patch at hook points of every kind, with a traced layer index, through
 `port.forward` as the analyses call it: every hook point of every layer afterwards, on two texts in one
-padded batch; and that one compiled program serves every layer.
+padded batch; and that one compiled program serves every layer and every intervention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -42,27 +42,33 @@ CASES = [
     ("ffn_out", "zero"),
     ("after_block", "patch"),
     ("after_block", "add"),
+    ("after_block", "zero"),
+    ("after_attention", "replace"),
+    ("after_attention", "add"),
 ]
 
 
 class Tapped:
-    """Everything captured while one intervention is made; jitted once, traces counted."""
+    """Everything captured while interventions are made; jitted once, traces counted.
 
-    def __init__(self, hook: str, change: str) -> None:
+    All of them are in the program; those that a call does not ask for are at no layer, where they change nothing.
+    """
+
+    def __init__(self, cases: Sequence[tuple[str, str]]) -> None:
         model = OpenModel.open(str(tiny_folder(FAMILY)))
         self.layers = model.config.num_hidden_layers
-        self.width = hook_width(model.config, HOOK_POINTS[hook].width)
+        self.width = {hook: hook_width(model.config, HOOK_POINTS[hook].width) for hook, _ in cases}
         self.traces = 0
         self.plan = capture_plan(model, range(self.layers), ("*",), "all", "float32")
         widths = {name: hook_width(model.config, HOOK_POINTS[name].width) for name, _ in self.plan.layers}
         weights = Weights(model.checkpoint, model.port, model.config, self.layers)
+        self._cases = cases
         self._params = weights.load(jax_backend.open_mesh("1,1"), "float32")
 
-        def run(params: Any, tokens: Array, lengths: Array, layer: Array, value: Any, mask: Any) -> dict[str, Array]:
+        def run(params: Any, tokens: Array, lengths: Array, made: Any) -> dict[str, Array]:
             self.traces += 1
-            made = Intervention(hook, change, layer, value, mask)  # type: ignore[arg-type]
             packing = Packing(lengths[:, None], tokens.shape[1])
-            taps = Taps.start(self.plan, self.layers, packing, widths, (made,))
+            taps = Taps.start(self.plan, self.layers, packing, widths, made)
             attention = WithinRows(packing.positions)
             filled, _ = model.port.forward(
                 model.config, params, tokens, taps, attention, Numerics(), lambda prefix, shards: shards
@@ -71,19 +77,38 @@ class Tapped:
 
         self._run = jax.jit(run)
 
-    def __call__(self, texts: list[np.ndarray], layer: int, value: Any = None, patch: bool = False) -> list[Rows]:
-        tokens = np.zeros((len(texts), 48), np.int32)
-        for row, text in zip(tokens, texts, strict=True):
+    def __call__(self, texts: list[np.ndarray], case: tuple[str, str], layer: int, value: Any = None) -> list[Rows]:
+        tokens = np.zeros((len(LENGTHS), 48), np.int32)
+        for row, text in zip(tokens, texts, strict=False):
             row[: len(text)] = text
-        lengths = np.array([len(text) for text in texts], np.int32)
-        value = None if value is None else jnp.asarray(value)
-        mask = jnp.zeros((1, 48, 1), bool).at[:, np.array(PATCHED)].set(True) if patch else None
-        buffers = self._run(self._params, tokens, lengths, jnp.int32(layer), value, mask)
+        lengths = np.array([*map(len, texts), *[1] * (len(LENGTHS) - len(texts))], np.int32)
+        made = tuple(self._intervention(*each, layer if each == case else -1, value) for each in self._cases)
+        buffers = self._run(self._params, tokens, lengths, made)
         arrays = {name: np.asarray(buffer) for name, buffer in buffers.items()}
         return [
             {(name, at): arrays[name][self.plan.slot(name, at), i, : len(text)] for name, at in self.plan.sites()}
             for i, text in enumerate(texts)
         ]
+
+    def _intervention(self, hook: str, change: str, layer: int, value: np.ndarray | None) -> Intervention:
+        value = np.zeros(self.width[hook], np.float32) if layer < 0 or value is None else value
+        mask = jnp.zeros((1, 48, 1), bool).at[:, np.array(PATCHED)].set(True) if change == "patch" else None
+        given = None if change == "zero" else jnp.asarray(value)
+        return Intervention(hook, change, jnp.int32(layer), given, mask)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def tapped() -> Iterator[Tapped]:
+    """At every layer's hook points."""
+    program = Tapped([case for case in CASES if HOOK_POINTS[case[0]].per_layer])
+    yield program
+    assert program.traces == 1, "another layer must not compile anew, nor another intervention"
+
+
+@pytest.fixture(scope="module")
+def tapped_below() -> Tapped:
+    """At the embeddings, which are of no layer."""
+    return Tapped([case for case in CASES if not HOOK_POINTS[case[0]].per_layer])
 
 
 def hooked_reference(hook: str, change: str, layer: int, value: np.ndarray | None, text: np.ndarray) -> Rows:
@@ -130,14 +155,18 @@ def hooked_reference(hook: str, change: str, layer: int, value: np.ndarray | Non
         handle.remove()
 
 
-@pytest.mark.parametrize(("hook", "change"), CASES)
-def test_an_intervention_is_hugging_faces_with_the_same_hook_and_compiles_once(hook: str, change: str) -> None:
-    tapped = Tapped(hook, change)
+@pytest.mark.parametrize(("hook", "change"), [case for case in CASES if case[0] != "after_attention"])
+def test_an_intervention_is_hugging_faces_with_the_same_hook_and_compiles_once(
+    hook: str, change: str, request: pytest.FixtureRequest
+) -> None:
+    tapped: Tapped = request.getfixturevalue("tapped" if HOOK_POINTS[hook].per_layer else "tapped_below")
     texts = random_ids(LENGTHS)
-    value = None if change == "zero" else np.random.default_rng(2).standard_normal(tapped.width).astype(np.float32)
+    value = None
+    if change != "zero":
+        value = np.random.default_rng(2).standard_normal(tapped.width[hook]).astype(np.float32)
     plain = [reference(tiny_model(FAMILY), text) for text in texts]
     for layer in (1, 3) if HOOK_POINTS[hook].per_layer else (0,):
-        got = tapped(texts, layer, value, patch=change == "patch")
+        got = tapped(texts, (hook, change), layer, value)
         for i, text in enumerate(texts):
             truth = hooked_reference(hook, change, layer, value, text)
             assert row_errors(truth["final_norm", None], plain[i]["final_norm", None]).max() > 1e-3, "it must act"
@@ -149,15 +178,14 @@ def test_an_intervention_is_hugging_faces_with_the_same_hook_and_compiles_once(h
 
 
 @pytest.mark.parametrize("change", ["replace", "add"])
-def test_after_attention_changes_the_residual_stream_and_what_the_ffn_sees(change: str) -> None:
+def test_after_attention_changes_the_residual_stream_and_what_the_ffn_sees(change: str, tapped: Tapped) -> None:
     """No module of Hugging Face's ends here: the value that attention must add is worked out instead."""
-    tapped = Tapped("after_attention", change)
     [text] = random_ids([21])
-    value = np.random.default_rng(2).standard_normal(tapped.width).astype(np.float32)
+    value = np.random.default_rng(2).standard_normal(tapped.width["after_attention"]).astype(np.float32)
     model = tiny_model(FAMILY)
     plain = reference(model, text)
     for layer in (0, 4):
-        [got] = tapped([text], layer, value)
+        [got] = tapped([text], ("after_attention", change), layer, value)
 
         def post(module: Any, args: Any, result: Any, layer: int = layer) -> Any:
             wanted = torch.from_numpy(value - plain["residual_before", layer])[None]
@@ -170,12 +198,10 @@ def test_after_attention_changes_the_residual_stream_and_what_the_ffn_sees(chang
         for (name, at), rows in truth.items():
             limit = 1e-5 if HOOK_POINTS[name].residual_stream else 5e-5
             assert row_errors(got[name, at], rows).max() <= limit, (layer, name, at)
-    assert tapped.traces == 1
 
 
-def test_an_intervention_at_no_layer_changes_nothing() -> None:
-    tapped = Tapped("after_block", "zero")
+def test_interventions_at_no_layer_change_nothing(tapped: Tapped) -> None:
     [text] = random_ids([21])
-    [got] = tapped([text], -1)
+    [got] = tapped([text], ("after_block", "zero"), -1)
     for (name, at), rows in reference(tiny_model(FAMILY), text).items():
         assert row_errors(got[name, at], rows).max() <= (1e-5 if HOOK_POINTS[name].residual_stream else 5e-5)

@@ -1,6 +1,7 @@
 """Every captured number is the number that the Hugging Face model computes.
 
-Guarded: each family's every hook point at every layer, for texts of mixed lengths in one padded slab;
+Guarded: each family's every hook point at every layer, for texts of mixed lengths behind each other in one row, and
+once a port in a padded row each;
 the spellings and layouts a checkpoint may have; bfloat16 no worse than Hugging Face's own; real weights
 on real text; 8,192 tokens, without an array of tokens x tokens. The truth is the torch model on each
 text alone, without padding, in float32. `pytest -rP` prints the worst errors measured.
@@ -49,10 +50,12 @@ from jax_extract.weights.open_model import OpenModel
 from models.attention import causal_attention
 from models.hooks import HOOK_POINTS
 from models.layers import Numerics
+from models.registry import PORTS, port_for
 
 # One token; fewer than a key of the shortest window; more than a block of queries; several blocks.
 LENGTHS = (1, 3, 40, 150, 300)
 SHORT_FAMILIES = tuple(family for family in FAMILIES if family != "long")
+PADDED_FAMILIES = ("qwen2_window", "gpt2", "gpt_neox", "phi", "gemma2")  # one a port; two of them have windows
 LAYOUT_FAMILIES = ("qwen2_window", "qwen3", "llama_llama3_rope", "llama_linear_rope", "mistral")
 
 ENGLISH = (
@@ -132,8 +135,13 @@ def assert_identical(got: Sequence[Rows], wanted: Sequence[Rows]) -> None:
             np.testing.assert_array_equal(g[site], rows, err_msg=str(site))
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("family", SHORT_FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "packed"),
+    [
+        *(pytest.param(family, True, id=f"{family}-packed") for family in SHORT_FAMILIES),
+        *(pytest.param(family, False, id=f"{family}-padded") for family in PADDED_FAMILIES),
+    ],
+)
 def test_every_hook_point_of_every_layer_is_what_hugging_face_computes(family: str, packed: bool) -> None:
     sequences = random_ids(LENGTHS)
     got = captured_in_one_slab(tiny_folder(family), sequences, packed=packed)
@@ -144,6 +152,11 @@ def test_every_hook_point_of_every_layer_is_what_hugging_face_computes(family: s
     model = OpenModel.open(str(tiny_folder(family)))
     assert set(worst[0]) == set(model.port.hook_points(model.config))
     print_worst(family, worst)
+
+
+def test_every_port_is_among_those_of_padded_rows() -> None:
+    ports = {id(port_for(FAMILIES[family]().to_dict())) for family in PADDED_FAMILIES}
+    assert ports == {id(port) for port in PORTS.values()}
 
 
 def test_the_last_after_block_is_not_the_final_norm() -> None:

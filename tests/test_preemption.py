@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_server import Forked
 from gcs_server import RunningServer, running
-from small_run import environment, make_model, write_jsonl
+from small_run import make_model, started, write_jsonl
 
 from jax_extract import open_activations
 from jax_extract.cli import main
@@ -134,24 +133,21 @@ class Preempted:
         enough: int = 0,
         sent: signal.Signals = signal.SIGTERM,
     ) -> None:
-        line = [sys.executable, "-c", SCRIPT, kind, str(grace), *words]
         commits = directory / "_run/commits"
-        with subprocess.Popen(
-            line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process:
+        with started(kind, grace, *words, code=SCRIPT) as process:
             try:
                 self._wait(process, commits, enough)
-                self.before, started = len(list(commits.iterdir())), time.monotonic()
+                self.before, sent_at = len(list(commits.iterdir())), time.monotonic()
                 process.send_signal(sent)
                 self.stdout, self.stderr = process.communicate(timeout=60)
             finally:
                 process.kill()
-        self.seconds = time.monotonic() - started
+        self.seconds = time.monotonic() - sent_at
         self.code = process.returncode
         self.after = len(list(commits.iterdir()))
 
     @staticmethod
-    def _wait(process: subprocess.Popen[str], commits: Path, enough: int) -> None:
+    def _wait(process: Forked, commits: Path, enough: int) -> None:
         """Until so many parts are committed, or, with 0, until the process tells."""
         until = time.monotonic() + 60
         if enough:
@@ -160,7 +156,6 @@ class Preempted:
                 assert time.monotonic() < until
                 time.sleep(0.005)
             return
-        assert process.stdout
         for line in process.stdout:
             if line.startswith(NOTICED):
                 return

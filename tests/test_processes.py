@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_run import command, environment, make_model, run_cli, run_here, texts, write_jsonl
+from small_run import make_model, run_cli, run_here, started, texts, write_jsonl
 
 from jax_extract import UserError, open_activations
 from jax_extract.cli import main
@@ -55,23 +54,20 @@ def program(words: Sequence[str], processes: int, devices: int, killed_at: str |
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = []
+    running = []
     for index in range(processes):
         group = ["--coordinator_address", f"127.0.0.1:{port}", "--num_processes", processes, "--process_id", index]
         env = {"JAX_NUM_CPU_DEVICES": str(devices)}
         if killed_at and index == 0:
             env[VARIABLE] = killed_at
-        line = command(*words, *(group if processes > 1 else ()))
-        started.append(
-            subprocess.Popen(line, env=environment(env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
+        running.append(started(*words, *(group if processes > 1 else ()), env=env))
     said = []
-    for process in started:
-        said.append(process.communicate(timeout=ENDS)[0])
+    for process in running:
+        said.append(process.communicate(timeout=ENDS))
         if killed_at:
-            for other in started:
+            for other in running:
                 other.kill()
-    codes = [process.returncode for process in started]
+    codes = [process.returncode for process in running]
     assert killed_at or codes == [0] * processes, said
     return codes
 
@@ -104,19 +100,9 @@ def _refused(words_of: Callable[[int], list[str]], folders: Sequence[Path]) -> l
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = ["--coordinator_address", f"127.0.0.1:{port}", "--num_processes", len(folders)]
-    started = [
-        subprocess.Popen(
-            command(*words_of(i), *group, "--process_id", i),
-            cwd=folder,
-            env=environment(),
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        for i, folder in enumerate(folders)
-    ]
-    said = [process.communicate(timeout=ENDS)[1] for process in started]
-    assert [process.returncode for process in started] == [2] * len(folders), said
+    running = [started(*words_of(i), *group, "--process_id", i, cwd=folder) for i, folder in enumerate(folders)]
+    said = [process.communicate(timeout=ENDS)[1] for process in running]
+    assert [process.returncode for process in running] == [2] * len(folders), said
     return said
 
 
@@ -128,21 +114,15 @@ def test_a_process_that_dies_ends_the_other_soon_with_one_sentence_that_names_it
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = _words(model, tasks, tmp_path / "a", "--coordinator_address", f"127.0.0.1:{port}", "--num_processes", 2)
-    started = [
-        subprocess.Popen(
-            command(*words, "--process_id", index),
-            env=environment({VARIABLE: "part.record:after:1"} if index == dies else {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    running = [
+        started(*words, "--process_id", index, env={VARIABLE: "part.record:after:1"} if index == dies else {})
         for index in range(2)
     ]
-    started[dies].communicate(timeout=ENDS)
+    running[dies].communicate(timeout=ENDS)
     begun = time.monotonic()
-    out, err = started[1 - dies].communicate(timeout=ENDS)
+    out, err = running[1 - dies].communicate(timeout=ENDS)
     assert time.monotonic() - begun < 25  # not the heartbeat's 30
-    assert started[1 - dies].returncode == 1  # 2 would end the launch scripts' tries
+    assert running[1 - dies].returncode == 1  # 2 would end the launch scripts' tries
     said = [line for line in err.splitlines() if not re.match("extract: |E[0-9]+ ", line)]
     assert said == [
         f"error: process {dies} of 2 is gone; what is committed is safe: start the same command again on all hosts"
@@ -171,7 +151,9 @@ def test_a_process_whose_others_do_not_come_says_that_it_waits_and_ends_with_one
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     (tmp_path / "alone.py").write_text(ALONE)
-    ended = run_cli(address, index, cwd=tmp_path, script=tmp_path / "alone.py", env={"TF_CPP_MIN_LOG_LEVEL": "3"})
+    ended = run_cli(
+        address, index, cwd=tmp_path, script=tmp_path / "alone.py", env={"TF_CPP_MIN_LOG_LEVEL": "3"}, fresh=True
+    )
     assert ended.returncode == 0
     assert f"not all of them came to {address} within 3 s" in ended.stdout
     waiting = ("1 of 2 processes", "process 0 and the others of the program")[index]
@@ -196,9 +178,7 @@ def test_a_lost_worker_s_parts_are_stolen_and_nothing_is_there_twice(model: Path
     for index in range(3):
         words = _words(model, tasks, tmp_path / "shared", "--worker_id", index, "--num_workers", 3)
         env = {VARIABLE: "part.record:before:2"} if index == 1 else {}
-        workers.append(
-            subprocess.Popen(command(*words), env=environment(env), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        )
+        workers.append(started(*words, env=env))
     said = [worker.communicate(timeout=ENDS) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, -9, 0], said
     records = [json.loads(path.read_text()) for path in (tmp_path / "shared/_run/commits").iterdir()]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -13,14 +11,13 @@ from typing import Any
 
 import pytest
 from small_run import (
-    command,
     committed_ids,
-    environment,
     make_model,
     run_cli,
     run_here,
     shards,
     snapshot,
+    started,
     texts,
     write_jsonl,
 )
@@ -62,16 +59,15 @@ def _words(model: Path, tasks: Path, directory: Path, *more: object) -> list[str
 def _kill_when_committed(words: list[str], directory: Path, records: int) -> int:
     """Starts a command, kills it as soon as so many parts are committed; returns how many were then."""
     commits = directory / "_run" / "commits"
-    process = subprocess.Popen(command(*words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        until = time.monotonic() + 60
-        while not (commits.is_dir() and len(list(commits.iterdir())) >= records):
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < until
-            time.sleep(0.005)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    with started(*words) as process:
+        try:
+            until = time.monotonic() + 60
+            while not (commits.is_dir() and len(list(commits.iterdir())) >= records):
+                assert process.poll() is None, "the run ended before it could be killed"
+                assert time.monotonic() < until
+                time.sleep(0.005)
+        finally:
+            process.kill()
     return len(list(commits.iterdir()))
 
 
@@ -84,7 +80,7 @@ def test_a_killed_run_resumed_gives_the_files_of_an_undisturbed_run_byte_for_byt
     first = _kill_when_committed(words, tmp_path / "killed", 2)
     second = _kill_when_committed(words, tmp_path / "killed", first + 5)
     assert 2 <= first < second < 75
-    again = run_cli(*words, cwd=tmp_path)
+    again = run_cli(*words, cwd=tmp_path, fresh=True)
     assert again.returncode == 0, again.stderr
     assert f"{4 * second} samples committed already" in again.stdout
     whole, killed = shards(tmp_path / "whole"), shards(tmp_path / "killed")

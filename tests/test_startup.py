@@ -50,6 +50,7 @@ tokenizer = GgufCheckpoint(Path(sys.argv[1])).tokenizer()
 tokenizer_digest(tokenizer)
 print(tokenizer(["Hello world"], add_special_tokens=True, verbose=False)["input_ids"], "transformers" in sys.modules)
 """
+CACHE_OF_JAX = of_jax.get_file_cache  # tests are read before the session's own cache is started
 SETTINGS = (
     "jax_compilation_cache_dir",
     "jax_enable_compilation_cache",
@@ -60,12 +61,13 @@ SETTINGS = (
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder for compiled programs, named to commands; JAX is as it was when the test is over."""
+    """A folder for compiled programs, named to commands; JAX keeps none yet, and is as it was when the test is over."""
     before = {name: getattr(jax.config, name) for name in SETTINGS}
-    monkeypatch.setattr(of_jax, "get_file_cache", of_jax.get_file_cache)
+    monkeypatch.setattr(of_jax, "get_file_cache", CACHE_OF_JAX)
     monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "compiled"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_compilation_cache_dir", None)
     of_jax.reset_cache()
     yield tmp_path / "compiled"
     of_jax.reset_cache()
@@ -270,7 +272,7 @@ def test_a_second_process_compiles_nothing_and_writes_the_same_bytes(folder: Pat
     kept = {path: path.stat().st_ino for path in _files(folder)}
     assert any(path.name.startswith("jit_one_device") for path in kept)
     jax.clear_caches()
-    done = run_cli(*words, tmp_path / "second", cwd=tmp_path, env={ENVIRONMENT: str(folder)})
+    done = run_cli(*words, tmp_path / "second", cwd=tmp_path, env={ENVIRONMENT: str(folder)}, fresh=True)
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_ino for path in _files(folder)} == kept
     assert shards(tmp_path / "first") == shards(tmp_path / "second")

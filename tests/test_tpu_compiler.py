@@ -1,9 +1,9 @@
 """The production program on a pod of 64 chips, as the pod's own compiler makes it: no TPU is needed for that.
 
-Guarded, for Qwen2.5 of 0.5, 1.5 and 7 billion parameters in bfloat16, layers 10-23 and all, 2,048 tokens, parameters
-gathered over `model`, and for a model of every other port: it fits a chip's 16 GB with a margin; nothing but parameters
-crosses chips, and as many bytes as were counted beforehand; no two chips hold the same captures; and all chips together
-do no more work than one would.
+Guarded, for Qwen2.5 of 0.5 (layers 10-23), 1.5 and 7 billion parameters (all layers) in bfloat16, 2,048 tokens,
+parameters gathered over `model`, and for a model of every other port: it fits a chip's 16 GB with a margin; nothing but
+parameters crosses chips, and as many bytes as were counted beforehand; no two chips hold the same captures; and all
+chips together do no more work than one would.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def programs() -> dict[str, dict[str, Any]]:
     assert done.returncode == 0, done.stderr[-4_000:]
     assert not done.stderr, "the compiler speaks"
     found = json.loads(done.stdout)
-    assert len(found) == 11 and all(facts["slab"] == [facts["tokens"], 8, 1] for facts in found.values())
+    assert len(found) == 7 and all(facts["slab"] == [facts["tokens"], 8, 1] for facts in found.values())
     return found
 
 
@@ -86,10 +86,11 @@ def test_no_two_chips_hold_the_same_captures(programs: dict[str, dict[str, Any]]
 
 @needs_compiler
 def test_the_chips_together_do_no_more_work_than_one_alone(programs: dict[str, dict[str, Any]]) -> None:
+    assert sum(facts["work_of_one"] is not None for facts in programs.values()) == 1
     for case, facts in programs.items():
         assert facts["attention"] == "splash", case
-        assert 0.99 <= facts["work"] <= 1.05, (case, facts["work"])
-        if "layers 10-23" in case:
+        assert 0.99 <= facts["work"] <= 1.05, (case, facts["work"])  # of what was counted for the rows
+        if facts["work_of_one"]:
             assert facts["work"] / facts["work_of_one"] <= 1.05, case
 
 

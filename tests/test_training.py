@@ -6,14 +6,13 @@ import json
 import resource
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import torch
-from small_run import ROOT, command, environment
+from small_run import ROOT, run_cli, started
 from stage02 import make_walks, settings, trained, write_preset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -197,10 +196,7 @@ def test_killed_by_sigkill_it_goes_on_to_the_same_weights_bit_by_bit(dataset: Pa
         ("folder.rename:before:1", [7, 14]),
         ("folder.rename:after:2", [7, 14, 21, 28]),
     ):
-        env = environment(
-            {"JAX_EXTRACT_FAILPOINT": failpoint, "JAX_EXTRACT_COMPILATION_CACHE": str(tmp_path / "cache")}
-        )
-        done = subprocess.run(command("train", *flags, script=None), env=env, capture_output=True, check=False)
+        done = run_cli("train", *flags, script=None, cwd=tmp_path, env={"JAX_EXTRACT_FAILPOINT": failpoint})
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert saved_steps(tmp_path / "killed") == saved
         assert not (tmp_path / "killed" / "final_model").exists()
@@ -217,11 +213,7 @@ def test_sigterm_saves_a_checkpoint_first(dataset: Path, tmp_path: Path) -> None
     preset = write_preset(tmp_path / "p.json")
     endless = {"epochs": 1_000_000, "save_steps": 1_000_000_000, "eval_steps": 1_000_000_000, "logging_steps": 1}
     flags = _flags(model_config=preset, dataset_dir=dataset, output_dir=tmp_path / "run", **endless)
-    line = command("train", *flags, script=None)
-    with subprocess.Popen(
-        line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
+    with started("train", *flags, script=None) as process:
         next(said for said in process.stdout if said.startswith("train    step 5 of"))
         process.terminate()
         _, told = process.communicate()
@@ -321,13 +313,8 @@ def test_several_devices_share_a_batch_and_come_to_the_same_loss(dataset: Path, 
     preset = write_preset(tmp_path / "p.json")
     one = trained(preset, dataset, tmp_path / "one")
     words = ["--model_config", preset, "--dataset_dir", dataset, "--output_dir", tmp_path / "three", "--device", "cpu"]
-    done = subprocess.run(
-        command("train", *words, "--mesh_shape", "3,1", script=None),
-        env=environment({"JAX_NUM_CPU_DEVICES": "3"}),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = ["train", *words, "--mesh_shape", "3,1"]
+    done = run_cli(*words, script=None, cwd=tmp_path, env={"JAX_NUM_CPU_DEVICES": "3"})
     assert done.returncode == 0, done.stderr
     assert "on 3 cpu devices, mesh 3,1" in done.stdout
     log = json.loads((tmp_path / "three" / "final_model" / "trainer_state.json").read_text())["log_history"]

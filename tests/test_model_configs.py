@@ -21,7 +21,7 @@ from models_page import PAGE, REFUSED, compared, sentence, with_generated
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, masking_utils
 
 from jax_extract.errors import UserError
-from jax_extract.extraction.summary import tell_notes
+from jax_extract.extraction.summary import tell_model_notes
 from jax_extract.terminal import Terminal
 from jax_extract.weights.model_type import name_model_type
 from jax_extract.weights.open_model import OpenModel
@@ -338,8 +338,8 @@ def test_notes_reach_the_user_once(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "use_foo": 1, "use_mrope": False}))
     save_file({}, tmp_path / "model.safetensors")
     model, terminal = OpenModel.open(str(tmp_path)), Terminal()
-    tell_notes(model, terminal)
-    tell_notes(model, terminal)
+    tell_model_notes(model, terminal)
+    tell_model_notes(model, terminal)
     told = "note     config.json has use_foo, which transformers does not read either: ignored\n"
     assert capsys.readouterr().out == told
 

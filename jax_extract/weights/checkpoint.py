@@ -217,16 +217,21 @@ class SafetensorsCheckpoint(SafetensorsFiles):
         super().__init__(files.paths, files.of_one_save)
 
     def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
+        return folder_tokenizer(self._folder)
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)
-            if len(tokenizer) <= len(tokenizer.all_special_tokens):  # without files it is made empty
-                raise ValueError("it has no vocabulary")
-            return tokenizer
-        except Exception as error:  # noqa: BLE001 (every tokenizer class fails in its own way)
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"no usable tokenizer in {self._folder} ({first_line}); add its tokenizer.json") from None
+
+def folder_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder, as transformers makes it; UserError where it cannot."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # without files it is made empty
+            raise ValueError("it has no vocabulary")
+        return tokenizer
+    except Exception as error:  # noqa: BLE001 (every tokenizer class fails in its own way)
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"no usable tokenizer in {folder} ({first_line}); add its tokenizer.json") from None
 
 
 def _read_header(path: Path) -> dict[str, _Stored]:

@@ -4,10 +4,10 @@ In: a folder, its config.json. Out: `WeightFiles`.
 
 The order is transformers' own: the file that config.json names as `transformers_weights`, model.safetensors,
 model.safetensors.index.json with the files it names. An index beside a whole model.safetensors was left behind by an
-older save, and is not looked at; that is told. Where transformers would find nothing, one choice may still be the only one: a
-variant (model.fp16.safetensors), pieces without their index, files under other names. It is taken, and told. Adapters
-and the files of other programs (consolidated.safetensors, *.bin, *.pth, *.h5) never count; the sentence about a folder
-that has nothing else says how they are converted.
+older save, and is not looked at; that is told. Where transformers would find nothing, one choice may still be the only
+one: a variant (model.fp16.safetensors), pieces without their index, files under other names. It is taken, and told.
+Adapters and the files of other programs (consolidated.safetensors, *.bin, *.pth, *.h5) never count; the sentence about
+a folder that has nothing else says how they are converted.
 """
 
 from __future__ import annotations

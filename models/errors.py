@@ -7,3 +7,7 @@ Commands print the sentence and leave with exit code 2; a notebook sees a ValueE
 
 class UserError(ValueError):
     """A request that its author can mend: a wrong flag, file, key, layer, hook point or shape."""
+
+
+class NotComputedHere(UserError):
+    """A model that no port computes: another architecture, a modified one, or one under another kind of adapter."""

@@ -1,7 +1,7 @@
 """Which stored tensor is which parameter's, and which are nobody's.
 
 In: a `Checkpoint`, a port, its configuration. Out: `StoredNames`; UserError for a tensor that is missing, misshapen or
-not understood.
+not understood, the last as `NotComputedHere`.
 
 transformers loads what it has a place for and warns of the rest. Here the rest is told apart, for a bias that is
 dropped in silence gives wrong rows:
@@ -25,6 +25,7 @@ import numpy as np
 from jax_extract.errors import UserError
 from jax_extract.weights.checkpoint import Checkpoint
 from jax_extract.weights.renamed import RenamedCheckpoint
+from models.errors import NotComputedHere
 from models.ports import Port
 
 # Buffers of every age of transformers, and what other trainers leave beside a module.
@@ -167,7 +168,7 @@ def _notes(checkpoint: Checkpoint, port: Port, config: Any, unknown: Iterable[st
     if refused:
         more = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
         mend = _MERGE if "lora_" in refused[0] else "this is another architecture or a modified one"
-        raise UserError(
+        raise NotComputedHere(
             f"the weights of {checkpoint.source} hold {refused[0]!r}{more}, which the {config.model_type} port does "
             f"not compute with; {mend}"
         )

@@ -6,6 +6,7 @@ SmolLM2-135M-Instruct (fixture `smollm2_gguf`) shows that the whole makes a work
 
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
+from tiny_models import tiny_folder
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     AutoConfig,
@@ -754,6 +756,15 @@ def test_add_bos_token_is_honoured() -> None:
 def test_a_tokenizer_that_cannot_be_rebuilt_is_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         build_tokenizer(tokenizer_fields("smollm", **changes))
+
+
+def test_the_tokenizer_of_the_models_own_folder_stands_in_for_one_that_cannot_be_rebuilt(write_llama: Write) -> None:
+    path = write_llama(**{"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": ["a"]})
+    with pytest.raises(UserError, match=r"model is 'llama'; .*or put its tokenizer\.json .* beside this file"):
+        GgufCheckpoint(path).tokenizer()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_folder("llama") / name, path.parent)
+    assert GgufCheckpoint(path).tokenizer()(["!#"])["input_ids"] == [[0, 2]]
 
 
 # --- the whole ---------------------------------------------------------------------------------------

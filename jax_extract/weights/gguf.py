@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from gguf.constants import (
@@ -33,9 +33,7 @@ from jax_extract.weights.gguf_container import (
 )
 from jax_extract.weights.gguf_rope import FOLDER_MEND, ROPE_FACTORS, ROPE_KEYS, decimal, rope_scaling
 
-if TYPE_CHECKING:
-    from jax_extract.weights.gguf_tokenizer import GgufTokenizer
-
+TOKENIZER_SETTINGS = "tokenizer_config.json"
 # llama.cpp falls back to this base when a file does not name one.
 DEFAULT_ROPE_THETA = 10_000.0
 
@@ -195,14 +193,28 @@ class GgufCheckpoint:
             sha256.update(self._pieces[tensor.piece][tensor.offset : tensor.offset + tensor.nbytes])
         return f"sha256:{sha256.hexdigest()}"
 
-    def tokenizer(self) -> "GgufTokenizer":
-        """The tokenizer stored in the file; its `model_max_length` is the model's context length."""
+    def tokenizer(self) -> Any:
+        """The tokenizer stored in the file; its `model_max_length` is the model's context length.
+
+        Where it is one that cannot be rebuilt, the one whose files lie beside the file, of the model's own folder.
+        """
         from jax_extract.weights.gguf_tokenizer import GgufTokenizer
 
         fields = {
             key: decode(self._pieces[0], value) for key, value in self._metadata.items() if key.startswith("tokenizer.")
         }
-        return GgufTokenizer(fields, self.config["max_position_embeddings"])
+        folder = Path(self.source).parent
+        try:
+            return GgufTokenizer(fields, self.config["max_position_embeddings"])
+        except UserError as error:
+            if not (folder / TOKENIZER_SETTINGS).is_file():
+                said = str(error).rstrip(".")
+                raise UserError(
+                    f"{said}, or put its tokenizer.json and {TOKENIZER_SETTINGS} beside this file."
+                ) from None
+        from jax_extract.weights.checkpoint import folder_tokenizer
+
+        return folder_tokenizer(folder)
 
     def _scaling(self, stored: Mapping[str, StoredTensor]) -> dict[str, Any] | None:
         """What config.json would have as `rope_scaling`."""

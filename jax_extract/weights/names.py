@@ -1,7 +1,7 @@
 """Which stored tensor is which parameter's, and which are nobody's.
 
 In: a `Checkpoint`, a port, its configuration. Out: `StoredNames`; UserError for a tensor that is missing, misshapen or
-not understood.
+not understood, the last as `NotComputedHere`.
 
 transformers loads what it has a place for and warns of the rest. Here the rest is told apart, for a bias that is
 dropped in silence gives wrong rows:

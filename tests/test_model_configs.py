@@ -189,6 +189,10 @@ def test_each_default_of_a_port_is_that_of_the_class() -> None:
         ({**LLAMA, "pretraining_tp": 4}, {"max_position_embeddings": 2_048, "rms_norm_eps": 1e-6}),
         ({**LLAMA, "rope_scaling": {}, "rope_theta": 500_000}, {}),
         ({**LLAMA, "hidden_act": "relu"}, {"activation": "relu"}),
+        (
+            {"model_type": "gemma3_text", "num_hidden_layers": 3, "sliding_window_pattern": 2.0},
+            {"windows": (4_096, 0, 4_096)},
+        ),
         # A bias has a switch where the class defines one.
         ({**LLAMA, "model_type": "qwen2", "attention_bias": False}, {"qkv_bias": True, "output_bias": False}),
         ({**LLAMA, "model_type": "mistral", "attention_bias": True, "mlp_bias": True}, {"qkv_bias": False}),

@@ -254,7 +254,7 @@ def test_a_field_that_nobody_reads_is_a_note(beside: dict[str, Any], named: str)
 def test_a_second_name_is_worth_a_note_only_where_it_says_something_else() -> None:
     neox = {"model_type": "gpt_neox", "rotary_emb_base": 10_000, "rotary_pct": 0.25, "partial_rotary_factor": 0.25}
     assert notes({**neox, "rope_theta": 10_000.0}) == ()
-    assert "rope_theta" in notes({**neox, "rope_theta": 500.0})[0]
+    assert "rope_theta (rotary_emb_base counts)" in notes({**neox, "rope_theta": 500.0})[0]
     assert notes({"model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "sliding_window_size": 4_096}) == ()
     assert "sliding_window_size" in notes({"model_type": "gemma2", "sliding_window_size": 512})[0]
 

@@ -136,7 +136,9 @@ class Fields:
 
     def notes(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """Sentences about fields that are left out of account."""
-        names = self.unread(config)
+        names = [
+            f"{name} ({self.echoes[name]} counts)" if name in self.echoes else name for name in self.unread(config)
+        ]
         return (f"config.json has {', '.join(names)}, which transformers does not read either: ignored",) * bool(names)
 
     def _known(self, name: str, known: frozenset[str], said: Mapping[str, Any]) -> bool:

@@ -32,6 +32,8 @@ ROPE_FIELDS = {
     **{"rope_theta": 10_000.0, "rope_scaling": None, "rope_parameters": None, "partial_rotary_factor": None},
     _ORIGINAL: None,
 }
+# Whole numbers that transformers takes as they come, 8192.0 too; it checks the types of others.
+_UNTYPED = ("original_max_position_embeddings", "sliding_window_pattern")
 _LAYER_TYPES = {"full_attention": False, "attention": False, "sliding_attention": True}  # -> whether it has a window
 
 
@@ -44,6 +46,8 @@ def require_model_type(config: Config, family: Sequence[str]) -> str:
 
 def size(config: Config, key: str, default: int | None = None) -> int:
     value = _given(config, key, default)
+    if key in _UNTYPED and type(value) is float and value.is_integer():
+        value = int(value)
     if type(value) is not int or not 1 <= value < 2**31:
         raise UserError(f"config.json has {key} {_shown(value)}; it must be a whole number of at least 1")
     return value

@@ -189,6 +189,10 @@ def test_each_default_of_a_port_is_that_of_the_class() -> None:
         ({**LLAMA, "pretraining_tp": 4}, {"max_position_embeddings": 2_048, "rms_norm_eps": 1e-6}),
         ({**LLAMA, "rope_scaling": {}, "rope_theta": 500_000}, {}),
         ({**LLAMA, "hidden_act": "relu"}, {"activation": "relu"}),
+        (
+            {"model_type": "gemma3_text", "num_hidden_layers": 3, "sliding_window_pattern": 2.0},
+            {"windows": (4_096, 0, 4_096)},
+        ),
         # A bias has a switch where the class defines one.
         ({**LLAMA, "model_type": "qwen2", "attention_bias": False}, {"qkv_bias": True, "output_bias": False}),
         ({**LLAMA, "model_type": "mistral", "attention_bias": True, "mlp_bias": True}, {"qkv_bias": False}),
@@ -250,7 +254,7 @@ def test_a_field_that_nobody_reads_is_a_note(beside: dict[str, Any], named: str)
 def test_a_second_name_is_worth_a_note_only_where_it_says_something_else() -> None:
     neox = {"model_type": "gpt_neox", "rotary_emb_base": 10_000, "rotary_pct": 0.25, "partial_rotary_factor": 0.25}
     assert notes({**neox, "rope_theta": 10_000.0}) == ()
-    assert "rope_theta" in notes({**neox, "rope_theta": 500.0})[0]
+    assert "rope_theta (rotary_emb_base counts)" in notes({**neox, "rope_theta": 500.0})[0]
     assert notes({"model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "sliding_window_size": 4_096}) == ()
     assert "sliding_window_size" in notes({"model_type": "gemma2", "sliding_window_size": 512})[0]
 

@@ -7,7 +7,7 @@ one task a line never more than a line.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,15 +69,13 @@ def read_tasks(
     for entry in _entries(path, split, id_column, tasks.notes):
         try:
             found = list(entry.tasks())
-            if doubled := next((task.task_id for task in found if task.task_id in tasks), None):
-                raise UserError(f"{path}, {entry.name}, repeats the task id {doubled!r}: give each task its own.")
+            _require_new([task.task_id for task in found], tasks, f"{path}, {entry.name},")
         except UserError as error:
+            if entry.alone:
+                raise
             if not skip_bad_tasks:
-                raise (
-                    error
-                    if entry.alone
-                    else UserError(f"{str(error).rstrip('.')}; --skip_bad_tasks True leaves such tasks out.")
-                ) from error
+                reason = str(error).rstrip(".")
+                raise UserError(f"{reason}; --skip_bad_tasks True leaves such tasks out.") from error
             first_reason = first_reason or str(error)
             tasks.left_out.append(entry.name)
             continue
@@ -87,6 +85,14 @@ def read_tasks(
         reason = f", and the first was left out because of this: {first_reason}" if first_reason else "."
         raise UserError(f"{path} holds no ARC task: expected at least one{reason}")
     return tasks
+
+
+def _require_new(found: list[str], there: Container[str], where: str) -> None:
+    seen: set[str] = set()
+    for task_id in found:
+        if task_id in there or task_id in seen:
+            raise UserError(f"{where} repeats the task id {task_id!r}: give each task its own.")
+        seen.add(task_id)
 
 
 def is_task(content: object) -> bool:

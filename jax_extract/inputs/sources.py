@@ -161,12 +161,13 @@ def _holds_tasks(path: Path, kind: str, text_column: str | None, skip_bad_tasks:
     if kind == ".json":
         with local(path) as file:
             first = next(json_values(str(path), file), None)
-        if is_pair(first) or not isinstance(first, dict):
+        if not isinstance(first, dict):
             return True
     else:
         row = next(file_rows(path), None)
         first = None if row is None else row.values
-    return is_task(first) and not any(isinstance(first.get(name), str) for name in TEXT_FIELDS)
+    in_parts = is_task(first) or (kind == ".json" and is_pair(first))
+    return in_parts and not any(isinstance(first.get(name), str) for name in TEXT_FIELDS)
 
 
 def _refuse(name: str, **arguments: object) -> None:

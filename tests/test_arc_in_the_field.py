@@ -90,6 +90,8 @@ def test_compressed_lists_and_parquet_hold_the_same_tasks(tmp_path: Path) -> Non
 def test_rows_with_a_text_are_texts_even_if_they_have_pairs_too(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "q.jsonl", {"id": "x", "text": "t", **task()})
     assert [sample.text for sample in open_arc(path).samples()] == ["t"]
+    path = write(tmp_path / "q.json", [{"id": "x", "text": "t", "input": [[1]]}])
+    assert [sample.text for sample in open_arc(path).samples()] == ["t"]
 
 
 def test_a_large_corpus_takes_little_more_than_its_cells(tmp_path: Path) -> None:
@@ -265,6 +267,7 @@ def test_a_folder_of_texts_is_no_folder_of_tasks(tmp_path: Path) -> None:
         ([pair(1)], "1 pairs and no parts"),
         ([pair(1), {"input": [[1]]}, pair(2)], "train pair 1, has no output"),
         ([pair(1), 5], "pair 1, is no object"),
+        ([{"id": "a", **task()}] * 2, "object 2, repeats the task id 'a'"),
         ([task(), 5], "object 2 is no object with train and test pairs"),
         ({"a": {"examples": []}}, "0 pairs and no parts"),
     ],

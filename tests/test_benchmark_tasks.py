@@ -167,7 +167,7 @@ def test_the_samples_of_an_extraction_are_the_prompts_that_were_trained_on() -> 
         ("v.jsonl", '{"sentence": "a", "label": true}\n', "label True; it must be one of 0, 1"),
         ("v.jsonl", '{"sentence": 5, "label": 1}\n', "where a string is expected"),
         ("v.jsonl", '{"sentence": "a", "label": 1, "id": 1}\n' * 2, "line 2 repeats the id '1'"),
-        ("v.jsonl", "[]\n", "is a JSON list"),
+        ("v.jsonl", "[]\n", "holds no row"),
         ("v.jsonl", "", "holds no row"),
         ("v.csv", "sentence,label\na,b,1\n", "quote commas"),
         ("v.csv", 'sentence,label\n"a,1\n', "is not CSV"),

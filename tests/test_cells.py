@@ -90,6 +90,14 @@ def test_ids_and_texts_are_what_the_file_says(tmp_path: Path, kind: str, through
     assert pairs(tmp_path if through == "folder" else path, "file" if through == "file" else "dataset") == expected
 
 
+def test_a_list_that_is_called_jsonl_is_read_as_one(tmp_path: Path) -> None:
+    for name in ("q.jsonl", "q.jsonl.gz"):
+        content = b'[{"id": "007",\n"text": "3.10"}]'
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+        for through in ("file", "dataset"):
+            assert pairs(tmp_path / name, through) == [("007", "3.10")]
+
+
 def test_an_empty_text_is_empty_and_an_empty_id_is_refused(tmp_path: Path) -> None:
     assert pairs(write_csv(tmp_path / "t.csv", [("id", "text"), ("a", "")])) == [("a", "")]
     with pytest.raises(UserError, match="line 2, has an empty id"):

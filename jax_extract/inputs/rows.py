@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
 import re
 from collections.abc import Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from jax_extract.errors import UserError
 from jax_extract.inputs.files import LONGEST_LINE, byte_lines, decoded, lines
 
 _LARGEST_CELL = 1 << 24  # characters; Python's own limit is below some texts
+_PEEKED = 64  # bytes
 _PIECE = 1 << 20  # bytes of a JSON list that are read at once
 
 _CALLED = {",": "commas", ";": "semicolons", "\t": "tabs"}
@@ -43,6 +45,7 @@ def rows_of(name: str, kind: str, file: IO[bytes], delimiter: str | None = None)
 
     Args:
       name: begins the errors.
+      file: as `files.open_bytes` gives it.
       delimiter: of CSV, where it is not the kind's own.
 
     Raises:
@@ -50,7 +53,13 @@ def rows_of(name: str, kind: str, file: IO[bytes], delimiter: str | None = None)
     """
     if kind in (".csv", ".tsv"):
         return csv_rows(name, file, delimiter or ("\t" if kind == ".tsv" else ","))
-    return _json_rows(name, file) if kind == ".json" else jsonl_rows(name, file)
+    # Some files that are called .jsonl are a list after all.
+    return _json_rows(name, file) if kind == ".json" or begins_a_list(file) else jsonl_rows(name, file)
+
+
+def begins_a_list(file: IO[bytes]) -> bool:
+    """Whether a list follows; nothing is read on."""
+    return cast(io.BufferedReader, file).peek(_PEEKED).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
 def jsonl_rows(name: str, file: IO[bytes]) -> Iterator[PlacedRow]:

@@ -119,6 +119,8 @@ def open_source(
             f"There is no file or folder {path.absolute()}, given as --tasks_file: give a path that exists."
         )
     kind, _ = kind_and_stem(path)
+    if kind == PARQUET and path.suffix.lower() != PARQUET:
+        kind = path.suffix.lower()
     if path.is_dir() or (kind in _ROW_KINDS and _holds_tasks(path, kind, text_column, skip_bad_tasks)):
         _refuse(tasks_file, text_column=text_column)
         tasks = read_tasks(path, split, skip_bad_tasks, id_column)
@@ -133,7 +135,7 @@ def open_source(
             left_out=tuple(tasks.left_out),
             notes=tuple(tasks.notes),
         )
-    if kind in _ROW_KINDS and not (kind == PARQUET and path.suffix.lower() != PARQUET):
+    if kind in _ROW_KINDS:
         _refuse(tasks_file, split=split, **of_arc)
         samples = _not_empty(tasks_file, partial(row_samples, path, fields))
         return Source(tasks_file, _ROW_KINDS[kind], finite=True, samples=_first(samples, n_samples))
@@ -159,12 +161,13 @@ def _holds_tasks(path: Path, kind: str, text_column: str | None, skip_bad_tasks:
     if kind == ".json":
         with local(path) as file:
             first = next(json_values(str(path), file), None)
-        if is_pair(first) or not isinstance(first, dict):
+        if not isinstance(first, dict):
             return True
     else:
         row = next(file_rows(path), None)
         first = None if row is None else row.values
-    return is_task(first) and not any(isinstance(first.get(name), str) for name in TEXT_FIELDS)
+    in_parts = is_task(first) or (kind == ".json" and is_pair(first))
+    return in_parts and not any(isinstance(first.get(name), str) for name in TEXT_FIELDS)
 
 
 def _refuse(name: str, **arguments: object) -> None:

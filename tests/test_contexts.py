@@ -24,6 +24,7 @@ from jax_extract.extraction.prepare import Job
 from jax_extract.inputs.contexts import ContextCounts, ContextForm, join
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.tokenize import InputCounts, TokenizedSample
+from jax_extract.inputs.wrapping import Wrapping
 from jax_extract.store.documents import Documents, Piece, pieces_of
 from jax_extract.store.ledger import Ledger
 from jax_extract.store.reader import open_activations
@@ -269,6 +270,6 @@ def test_a_plan_of_contexts_holds_no_more_tokens_than_a_window_may(
     job = Job.open(config)
     counts = job.new_counts()
     samples = [Sample(name, text) for name, text in TEXTS.items()]
-    windows = list(job.windows(samples, job.plan_settings(config), False, counts))
+    windows = list(job.windows(samples, job.plan_settings(config), Wrapping(), counts))
     assert [sum(len(part.samples) for part in window.parts) for window in windows] == [4, 3]
     assert isinstance(counts, ContextCounts) and (counts.samples, counts.documents) == (7, 4)

@@ -118,7 +118,7 @@ def _is_of_the_kind(refusal: UserError, checkpoint: Checkpoint) -> bool:
 
 def _with_way_out(refusal: UserError, checkpoint: Checkpoint) -> UserError:
     """The refusal of a port; with what computes the model instead, where transformers reads its configuration."""
-    if not _is_of_the_kind(refusal, checkpoint):
+    if not _is_of_the_kind(refusal, checkpoint) or "--backend torch" in str(refusal):
         return refusal
     try:
         UNPORTED.config(checkpoint.config)

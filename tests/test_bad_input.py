@@ -115,7 +115,7 @@ def test_a_missing_a_misshapen_and_an_unknown_tensor_are_named(refused: Refused,
         ({"model_type": "bert"}, "'bert'"),
         ({"model_type": "qwen22"}, "the nearest is 'qwen2'"),
         ({"model_type": None, "architectures": None}, "'model_type'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ({"rope_scaling": {"rope_type": "proportional"}}, "'proportional'"),
         ({"embedding_multiplier": 3}, "embedding_multiplier 3"),
         ({"hidden_act": "mish"}, "'mish'"),
         ({"hidden_size": None}, "means (256, 4096)"),  # what transformers takes for it

@@ -8,6 +8,7 @@ own model on each sample alone, unpadded. `verify` compares such rows too.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,9 @@ def test_a_tensor_that_a_port_does_not_know_is_left_to_transformers(tmp_path: Pa
 @pytest.mark.parametrize(("model_type", "kind"), [("olmo", LoraConfig), ("llama", LoHaConfig)])
 def test_an_adapter_that_is_not_merged_here_is_merged_by_peft(model_type: str, kind: Any, tmp_path: Path) -> None:
     model = model_of(model_type, tmp_path, **{**SIZES, "max_position_embeddings": 128})
-    adapted = get_peft_model(model, kind(r=4, target_modules=["q_proj"])).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(model, kind(r=4, target_modules=["q_proj"])).eval()
     with torch.no_grad():
         for name, value in adapted.named_parameters():
             if "lora" in name or "hada" in name:

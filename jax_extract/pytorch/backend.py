@@ -155,7 +155,8 @@ class TorchBackend:
                 f"the model does not fit {self.device}; give --dtype bfloat16, or fewer layers, or a larger device"
             ) from None
         except (ValueError, OSError, ImportError, AttributeError, KeyError, TypeError, RuntimeError) as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            said = str(error).strip().partition("\n")[0]
+            reason = said if said and not isinstance(error, KeyError) else f"{type(error).__name__} {said}".rstrip()
             raise UserError(
                 f"transformers does not load or run {model.checkpoint.source} as a decoder with such hook points "
                 f"({reason.rstrip('.')}); check the folder, or ask for other --hook_points"

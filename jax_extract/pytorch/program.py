@@ -88,6 +88,8 @@ class TorchProgram:
     def _keep(self, key: SiteKey, value: Any) -> None:
         """Selects and casts on the device, and copies: the model may write over its own."""
         value = value if isinstance(value, torch.Tensor) else value[0]
+        if value.ndim != 3:  # noqa: PLR2004 (batch, tokens, width)
+            raise ValueError(f"its {key[0]} has {value.ndim} axes and not batch, tokens and width")
         if value.shape[-1] != self._widths[key[0]]:
             raise ValueError(f"its {key[0]} is {value.shape[-1]} wide and not {self._widths[key[0]]}")
         assert self._selection is not None

@@ -172,7 +172,7 @@ class HuggingFace:
         found: dict[SiteKey, np.ndarray] = {}
 
         def keep(key: SiteKey, value: Any) -> None:
-            value = value[0] if isinstance(value, tuple) else value
+            value = value if isinstance(value, torch.Tensor) else value[0]
             found[key] = sample.select(value[0].float().numpy())  # a copy: the model may write over its own
 
         with contextlib.ExitStack() as hooks:

@@ -308,10 +308,10 @@ def _of_the_same_commits(config: ExtractConfig, place: Place, processes: Process
     if config.overwrite or not (model or adapter) or (found := place.find(processes)) is None:
         return config
     begun = found.run["description"]
-    asked = begun.get("asked", {"revision": None, "adapter": adapter})  # runs that do not say it: the newest
-    if model and model == begun.get("model_path") and config.revision == asked["revision"]:
+    asked = dict(begun.get("asked") or {"adapter": adapter})  # runs that do not say it: the newest
+    if model and model == begun.get("model_path") and config.revision == asked.get("revision"):
         config = dataclasses.replace(config, revision=begun.get("model_revision"))
-    if adapter and config.adapter == asked["adapter"] and str(begun.get("adapter")).startswith(f"{adapter}@"):
+    if adapter and config.adapter == asked.get("adapter") and str(begun.get("adapter")).startswith(f"{adapter}@"):
         config = dataclasses.replace(config, adapter=begun["adapter"])
     return config
 

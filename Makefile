@@ -16,7 +16,7 @@ demo: .venv/core
 	@echo && $(BIN)/jax-extract inspect $(DEMO_OUTPUT)
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ anew, so that nothing depends on an earlier run. See docs/decisions/test-suite.m
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib.util
 import os
 import tempfile
@@ -30,6 +31,19 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 libtpu.silence()
 
 ROOT = Path(__file__).resolve().parent.parent
+# What takes longest begins first, so that no process works on alone at the end.
+LONGEST = """tpu_compiler kills parity processes finetuning post_training verify generation resume invariance gcs
+    training adapters estimate launch""".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # a million objects of libraries, which each later collection would look at again
 
 
 @pytest.fixture(scope="session", autouse=True)

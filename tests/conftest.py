@@ -11,11 +11,16 @@ import gc
 import importlib.util
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from jax_extract.devices import libtpu
+
+if TYPE_CHECKING:
+    from gcs_server import RunningServer
 
 # Before JAX is imported anywhere; subprocesses inherit them.
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
@@ -52,6 +57,31 @@ def compiled_programs() -> None:
     from jax_extract.devices import compilation_cache
 
     compilation_cache.start()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Qwen2 of twelve layers, which no test changes; see small_run.py."""
+    from small_run import make_model
+
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random Llama, `model`, and reviews of random words, one of which decides."""
+    from tiny_reviews import write_base
+
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def bucket_server() -> Iterator[RunningServer]:
+    """Buckets without faults, for whoever makes one of a name of its own."""
+    from gcs_server import running
+
+    with running() as process:
+        yield process
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Of tests: some wait for what they have started.
+PROCESSES = $$($(BIN)/python -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
 DEMO_OUTPUT := demo_output/activations
 
 .PHONY: demo test lint bench clean
@@ -16,7 +18,7 @@ demo: .venv/core
 	@echo && $(BIN)/jax-extract inspect $(DEMO_OUTPUT)
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -7,14 +7,20 @@ anew, so that nothing depends on an earlier run. See docs/decisions/test-suite.m
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib.util
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from jax_extract.devices import libtpu
+
+if TYPE_CHECKING:
+    from gcs_server import RunningServer
 
 # Before JAX is imported anywhere; subprocesses inherit them.
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
@@ -24,12 +30,25 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _COMPILED = tempfile.TemporaryDirectory(prefix="jax_extract_tests_", ignore_cleanup_errors=True)
     atexit.register(_COMPILED.cleanup)
     os.environ["JAX_EXTRACT_COMPILATION_CACHE"] = _COMPILED.name  # tests of the cache name a folder of their own
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"  # single operations are not worth a file
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 libtpu.silence()
 
 ROOT = Path(__file__).resolve().parent.parent
+# What takes longest begins first, so that no process works on alone at the end.
+LONGEST = """tpu_compiler kills parity processes finetuning post_training verify generation resume invariance gcs
+    training adapters estimate launch""".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # a million objects of libraries, which each later collection would look at again
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,6 +57,31 @@ def compiled_programs() -> None:
     from jax_extract.devices import compilation_cache
 
     compilation_cache.start()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Qwen2 of twelve layers, which no test changes; see small_run.py."""
+    from small_run import make_model
+
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random Llama, `model`, and reviews of random words, one of which decides."""
+    from tiny_reviews import write_base
+
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def bucket_server() -> Iterator[RunningServer]:
+    """Buckets without faults, for whoever makes one of a name of its own."""
+    from gcs_server import running
+
+    with running() as process:
+        yield process
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import store_worker
-from gcs_server import RunningServer, running
+from gcs_server import RunningServer
 from small_run import environment, make_model, run_cli, run_here, shards, snapshot, write_jsonl
 
 from jax_extract import UserError, open_activations
@@ -31,11 +31,6 @@ FLAGS = ["--layers_to_extract", 10, 11, "--batch_size", 4, "--positions", "all"]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("input") / "in.jsonl", LENGTHS)
 
@@ -48,19 +43,13 @@ def whole(model: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return directory
 
 
-@pytest.fixture(scope="module")
-def process() -> Iterator[RunningServer]:
-    with running() as server:
-        yield server
-
-
 @pytest.fixture
-def server(process: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningServer]:
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", process.url)
+def server(bucket_server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningServer]:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", bucket_server.url)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    process.forget_log()
-    yield process
-    process.forget_faults()
+    bucket_server.forget_log()
+    yield bucket_server
+    bucket_server.forget_faults()
 
 
 @pytest.fixture

@@ -66,11 +66,6 @@ main()
 DEFAULT_LAYERS = [str(layer) for layer in range(10, 24)]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
 @pytest.fixture
 def tasks(tmp_path: Path) -> Path:
     return write_arc(tmp_path / "arc_tasks.json")

@@ -74,7 +74,7 @@ def assert_only(names: list[str], blocks: int) -> None:
 def test_no_tensor_of_a_higher_layer_is_read(
     hooks: tuple[str, ...], layers: tuple[int, ...] | None, blocks: int, norm: bool, read: list[str]
 ) -> None:
-    extract(str(tiny_folder(FAMILY)), TEXTS, layers=layers, hook_points=hooks)
+    extract(str(tiny_folder(FAMILY)), TEXTS, layers=layers, hook_points=hooks, positions="all")
     assert_only(read, blocks)
     assert not norm or "model.norm.weight" in read
 
@@ -142,6 +142,6 @@ def test_residual_before_is_after_block_of_the_layer_below_and_the_embeddings_at
         run = extract(str(tiny_folder(FAMILY)), TEXTS, layers=(layer,), hook_points=(hook,), positions="all")
         return run.sample("1").get(layer, hook)
 
-    for layer in (1, 3, 4):
+    for layer in (1, 4):  # without a window and with one
         np.testing.assert_array_equal(rows("residual_before", layer), rows("after_block", layer - 1))
     np.testing.assert_array_equal(rows("residual_before", 0), rows("embeddings", 0))

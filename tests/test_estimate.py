@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gcs_server import running
-from small_run import make_model, run_here, shards, snapshot, write_jsonl
+from small_run import run_here, shards, snapshot, write_jsonl
 
 from jax_extract import UserError
 from jax_extract.config import ExtractConfig
@@ -35,11 +35,6 @@ from models.positions import Positions
 LENGTHS = [33, 60, 40, 61, 35, 50, 47, 62, 63, 34, 48, 64, 200, 100, 90, 120] * 3
 LONG, SHORT, OTHER = SlabShape(128, 8, 1), SlabShape(64, 8, 1), SlabShape(256, 8, 1)
 COMPUTE = ComputeProbe(load_seconds=5, compile_seconds=10, step_seconds={LONG: 2.0, SHORT: 0.5}, tried=20)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

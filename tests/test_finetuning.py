@@ -23,7 +23,7 @@ from finetune_worker import Ended, end, finetune, start
 from safetensors.numpy import load_file, save_file
 from small_run import ROOT
 from tiny_models import tiny_folder
-from tiny_reviews import OTHERS, VOCABULARY, finetune_words, llama_config, write_base
+from tiny_reviews import OTHERS, VOCABULARY, finetune_words, llama_config
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from jax_extract import cli
@@ -46,12 +46,6 @@ METHODS = ["full_finetune", "lora"]
 # peft asks for it, and transformers calls it deprecated.
 OF_PEFT = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
 SHORT = ["--max_steps", 12, "--save_steps", 4]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny random Llama, `model`, and reviews of random words, one of which decides."""
-    return write_base(tmp_path_factory.mktemp("base"))
 
 
 def _only_folder(results: Path) -> Path:

@@ -89,10 +89,10 @@ def test_an_answer_depends_on_neither_batch_nor_mesh_nor_company(tmp_path: Path)
     model = tiny_folder("qwen2_window")
     runs = [
         generated(model, prompts, tmp_path / str(number), **options, **shape)
-        for number, shape in enumerate(({"batch_size": 1}, {"batch_size": 4}, {"batch_size": 8}))
+        for number, shape in enumerate(({"batch_size": 1}, {"batch_size": 4}))  # of eight a device: on the mesh
     ]
-    assert runs[0] == runs[1] == runs[2]
-    other = generated(model, prompts, tmp_path / "other", **{**options, "seed": 8})
+    assert runs[0] == runs[1]
+    other = generated(model, prompts, tmp_path / "other", **{**options, "seed": 8}, batch_size=4)
     assert [a["token_ids"] for a in other] != [a["token_ids"] for a in runs[0]]
     done = run_cli(
         *(

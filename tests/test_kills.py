@@ -20,7 +20,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import pytest
-from gcs_server import RunningServer, running
+from gcs_server import RunningServer
 from store_worker import Case, StoreWorker, extract
 
 from jax_extract.store.ledger import COMMITS, PARTS, RUN_FILE, Ledger, Record
@@ -89,24 +89,18 @@ def workers() -> Iterator[Workers]:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    with running() as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def cloud_workers(server: RunningServer) -> Iterator[Workers]:
-    started = Workers(STORAGE_EMULATOR_HOST=server.url, NO_PROXY="127.0.0.1")
+def cloud_workers(bucket_server: RunningServer) -> Iterator[Workers]:
+    started = Workers(STORAGE_EMULATOR_HOST=bucket_server.url, NO_PROXY="127.0.0.1")
     yield started
     started.close()
 
 
 @pytest.fixture
-def bucket(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+def bucket(bucket_server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", bucket_server.url)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     name = f"kills-{time.monotonic_ns()}"
-    server.make_bucket(name)
+    bucket_server.make_bucket(name)
     return f"gs://{name}"
 
 

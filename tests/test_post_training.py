@@ -21,7 +21,7 @@ import torch
 from finetune_worker import finetune
 from peft import LoraConfig, PeftModel, get_peft_model
 from small_run import ROOT
-from tiny_reviews import finetune_words, save_changed, seem_trained, write_base
+from tiny_reviews import finetune_words, save_changed, seem_trained
 from transformers import LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
 import jax_extract
@@ -39,11 +39,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
 
 OUTPUT = Path("results/phase3_representations/representations")
 BOUND = 1e-5  # of the residual stream's rows, as for every port
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,12 @@ import json
 import re
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from command_server import Forked
-from gcs_server import RunningServer, running
-from small_run import make_model, started, write_jsonl
+from gcs_server import RunningServer
+from small_run import started, write_jsonl
 
 from jax_extract import open_activations
 from jax_extract.cli import main
@@ -78,11 +77,6 @@ sys.exit(main())
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("input") / "in.jsonl", [60] * SAMPLES)
 
@@ -94,12 +88,6 @@ def expected(model: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory)
     rows = _rows(directory)
     assert len(rows) == SAMPLES
     return rows
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    with running() as process:
-        yield process
 
 
 def _words(model: Path, tasks: Path, directory: Path, *more: object) -> list[str]:
@@ -250,17 +238,17 @@ def test_a_bucket_that_hangs_does_not_keep_the_process_beyond_the_grace(
     tasks: Path,
     tmp_path: Path,
     expected: dict[str, bytes],
-    server: RunningServer,
+    bucket_server: RunningServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", bucket_server.url)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    server.make_bucket("preempted")
-    server.fault("stall", name="runs/one/_run/commits/000004", times=1_000, seconds=60)
+    bucket_server.make_bucket("preempted")
+    bucket_server.fault("stall", name="runs/one/_run/commits/000004", times=1_000, seconds=60)
     directory = tmp_path / "spool"
     words = _words(model, tasks, directory, "--gcs_bucket", "gs://preempted/runs/one", "--upload_to_cloud", "True")
     stopped = Preempted("", words, directory, grace=2, enough=PARTS)
-    server.forget_faults()
+    bucket_server.forget_faults()
     assert stopped.code == 143
     assert stopped.seconds < 2 + 3
     assert stopped.after == PARTS  # on the disk; not all of them in the bucket

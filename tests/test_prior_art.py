@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_run import make_model, run_cli, run_here, texts, write_jsonl
+from small_run import run_cli, run_here, texts, write_jsonl
 
 from jax_extract import UserError, load_shard, open_activations
 from jax_extract.store.storage.failpoints import VARIABLE
@@ -21,11 +21,6 @@ from jax_extract.store.storage.verbs import Published
 LENGTHS = [33, 60, 40, 61, 35, 50, 47, 62, 63, 34, 41]  # the last batch of 4 is partial
 OPTIONS: dict[str, Any] = {"layers_to_extract": (10, 11), "batch_size": 4, "positions": "all"}
 FLAGS = ["--layers_to_extract", 10, 11, "--batch_size", 4, "--positions", "all"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gcs_server import RunningServer, running
+from gcs_server import RunningServer
 
 from jax_extract import Run, UserError, load_shard, open_activations
 from jax_extract.cli import main
@@ -112,21 +112,15 @@ def test_other_inputs_are_told_as_far_as_the_plan_has_counted_them() -> None:
 # ------------------------------------------------------------------------------------- one shard on its own
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    with running() as process:
-        yield process
-
-
 @pytest.fixture
-def place(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def place(bucket_server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A prefix of a new bucket."""
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", bucket_server.url)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     name = f"reader-{time.monotonic_ns()}"
-    server.make_bucket(name)
+    bucket_server.make_bucket(name)
     yield f"gs://{name}/runs/one"
-    server.forget_faults()
+    bucket_server.forget_faults()
 
 
 def write_run(root: Path, shard_format: str = "pickle", parts: int = 2) -> Path:
@@ -251,14 +245,14 @@ def _rows(run: Run) -> dict[str, bytes]:
 
 
 def test_a_run_whose_shards_were_uploaded_and_deleted_here_is_read_from_the_bucket(
-    tmp_path: Path, place: str, server: RunningServer, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, place: str, bucket_server: RunningServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = _rows(open_activations(write_run(tmp_path / "a", parts=3)))
     bucket_copy(tmp_path / "a", place, delete_local=True)
     assert not list((tmp_path / "a").glob("layer_*"))
-    server.forget_log()
+    bucket_server.forget_log()
     run = open_activations(tmp_path / "a")
-    assert len([entry for entry in server.log() if entry["name"].endswith("_run/run.json")]) <= 2  # opened once
+    assert len([entry for entry in bucket_server.log() if entry["name"].endswith("_run/run.json")]) <= 2  # opened once
     assert _rows(run) == before
     assert _rows(pickle.loads(pickle.dumps(run))) == before  # as worker processes get it
     batch = next(iter(run.shuffled(3, rows=9, epochs=1)))
@@ -269,7 +263,7 @@ def test_a_run_whose_shards_were_uploaded_and_deleted_here_is_read_from_the_buck
     assert re.search(r"after_block +4 +18 x 4 ", said)
 
 
-def test_parts_that_are_still_here_are_read_here(tmp_path: Path, place: str, server: RunningServer) -> None:
+def test_parts_that_are_still_here_are_read_here(tmp_path: Path, place: str, bucket_server: RunningServer) -> None:
     before = _rows(open_activations(write_run(tmp_path / "a")))
     bucket_copy(tmp_path / "a", place, delete_local=True)
     write_run(tmp_path / "b", parts=3)
@@ -280,11 +274,11 @@ def test_parts_that_are_still_here_are_read_here(tmp_path: Path, place: str, ser
             (tmp_path / "a/_run/commits" / path.name).write_text(json.dumps(record))
             for file in (record["sidecar"], *record["files"]):
                 shutil.copy(tmp_path / "b" / file["path"], tmp_path / "a" / file["path"])
-    server.forget_log()
+    bucket_server.forget_log()
     rows = _rows(open_activations(tmp_path / "a"))
     assert {name: row for name, row in rows.items() if name in before} == before
     assert set(rows) - set(before) == {"b3s0", "b3s1", "b3s2"}
-    assert not [entry for entry in server.log() if "000003" in entry["name"]]
+    assert not [entry for entry in bucket_server.log() if "000003" in entry["name"]]
 
 
 def _note(root: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -303,14 +297,14 @@ def _note(root: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Non
     ],
 )
 def test_a_note_that_names_no_bucket_is_refused_before_anything_is_asked(
-    tmp_path: Path, place: str, server: RunningServer, note: Any, told: str
+    tmp_path: Path, place: str, bucket_server: RunningServer, note: Any, told: str
 ) -> None:
     bucket_copy(write_run(tmp_path / "a"), place, delete_local=True)
     _note(tmp_path / "a", lambda _: {} if note is None else {"to": note})
-    server.forget_log()
+    bucket_server.forget_log()
     with pytest.raises(UserError, match=told):
         open_activations(tmp_path / "a")
-    assert not server.log()
+    assert not bucket_server.log()
 
 
 def test_a_bucket_with_another_run_or_without_the_part_is_told_before_anything_is_read(

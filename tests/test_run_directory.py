@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_run import make_model, run_here, shards, snapshot, texts, write_jsonl
+from small_run import run_here, shards, snapshot, texts, write_jsonl
 
 import jax_extract
 from jax_extract import UserError, load_shard, open_activations
@@ -22,11 +22,6 @@ from jax_extract.upkeep import status
 
 LENGTHS = [33, 60, 40, 61, 35, 50, 47, 62, 63, 34, 48, 64, 49, 36, 51, 37, 38, 52, 39, 53]  # one slab shape
 LAYERS = (10, 11)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

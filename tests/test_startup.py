@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -264,7 +265,9 @@ def test_the_processes_of_one_program_share_a_folder_only_where_it_was_named(
     assert by_default.get("key") is None
 
 
-def test_a_second_process_compiles_nothing_and_writes_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+def test_a_second_process_compiles_nothing_imports_no_torch_and_writes_the_same_bytes(
+    folder: Path, tmp_path: Path
+) -> None:
     model = make_model(tmp_path / "tiny", layers=2)
     texts = write_jsonl(tmp_path / "texts.jsonl", [5, 9, 40, 41])
     words = ["--model_path", str(model), "--tasks_file", str(texts), "--activations_dir"]
@@ -272,8 +275,11 @@ def test_a_second_process_compiles_nothing_and_writes_the_same_bytes(folder: Pat
     kept = {path: path.stat().st_ino for path in _files(folder)}
     assert any(path.name.startswith("jit_one_device") for path in kept)
     jax.clear_caches()
-    done = run_cli(*words, tmp_path / "second", cwd=tmp_path, env={ENVIRONMENT: str(folder)}, fresh=True)
+    env = {ENVIRONMENT: str(folder), "PYTHONPROFILEIMPORTTIME": "1"}
+    done = run_cli(*words, tmp_path / "second", cwd=tmp_path, env=env, fresh=True)
     assert done.returncode == 0, done.stderr
+    imported = set(re.findall(r"^import time:.*\| +(\S+)$", done.stderr, re.MULTILINE))
+    assert "transformers" in imported and "torch" not in imported
     assert {path: path.stat().st_ino for path in _files(folder)} == kept
     assert shards(tmp_path / "first") == shards(tmp_path / "second")
 

@@ -6,6 +6,7 @@ import gzip
 import json
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pyarrow as pa
@@ -285,7 +286,8 @@ def test_the_options_reach_the_reader_and_the_input_line_says_what_was_left_out(
     source = _open_source(ExtractConfig(tasks_file=str(path), id_column="key", skip_bad_tasks=True))
     assert ids(source) == ["k0_0", "k1_0"]
     counts = InputCounts(samples=2, tokens=8, longest_sample=4)
-    tell_input(source, counts, cast(Job, None), Terminal())
+    job = SimpleNamespace(contexts=None, model=SimpleNamespace(tokenizer_notes=()))
+    tell_input(source, counts, cast(Job, job), Terminal())
     told = "".join(capsys.readouterr())
     assert "4 unusable tasks left out: corpus.jsonl, line 3, corpus.jsonl, line 4, corpus.jsonl, line 5, …" in told
     assert _left_out(source)["unusable_tasks"]["count"] == 4

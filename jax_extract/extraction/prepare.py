@@ -28,6 +28,7 @@ from jax_extract.inputs.wrapping import Kept, Wrapping
 from jax_extract.store.parts import Site
 from jax_extract.weights.open_model import OpenModel
 from models.hooks import CapturePlan
+from models.ports import longest_sample
 
 _UNCUT = sys.maxsize  # tokens of a document
 _WINDOW_TOKENS = 1 << 26  # of contexts that are planned together: 256 MB
@@ -201,9 +202,9 @@ def _contexts(config: ExtractConfig, model: OpenModel) -> ContextForm | None:
     """What samples are joined into; None where each stays by itself. UserError where the model cannot take that."""
     if config.context_tokens is None:
         return None
-    if config.context_tokens > (allowed := model.config.max_position_embeddings):
+    if config.context_tokens > (allowed := longest_sample(model.config)):
         raise UserError(
-            f"--context_tokens {config.context_tokens} is more than the {allowed} positions that the model allows"
+            f"--context_tokens {config.context_tokens} is more than the {allowed} positions this model allows"
         )
     form = ContextForm.of(config.context_tokens, config.context_start, config.context_separator, model.tokenizer)
     for name, token in (("start", form.start), ("separator", form.separator)):

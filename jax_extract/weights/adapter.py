@@ -301,16 +301,16 @@ def open_adapter(base: Checkpoint, adapter: str, port: Port) -> AdaptedCheckpoin
 class CheckpointBesideAdapter:
     """A checkpoint whose tensors are as they were, with the adapter that PEFT merges into the model made of them."""
 
-    def __init__(self, base: Checkpoint, folder: Path, adapter: str) -> None:
+    def __init__(self, base: Checkpoint, folder: Path, adapter: str, vocabulary: int) -> None:
         self.source, self.revision, self.config = base.source, base.revision, base.config
-        self.generation = base.generation
+        self.generation, self.notes = base.generation, base.notes
         self.adapter, self.adapter_folder = adapter, folder
+        self.tokenizer_notes: tuple[str, ...] = ()
         self._base = base
+        self._rows = vocabulary
         self._settings = read_json(folder / SETTINGS)
         if not (folder / WEIGHTS).is_file():
-            raise UserError(
-                f"there is no {WEIGHTS} in {folder}; save the adapter with save_pretrained(…, safe_serialization=True)"
-            )
+            raise UserError(f"there is no {WEIGHTS} in {folder}; {_mend(folder)}")
         self._file = SafetensorsFiles([folder / WEIGHTS])
 
     def names(self) -> frozenset[str]:
@@ -331,18 +331,24 @@ class CheckpointBesideAdapter:
         return f"sha256:{total.hexdigest()}"
 
     def tokenizer(self) -> Any:
-        return self._base.tokenizer()
+        """The one in the adapter's folder, else the base model's; `tokenizer_notes` say which."""
+        tokenizer, self.tokenizer_notes = adapter_tokenizer(self.adapter_folder, self._base.tokenizer, self._rows)
+        return tokenizer
 
 
-def beside_adapter(base: Checkpoint, adapter: str) -> CheckpointBesideAdapter:
-    """The model and the adapter that goes into it; UserError where there is none, or PEFT is not installed."""
+def beside_adapter(base: Checkpoint, adapter: str, vocabulary: int) -> CheckpointBesideAdapter:
+    """The model and the adapter that goes into it; UserError where there is none, or PEFT is not installed.
+
+    Args:
+      vocabulary: rows of the model's embedding.
+    """
     if importlib.util.find_spec("peft") is None:
         raise UserError(
             f"--adapter {adapter!r} is merged into this {base.config.get('model_type')!r} model by PEFT, which is not "
             "installed; pip install peft"
         )
     folder, found = find_adapter(adapter)
-    return CheckpointBesideAdapter(base, folder, found)
+    return CheckpointBesideAdapter(base, folder, found, vocabulary)
 
 
 def find_adapter(adapter: str) -> tuple[Path, str]:

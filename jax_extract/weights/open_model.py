@@ -94,7 +94,7 @@ class OpenModel:
         if adapter is not None:
             from jax_extract.weights.adapter import beside_adapter
 
-            checkpoint = beside_adapter(checkpoint, adapter)
+            checkpoint = beside_adapter(checkpoint, adapter, config.vocab_size)
         return cls(checkpoint, family, config)
 
     @property

@@ -27,6 +27,7 @@ from jax_extract.extraction.command import (
     run_of,
 )
 from jax_extract.extraction.loop import part_content
+from jax_extract.extraction.model_fields import require_same_fields
 from jax_extract.extraction.pending import Committed, parse_committed, pending_parts, plan_json, read_committed
 from jax_extract.extraction.place import Place, kept_by
 from jax_extract.extraction.prepare import Job, wrapping_of
@@ -202,6 +203,7 @@ def estimate(config: ExtractConfig, terminal: Terminal, processes: Processes | N
         if found:
             run = run_of(config, job, weights, settings)
             found.require_same(run["identity"], run["numerics"], config.allow_numeric_change)
+            require_same_fields(found, job.model, job.max_length)
         work, parts, shapes = _plan(
             _Request(config, processes, source, job, settings, wrapping, found, committed, terminal)
         )

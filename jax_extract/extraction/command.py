@@ -22,6 +22,12 @@ from jax_extract.devices.processes import Processes, start_processes
 from jax_extract.errors import UserError
 from jax_extract.extraction.backend import Loadable
 from jax_extract.extraction.loop import STEPS_IN_MEMORY
+from jax_extract.extraction.model_fields import (
+    MODEL_FIELDS,
+    model_fields,
+    require_meaning_as_begun,
+    require_same_fields,
+)
 from jax_extract.extraction.pending import Committed, pending_parts
 from jax_extract.extraction.place import Place, keep_config, kept_by
 from jax_extract.extraction.prepare import Job, wrapping_of
@@ -184,9 +190,14 @@ class _Extraction:
             }
             if found:
                 found.require_same(run["identity"], run["numerics"], config.allow_numeric_change)
+                require_same_fields(found, self.job.model, self.job.max_length)
+                if not self.source.finite:  # of others the longest sample is known when they are planned
+                    require_meaning_as_begun(found, self.job.model, self.job.max_length)
         for note in self.weights.notes:
             terminal.line("note", note)
-        same = hashlib.sha256(json.dumps([run["identity"], run["numerics"]], sort_keys=True).encode()).hexdigest()
+        fields = run["description"][MODEL_FIELDS]
+        decisive = [run["identity"], run["numerics"], fields["understood"] or fields["config.json"]]
+        same = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
         processes.require_equal("model, options or library versions", same, "make them the same on every host")
         committed = self.place.committed(processes, found)
         windows = self._windows(settings)
@@ -265,6 +276,9 @@ class _Extraction:
             return _Plan(lambda: next(begun, None) or read(), first[0].digest, None, shapes, set(shapes))
         require_samples(counts, self.source)
         windows = list(windows)
+        if found:
+            lengths = (sample.length for window in windows for part in window.parts for sample in part.samples)
+            require_meaning_as_begun(found, self.job.model, max(lengths))
         if found and self.processes.is_first:  # whose inputs must be these, be it finished or not
             for _ in pending_parts(windows, committed, lambda window: keep_in(found, window, counts)):
                 pass
@@ -388,6 +402,7 @@ def require_same_run(config: ExtractConfig, processes: Processes, place: Place, 
         job = job.under(settings)
         run = run_of(config, job, job.weights(), settings)
         found.require_same(run["identity"], run["numerics"], config.allow_numeric_change)
+        require_same_fields(found, job.model, job.max_length)
 
 
 def run_of(config: ExtractConfig, job: Job, weights: Loadable, settings: PlanSettings) -> dict[str, Any]:
@@ -409,6 +424,7 @@ def run_of(config: ExtractConfig, job: Job, weights: Loadable, settings: PlanSet
         "description": {
             **job.description(),
             "asked": {"revision": config.revision, "adapter": config.adapter},
+            MODEL_FIELDS: model_fields(job.model, job.max_length),
             "source": config.dataset or config.tasks_file,
             "mesh": dict(job.backend.mesh_shape),
         },

@@ -37,6 +37,7 @@ from jax_extract.extraction.command import (
     require_samples,
 )
 from jax_extract.extraction.jax_backend import JaxBackend, numerics_fingerprint, with_attention
+from jax_extract.extraction.model_fields import MODEL_FIELDS, refuse_changed_meaning, understood_fields
 from jax_extract.extraction.place import Place, kept_by, local_time
 from jax_extract.extraction.preemption import on_preemption
 from jax_extract.extraction.prepare import Job, wrapping_of
@@ -168,9 +169,7 @@ class _Inference:
             self._require_own_input()
         most = config.max_new_tokens or 0
         with processes.together():
-            settings = self._settings(weights, samples, sampling, found)
-            if not found or KEPT in found:  # answers that were begun before anything was kept go on without
-                settings[KEPT] = kept.as_json()
+            settings = self._settings(weights, samples, sampling, found) | self._kept_settings(samples, found, kept)
         same = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         processes.require_equal("inputs, model, options or library versions", same, "make them the same on every host")
         if processes.of_first(lambda: files.start(settings, config.allow_numeric_change)):
@@ -269,6 +268,23 @@ class _Inference:
             NUMERICS: numerics_fingerprint(self._numerics),
             SIZE: found.get(SIZE, self.config.batch_size * self._backend.devices),
         }
+
+    def _kept_settings(
+        self, samples: Sequence[TokenizedSample], found: Mapping[str, Any], kept: Kept
+    ) -> dict[str, Any]:
+        """What answers keep from their start; those that were begun before anything was kept go on without.
+
+        UserError where these would be of two models then.
+        """
+        model, settings = self.job.model, {}
+        if not found or KEPT in found:
+            settings[KEPT] = kept.as_json()
+        elif MODEL_FIELDS not in found:
+            longest = max(sample.length for sample in samples) + (self.config.max_new_tokens or 0)
+            refuse_changed_meaning(model, longest, self.place.storage.where(SETTINGS_FILE))
+        if not found or MODEL_FIELDS in found:
+            settings[MODEL_FIELDS] = understood_fields(model, self.job.max_length)
+        return settings
 
     @refusing_exhaustion()
     def _program(self, weights: Weights, sampling: Sampling) -> AnswerProgram:

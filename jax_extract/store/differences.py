@@ -36,7 +36,7 @@ _OF_A_MODEL = {"model_type": "architecture", "weights": "weights", "tokenizer_ha
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """`--batch_size was 4, is now 2; …`, every difference named; keys that no flag decides by their own name."""
-    before, after = _flat(stored), _flat(json.loads(json.dumps(wanted)))
+    before, after = flattened(stored), flattened(json.loads(json.dumps(wanted)))
     differing = keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     said: list[str] = []
     if "sites" in keys:
@@ -87,11 +87,11 @@ def _sites_text(sites: Any) -> str:
     return ", ".join(" ".join([hook, *numbers]) for hook, numbers in layers.items())
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
     flat: dict[str, Any] = {}
     for key, item in value.items():
-        flat.update(_flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item})
+        flat.update(flattened(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item})
     return flat
 
 

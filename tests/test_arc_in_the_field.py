@@ -160,6 +160,20 @@ def test_a_folder_with_task_files_is_read_as_ever_and_what_is_within_it_is_told(
     assert "its folders (more) are not read" in source.notes[0]
 
 
+def test_a_description_beside_the_folders_of_a_corpus_is_no_task_of_it(tmp_path: Path) -> None:
+    """As re-arc's archive and ARC's own repository are."""
+    write(tmp_path / "metadata.json", {"a": {"examples": 1000}})
+    with pytest.raises(UserError, match=r"metadata\.json is no ARC task"):
+        open_arc(tmp_path)
+    for name in ("data/training/a", "data/evaluation/b"):
+        write(tmp_path / f"{name}.json", task())
+    source = open_arc(tmp_path)
+    assert ids(source) == ["b_0", "a_0"]
+    assert source.notes[0].startswith("metadata.json of ")
+    write(tmp_path / "z.json", task())  # from here on the folder's own count
+    assert ids(open_arc(tmp_path, skip_bad_tasks=True)) == ["z_0"]
+
+
 def test_a_folder_may_hold_corpora_of_a_task_a_line(tmp_path: Path) -> None:
     write_lines(tmp_path / "b.jsonl", {"id": "z", **task()}, task())
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(task()).encode()))

@@ -317,7 +317,6 @@ def test_conversations_in_typed_columns(tmp_path: Path) -> None:
         ([{"role": "user", "content": "a"}, "b"], "turn 1, is 'b'"),
         ([{"role": "user", "content": 5}], r"turn 0, content, holds 5 \(int\)"),
         ([{"role": "user"}], "turn 0, content, holds None"),
-        ([], "holds no turn: leave such rows out"),
         ("plain", "holds 'plain' where a list is expected"),
     ],
 )
@@ -375,6 +374,22 @@ def test_what_are_no_tokens_is_told(tmp_path: Path, row: dict[str, Any], problem
 def test_readers_of_texts_alone_refuse_lists(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="line 1, holds a list where a string is expected"):
         list(jsonl_samples(write_lines(tmp_path / "q.jsonl", {"text": [1, 2]}), "text"))
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch"])
+def test_a_dataset_that_was_saved_as_tensors_is_read_as_what_it_holds(tmp_path: Path, form: str) -> None:
+    rows = {"id": [7, 8], "input_ids": [[1, 2, 3], [4, 5]], "attention_mask": [[1, 1, 0], [1, 1]]}
+    tokens = datasets.Dataset.from_dict(rows).with_format(form, columns=["input_ids"])
+    tokens.save_to_disk(tmp_path / "tokens")
+    found = samples(tmp_path / "tokens", "dataset")
+    assert [(s.sample_id, s.token_ids) for s in found] == [("7", (1, 2)), ("8", (4, 5))]
+
+
+def test_rows_as_public_conversations_have_them(tmp_path: Path) -> None:
+    """An id column without values, as OpenHermes has it, and conversations that were emptied, as ShareGPT has them."""
+    said = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    path = write_lines(tmp_path / "q.jsonl", {"id": None, "conversations": said}, {"id": "x", "conversations": []})
+    assert [(s.sample_id, len(s.turns or ())) for s in samples(path)] == [("q:1", 2), ("x", 0)]
 
 
 def test_a_dataset_saved_to_disk_has_conversations_too(tmp_path: Path) -> None:

@@ -181,8 +181,22 @@ def test_conversations_that_no_template_takes_are_told_with_their_mend() -> None
     refused("'t' is a conversation.*add --chat_template True", letters(CHAT), turns(("user", "a")))
     refused("has a system turn of its own", letters(CHAT), turns(("system", "b"), ("user", "a")),
             chat_template=True, system_prompt="be")  # fmt: skip
-    refused("without a turn", letters(CHAT), Sample("t", "", turns=()), chat_template=True)
     refused("has no role", letters(CHAT), Sample("t", "", turns=({"from": "human"},)), chat_template=True)
+
+
+def test_a_conversation_without_a_turn_is_left_out_as_a_text_without_a_token_is() -> None:
+    found, counts = tokens(letters(CHAT), Sample("t", "", turns=()), turns(("user", "a"), name="u"), chat_template=True)
+    assert len(found) == 1
+    assert (counts.samples, counts.first_empty_samples) == (1, ["t"])
+
+
+def test_a_template_that_looks_for_parts_is_given_the_text_in_one() -> None:
+    parts = (
+        "{% for m in messages %}{{ m.role }}:{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}"
+    )
+    seeing = letters(f"{parts}{{% endfor %}};{{% endfor %}}")
+    (found, own), _ = tokens(seeing, "a", turns(("system", "b"), ("user", "c")), chat_template=True)
+    assert (seeing.decode(found), seeing.decode(own)) == ("user:a;", "system:b;user:c;")
 
 
 def test_of_several_templates_the_default_is_used_or_the_one_that_is_named() -> None:

@@ -54,7 +54,7 @@ def read_tasks(
 
     Args:
       path: a `.json` or `.jsonl` file (compressed or not), Parquet with a task a row, or a folder of such files; a
-        folder that has no task file itself is read with all folders within it.
+        folder that has no task itself is read with all folders within it.
       split: "train" (the default), "eval" or "all" of a file with splits; None for any other.
       skip_bad_tasks: leave out what is no usable task and name it in `left_out`.
       id_column: the field of a task's id, where there is one task a line or in a list; the first there is of
@@ -168,9 +168,15 @@ def _folder_entries(folder: Path, notes: list[str]) -> Iterator[_Entry]:
 
 
 def _task_files(folder: Path, notes: list[str]) -> list[Path]:
-    """Of the folder itself; where it has none, of all within it. In the order of names, whatever the system's is."""
+    """Of the folder itself; where it has none, of all within it, in the order of names, whatever the system's is."""
     own = [file for file in _listed(folder) if not file.is_dir()]
-    if files := _alike(own):
+    files = _alike(own)
+    of_none = bool(files) and not any(map(_may_hold_tasks, files))
+    if of_none and (within := [file for file in _alike(list(_walk(folder))) if file.parent != folder]):
+        named = f"{_few([file.name for file in files])} of {folder} {'holds' if len(files) == 1 else 'hold'} no task"
+        notes.append(f"{named}; those of its folders are read")
+        return sorted(within, key=lambda file: file.relative_to(folder).parts)
+    if files:
         if beneath := [sub.name for sub in _listed(folder) if sub.is_dir() and _holds_some(sub)]:
             notes.append(f"{folder} has task files of its own; those of its folders ({_few(beneath)}) are not read")
         return files
@@ -179,6 +185,17 @@ def _task_files(folder: Path, notes: list[str]) -> list[Path]:
     raise UserError(
         f"{folder} holds no .json file: give a folder of ARC task files, or one file; other data as --dataset."
     )
+
+
+def _may_hold_tasks(file: Path) -> bool:
+    """Not so of what lies beside the folders of a corpus, such as a description of it or a package.json."""
+    if kind_and_stem(file)[0] in LINES or holds_several(file):
+        return True
+    try:
+        content = _json(file)
+    except UserError:  # told when it is read
+        return True
+    return not isinstance(content, dict) or any(map(is_task, (content, *content.values())))
 
 
 def _holds_some(folder: Path) -> bool:

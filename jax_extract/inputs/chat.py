@@ -46,6 +46,8 @@ class ChatTemplate:
         self._syntax = self._parsed()
         self._refuse_chance()
         self._require_variables()
+        # Runs that were begun before texts were looked for go on as they began.
+        self._in_parts = wrapping.kept.one_opening and self._looks_for_parts()
         if self._system is not None:
             self._require_system("--system_prompt", "leave it out, or write it into the texts")
 
@@ -71,6 +73,8 @@ class ChatTemplate:
     def _rendered(self, turns: Turns) -> str:
         is_open = turns[-1]["role"] != "assistant" and not self._variables.get("continue_final_message")
         options = {"add_generation_prompt": is_open, **self._variables}
+        if self._in_parts:
+            turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
         with self._stopped_clock():
             return self._tokenizer.apply_chat_template(
                 list(turns), tokenize=False, chat_template=self._template, **options
@@ -78,8 +82,6 @@ class ChatTemplate:
 
     def _check_turns(self, sample: Sample, turns: Turns) -> None:
         where = f"sample {sample.sample_id!r}"
-        if not turns:
-            raise UserError(f"{where} has a conversation without a turn; leave it out, or give it one")
         if wrong := [turn for turn in turns if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str)]:
             raise UserError(
                 f"{where} has the turn {wrong[0]!r:.60}, which has no role; give each turn as "
@@ -151,6 +153,19 @@ class ChatTemplate:
             f"variables are: {there}"
         )
 
+    def _looks_for_parts(self) -> bool:
+        """Whether the template finds a text only among a turn's parts, as those of models that also see do."""
+        return not self._shows(_USER_PROBE) and self._shows([{"type": "text", "text": _USER_PROBE}])
+
+    def _shows(self, content: Any) -> bool:
+        self._in_parts = False
+        try:
+            return _USER_PROBE in self._rendered([{"role": "user", "content": content}])
+        except Exception:  # noqa: BLE001 (a template is a program of the model's author)
+            return False
+        finally:
+            self.clock_text = None
+
     def _require_system(self, what: str, mend: str) -> None:
         """UserError where the template refuses a system turn, or leaves it out without a word."""
         if reason := self._against_system:
@@ -159,10 +174,13 @@ class ChatTemplate:
     @cached_property
     def _against_system(self) -> str | None:
         turns = [{"role": "system", "content": _SYSTEM_PROBE}, {"role": "user", "content": _USER_PROBE}]
+        told = self.clock_text
         try:
             said = self._rendered(turns)
         except Exception as error:  # noqa: BLE001 (a template is a program of the model's author)
             return f"takes no system turn ({first_line(error)})"
+        finally:
+            self.clock_text = told
         return None if _SYSTEM_PROBE in said else "drops system turns"
 
     # ---------------------------------------------------------------------------------------- the clock

@@ -35,7 +35,7 @@ class Fields:
     Attributes:
       text: the field of the text, a conversation or token ids; None for the first there is of text, prompt, question,
         messages, conversations, conversation, input_ids and tokens.
-      id: the field of the id; None for `id` where there is one.
+      id: the field of the id; None for `id` where there is one that holds a value.
     """
 
     text: str | None = None
@@ -68,7 +68,8 @@ class Fields:
     def id_of(self, row: Row, where: str) -> str | None:
         """The row's id; None where it has none and none was asked for."""
         if self.id is None:
-            return checked_id(row[ID_FIELD], where) if ID_FIELD in row else None
+            # Public data have the column and leave it empty: such rows are called by their place.
+            return None if row.get(ID_FIELD) is None else checked_id(row[ID_FIELD], where)
         value = field_of(row, self.id)
         if value is _MISSING:
             raise UserError(
@@ -234,9 +235,7 @@ def _turns(value: object, named: bool, where: str) -> tuple[dict[str, Any], ...]
         # Older versions of `datasets` turn a list of objects into an object of lists.
         value = [dict(zip(value.keys(), turn, strict=True)) for turn in zip(*value.values(), strict=False)]
     if not isinstance(value, list | tuple) or not any(isinstance(turn, Mapping) for turn in value):
-        if value == [] and named:
-            raise UserError(f"{where} holds no turn: leave such rows out.")
-        return None
+        return () if named and isinstance(value, list | tuple) and not value else None
     return tuple(_turn(turn, f"{where} turn {number},") for number, turn in enumerate(value))
 
 

@@ -226,6 +226,8 @@ def _load(name: str, config_name: str | None, revision: str | None) -> Mapping[s
     with _told_in_one_sentence(f"Dataset {path} cannot be opened"):
         if saved:
             loaded = datasets.load_from_disk(str(path))
+            # A folder remembers that its rows were asked for as tensors, and of which columns.
+            loaded = loaded.with_format(None)
             splits: Any = loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
             return _typed_tables(name, splits)
         # Absolute, because a relative "csv" or "json" would be the library's reader of that name.

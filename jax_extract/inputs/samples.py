@@ -20,7 +20,8 @@ class Sample:
       text: the prompt, before any chat template; empty where there are `turns` or `token_ids`.
       meta: plain JSON values that let a reader trace the sample back to its source
         (an ARC sample holds its task, test index and augmentation).
-      turns: a conversation, {"role": …, "content": …} each, for the chat template; else None.
+      turns: a conversation, {"role": …, "content": …} each, for the chat template; else None. Without a turn it is a
+        sample without a token.
       token_ids: where the source is tokenized already: taken as they are; else None.
     """
 

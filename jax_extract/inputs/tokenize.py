@@ -179,6 +179,7 @@ class _Encoder:
     def encode(self, samples: Sequence[Sample]) -> list[list[int] | np.ndarray]:
         """Token ids of each."""
         given = {i: self._as_given(sample) for i, sample in enumerate(samples) if sample.token_ids is not None}
+        given |= {i: np.zeros(0, np.int64) for i, sample in enumerate(samples) if sample.turns == ()}
         texts = [self._text(sample) for i, sample in enumerate(samples) if i not in given]
         try:
             encoded = iter(self._encode_texts(texts) if texts else ())

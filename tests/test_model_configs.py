@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import transformers
-from models_page import PAGE, REFUSED, compared, sentence, with_generated
+from models_page import PAGE, REFUSED, compared, sentence, shrunk, with_generated
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, masking_utils
 
 from jax_extract.errors import UserError
@@ -359,3 +359,10 @@ def test_rows_under_a_configuration_full_of_odd_keys_are_those_of_hugging_face()
     odd = {"hidden_act": "gelu", "pretraining_tp": 2, "use_foo": 1, "attention_bias": True, "sliding_window": 5}
     worst, wrong = compared({**LLAMA, **odd}, {**LLAMA, **odd})
     assert worst and not wrong
+
+
+def test_a_configuration_made_small_has_a_factor_for_each_frequency_that_is_left() -> None:
+    scaling = {"type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+    config = {"model_type": "llama", "hidden_size": 4_096, "num_attention_heads": 32, "rope_scaling": scaling}
+    small = shrunk(config)
+    assert len(small["rope_scaling"]["long_factor"]) == port_for(small).config(small).head_dim // 2 < 64

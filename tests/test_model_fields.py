@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.numpy
 from small_run import make_model, run_here, write_config, write_jsonl
 
 from jax_extract import UserError
 from jax_extract.extraction.model_fields import model_fields, refuse_changed_meaning
+from jax_extract.inputs.tokenize import tokenizer_digest
+from jax_extract.weights.adapter import CheckpointBesideAdapter
 from jax_extract.weights.open_model import OpenModel
 from models.registry import port_for
 
@@ -68,7 +73,7 @@ def test_fields_that_no_port_understands_are_compared_as_they_stand() -> None:
     ("model", "longest", "named"),
     [
         (_model("mistral"), 4_096, None),
-        (_model("mistral"), 5_000, "sliding_window"),
+        (_model("mistral"), 5_000, "without sliding_window layers"),
         (_model("mistral", sliding_window=None), 5_000, None),
         (_model("qwen2", use_sliding_window=True, max_window_layers=0), 5_000, "sliding_window"),
         (_model("qwen2", use_sliding_window=True, sliding_window=16), 100, "max_window_layers"),
@@ -90,3 +95,17 @@ def test_an_older_run_is_refused_where_its_config_meant_other_rows_and_nowhere_e
         return
     with pytest.raises(UserError, match=named):
         refuse_changed_meaning(model, longest, "place")
+
+
+def test_an_older_run_goes_on_with_the_tokens_of_the_base_model_whatever_its_adapter_brings(tmp_path: Path) -> None:
+    base = OpenModel.open(str(make_model(tmp_path / "base", layers=1)))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    safetensors.numpy.save_file({"a": np.ones(1, np.float32)}, tmp_path / "adapter/adapter_model.safetensors")
+    (tmp_path / "adapter/chat_template.jinja").write_text("own")
+    adapted = CheckpointBesideAdapter(base.checkpoint, tmp_path / "adapter", "adapter", 256)
+    model = dataclasses.replace(base, checkpoint=adapted)
+    assert model.tokenizer_notes == ("the chat template is the adapter's own",)
+    older = dataclasses.replace(model, tokens_of_base=True)
+    assert tokenizer_digest(older.tokenizer) == tokenizer_digest(base.tokenizer) != tokenizer_digest(model.tokenizer)
+    assert older.tokenizer_notes == ()

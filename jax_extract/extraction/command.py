@@ -24,6 +24,7 @@ from jax_extract.extraction.backend import Loadable
 from jax_extract.extraction.loop import STEPS_IN_MEMORY
 from jax_extract.extraction.model_fields import (
     MODEL_FIELDS,
+    is_older,
     model_fields,
     require_meaning_as_begun,
     require_same_fields,
@@ -132,6 +133,8 @@ def open_request(
         job = Job.open(as_begun)
         place.require_usable()
         require_open_files(len(job.sites))
+    if config.adapter and not config.overwrite and (found := place.find(processes)) and is_older(found):
+        job = job.as_begun_before()
     return place, source, job
 
 

@@ -63,10 +63,14 @@ def require_same_fields(found: Ledger, model: OpenModel, longest: int) -> None:
 
 def require_meaning_as_begun(found: Ledger, model: OpenModel, longest: int) -> None:
     """UserError where the run that is there was begun by a version that kept no fields, and took them otherwise."""
-    description = found.run["description"]
-    is_older = "kept" not in description and MODEL_FIELDS not in description
-    if is_older and found.run["numerics"].get("backend") != "torch":  # torch reads config.json as it did
+    if is_older(found) and found.run["numerics"].get("backend") != "torch":  # torch reads config.json as it did
         refuse_changed_meaning(model, longest, str(found.storage))
+
+
+def is_older(found: Ledger) -> bool:
+    """Whether the run was begun by a version whose runs kept nothing from their start."""
+    description = found.run["description"]
+    return "kept" not in description and MODEL_FIELDS not in description
 
 
 def refuse_changed_meaning(model: OpenModel, longest: int, place: str) -> None:
@@ -119,7 +123,8 @@ def _otherwise_before(model: OpenModel, longest: int) -> list[str]:
         thetas = " and ".join(f"{rotary.theta:g}" for rotary in dict.fromkeys(rotaries))
         changed.append(f"{' and '.join(fields)} meant rotations of base {thetas}, and now mean other ones")
     if windows is not None and _effective(windows, longest) != _effective(config.attention.windows, longest):
-        fields = [name for name in ("sliding_window", "max_window_layers") if name not in said]
+        read = ("sliding_window",) if said["model_type"] == "mistral" else ("sliding_window", "max_window_layers")
+        fields = [name for name in read if name not in said]
         changed.append(f"without {' and '.join(fields) or 'layer_types'} layers had other sliding windows")
     return changed
 

@@ -83,6 +83,10 @@ class Job:
         """The same job, as it is computed in slabs of a plan with these settings (None: the platform's own)."""
         return dataclasses.replace(self, backend=self.backend.under(self.model, settings))
 
+    def as_begun_before(self) -> Job:
+        """The same job with the tokens that a run has which keeps nothing from its start."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, tokens_of_base=True))
+
     def bytes_on_host(self, shapes: Iterable[SlabShape]) -> int:
         """What the captures of one step take in this host's memory, at most."""
         most = max(self.backend.captured_bytes(self.plan, self.model, shape) for shape in shapes)

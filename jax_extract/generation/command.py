@@ -104,6 +104,9 @@ def infer(config: ExtractConfig, *, extracts: bool = True, terminal: Terminal | 
             tell_request(job, config, processes.count, terminal)
         else:
             tell_model(job, processes.count, terminal)
+        if config.adapter and not config.overwrite:
+            begun = processes.of_first(AnswerFiles(place.storage, 0, 0).settings)
+            job = job.as_begun_before() if begun and KEPT not in begun else job
         inference = _Inference(config, processes, place, source, job, terminal)
         kept, answers = inference.answers()
         if not extracts:

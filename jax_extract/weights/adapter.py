@@ -129,6 +129,10 @@ class AdaptedCheckpoint:
         tokenizer, self.tokenizer_notes = adapter_tokenizer(self._folder, self._base.tokenizer, self._rows)
         return tokenizer
 
+    def tokenizer_of_base(self) -> Any:
+        """Whatever lies in the adapter's folder."""
+        return self._base.tokenizer()
+
     # --------------------------------------------------------------------------------------- merging
 
     def _merge(self, name: str, module: _Module, weight: np.ndarray, rows: slice) -> np.ndarray:
@@ -334,6 +338,10 @@ class CheckpointBesideAdapter:
         """The one in the adapter's folder, else the base model's; `tokenizer_notes` say which."""
         tokenizer, self.tokenizer_notes = adapter_tokenizer(self.adapter_folder, self._base.tokenizer, self._rows)
         return tokenizer
+
+    def tokenizer_of_base(self) -> Any:
+        """Whatever lies in the adapter's folder."""
+        return self._base.tokenizer()
 
 
 def beside_adapter(base: Checkpoint, adapter: str, vocabulary: int) -> CheckpointBesideAdapter:

@@ -245,6 +245,8 @@ def _read_header(path: Path) -> dict[str, _Stored]:
             with safe_open(path, framework="numpy"):
                 file.seek(8)
                 header: dict[str, Any] = json.loads(file.read(size))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"weights file {path} cannot be read ({error.strerror or error})") from None
     except (SafetensorError, ValueError) as error:

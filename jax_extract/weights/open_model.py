@@ -30,12 +30,14 @@ class OpenModel:
 
     Attributes:
       notes: sentences about what its files say that a user would want to know; no errors.
+      tokens_of_base: an adapter's own tokenizer is left out, as it was before there was a choice.
     """
 
     checkpoint: Checkpoint
     family: Family
     config: ModelConfig
     notes: tuple[str, ...] = ()
+    tokens_of_base: bool = False
 
     @classmethod
     def open(
@@ -108,15 +110,18 @@ class OpenModel:
     @cached_property
     def tokenizer(self) -> Any:
         """The checkpoint's; where that has none, what says so as soon as a text is to be tokenized."""
+        read = self.checkpoint.tokenizer
+        if self.tokens_of_base:
+            read = getattr(self.checkpoint, "tokenizer_of_base", read)
         try:
-            return self.checkpoint.tokenizer()
+            return read()
         except UserError as error:
             return MissingTokenizer(str(error))
 
     @property
     def tokenizer_notes(self) -> tuple[str, ...]:
         """What a user should know of it: where it is an adapter's own."""
-        if self.checkpoint.adapter is None:
+        if self.checkpoint.adapter is None or self.tokens_of_base:
             return ()
         _ = self.tokenizer  # which finds out
         return getattr(self.checkpoint, "tokenizer_notes", ())

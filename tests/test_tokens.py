@@ -187,7 +187,16 @@ def test_conversations_that_no_template_takes_are_told_with_their_mend() -> None
 def test_a_conversation_without_a_turn_is_left_out_as_a_text_without_a_token_is() -> None:
     found, counts = tokens(letters(CHAT), Sample("t", "", turns=()), turns(("user", "a"), name="u"), chat_template=True)
     assert len(found) == 1
-    assert (counts.samples, counts.first_empty_samples) == (1, ["t"])
+    assert (counts.samples, counts.first_empty_samples, counts.closed_samples) == (1, ["t"], 0)
+
+
+def test_conversations_that_ask_nothing_are_counted_for_those_who_want_answers() -> None:
+    closed = turns(("user", "a"), ("assistant", "b"))
+    assert tokens(letters(CHAT), closed, chat_template=True)[1].closed_samples == 1
+    more = {"add_generation_prompt": True}
+    found = tokens(letters(CHAT), closed, turns(("user", "a"), name="u"), chat_template=True, variables=more)[1]
+    assert found.closed_samples == 0
+    assert "closed_samples" not in found.as_json()
 
 
 def test_a_template_that_looks_for_parts_is_given_the_text_in_one() -> None:

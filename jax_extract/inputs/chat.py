@@ -14,6 +14,7 @@ from typing import Any
 
 from jax_extract.errors import UserError
 from jax_extract.inputs.samples import Sample
+from jax_extract.inputs.template_variables import variables_of
 from jax_extract.inputs.wrapping import Wrapping
 
 Turns = Sequence[Mapping[str, Any]]
@@ -144,9 +145,7 @@ class ChatTemplate:
             )
 
     def _require_variables(self) -> None:
-        from jinja2 import meta
-
-        known = {str(name) for name in meta.find_undeclared_variables(self._syntax)}
+        known = variables_of(self._syntax)
         lacking = sorted(self._variables.keys() - known - _OF_EVERY_TEMPLATE)
         if not lacking:
             return

@@ -301,6 +301,12 @@ def test_a_turn_keeps_what_else_templates_read(tmp_path: Path) -> None:
     )
 
 
+def test_the_parts_of_a_turn_are_its_text_when_the_turn_is_named(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    path = write_lines(tmp_path / "q.jsonl", {"messages": [{"role": "user", "content": parts}]})
+    assert pairs(path, text_column="messages.0.content") == [("q:1", "ab")]
+
+
 def test_conversations_in_typed_columns(tmp_path: Path) -> None:
     said = [[{"role": "user", "content": "a", "name": None}], [{"role": "system", "content": "s", "name": "n"}]]
     pyarrow.parquet.write_table(pa.table({"messages": said}), tmp_path / "m.parquet")

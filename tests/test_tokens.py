@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tokenizers
+from jinja2 import Environment
 from small_run import make_model, write_jsonl
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -36,6 +37,7 @@ from jax_extract.extraction.place import Place
 from jax_extract.generation.answers import KEPT, AnswerFiles
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.sources import Source
+from jax_extract.inputs.template_variables import variables_of
 from jax_extract.inputs.tokenize import InputCounts, tokenize, tokenizer_digest
 from jax_extract.inputs.wrapping import Kept, Wrapping
 from jax_extract.store.ledger import Ledger
@@ -177,6 +179,23 @@ def test_what_a_template_lacks_is_told_by_name() -> None:
     refused("draws at random", letters("{{ ['a', 'b'] | random }}"), "a", chat_template=True)
 
 
+def test_a_variable_that_a_template_always_sets_itself_is_none_of_its_callers() -> None:
+    """As Llama 3's `system_message` is; its `tools` and `date_string` are set only where the caller says nothing."""
+    syntax = Environment().parse(
+        "{% if custom_tools is defined %}{% set tools = custom_tools %}{% endif %}"
+        "{% if not date_string is defined %}{% set date_string = '1' %}{% endif %}"
+        "{% if messages[0].role == 'system' %}{% set system_message = messages[0].content %}"
+        "{% elif quiet %}{% set system_message = 'q' %}{% else %}{% set system_message = '' %}{% endif %}"
+        "{% for m in messages if m.role != skipped %}{% set role = m.role %}{{ loop.index }}{{ role }}{% endfor %}"
+        "{{ system_message }}{{ tools }}{{ date_string }}{{ later }}{% set later = 1 %}{{ later }}"
+    )
+    expected = {"custom_tools", "tools", "date_string", "messages", "quiet", "skipped", "later"}
+    assert variables_of(syntax) == expected
+    refused("has 'role', which .* never asks for; its variables are: thinking",
+            letters("{% set role = 'u' %}{{ role }}{{ thinking }}"), "a", chat_template=True,
+            variables={"role": "x"})  # fmt: skip
+
+
 def test_conversations_that_no_template_takes_are_told_with_their_mend() -> None:
     refused("'t' is a conversation.*add --chat_template True", letters(CHAT), turns(("user", "a")))
     refused("has a system turn of its own", letters(CHAT), turns(("system", "b"), ("user", "a")),
@@ -187,7 +206,16 @@ def test_conversations_that_no_template_takes_are_told_with_their_mend() -> None
 def test_a_conversation_without_a_turn_is_left_out_as_a_text_without_a_token_is() -> None:
     found, counts = tokens(letters(CHAT), Sample("t", "", turns=()), turns(("user", "a"), name="u"), chat_template=True)
     assert len(found) == 1
-    assert (counts.samples, counts.first_empty_samples) == (1, ["t"])
+    assert (counts.samples, counts.first_empty_samples, counts.closed_samples) == (1, ["t"], 0)
+
+
+def test_conversations_that_ask_nothing_are_counted_for_those_who_want_answers() -> None:
+    closed = turns(("user", "a"), ("assistant", "b"))
+    assert tokens(letters(CHAT), closed, chat_template=True)[1].closed_samples == 1
+    more = {"add_generation_prompt": True}
+    found = tokens(letters(CHAT), closed, turns(("user", "a"), name="u"), chat_template=True, variables=more)[1]
+    assert found.closed_samples == 0
+    assert "closed_samples" not in found.as_json()
 
 
 def test_a_template_that_looks_for_parts_is_given_the_text_in_one() -> None:

@@ -178,6 +178,13 @@ class _Inference:
         if processes.of_first(lambda: files.start(settings, config.allow_numeric_change)):
             raise AnswersBegunMeanwhile
         tell_input(self.source, counts, self.job, self.terminal)
+        if closed := counts.closed_samples:
+            self.terminal.line(
+                "note",
+                f"in {plural(closed, 'conversation')} the assistant has the last word, and the answer is what follows "
+                "that; --text_column messages.0.content asks the first turn alone, and --chat_template_kwargs "
+                "'{\"add_generation_prompt\": true}' for one turn more",
+            )
         for note in weights.notes:
             self.terminal.line("note", note)
         size = settings[SIZE]

@@ -14,6 +14,7 @@ from typing import Any
 
 from jax_extract.errors import UserError
 from jax_extract.inputs.samples import Sample
+from jax_extract.inputs.template_variables import variables_of
 from jax_extract.inputs.wrapping import Wrapping
 
 Turns = Sequence[Mapping[str, Any]]
@@ -33,11 +34,13 @@ _SYSTEM_PROBE, _USER_PROBE = "a-system-turn-7f3c", "a-user-turn-7f3c"
 class ChatTemplate:
     """Attributes:
     clock_text: what the template was told when it asked for the time; None where it has not asked.
+    closed_samples: how many ended with the assistant's turn, and without a prompt for another.
     """
 
     def __init__(self, tokenizer: Any, wrapping: Wrapping) -> None:
         """UserError where the tokenizer has no template, or one that lacks what is asked for."""
         self.clock_text: str | None = None
+        self.closed_samples = 0
         self._tokenizer = tokenizer
         self._clock = wrapping.kept.clock
         self._system = wrapping.system_prompt
@@ -60,6 +63,8 @@ class ChatTemplate:
         self._check_turns(sample, turns)
         if self._system is not None:
             turns = [{"role": "system", "content": self._system}, *turns]
+        open_end = self._variables.keys() & {"add_generation_prompt", "continue_final_message"}
+        self.closed_samples += turns[-1]["role"] == "assistant" and not open_end
         try:
             return self._rendered(turns)
         except Exception as error:  # noqa: BLE001 (a template is a program of the model's author)
@@ -140,9 +145,7 @@ class ChatTemplate:
             )
 
     def _require_variables(self) -> None:
-        from jinja2 import meta
-
-        known = {str(name) for name in meta.find_undeclared_variables(self._syntax)}
+        known = variables_of(self._syntax)
         lacking = sorted(self._variables.keys() - known - _OF_EVERY_TEMPLATE)
         if not lacking:
             return

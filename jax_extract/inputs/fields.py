@@ -58,6 +58,8 @@ class Fields:
         last = name.rpartition(".")[2]
         if isinstance(value, str) and last in (*TURNS_FIELDS, *TOKENS_FIELDS):
             value = _list_in(value, named=self.text is not None, where=told)
+        if _are_parts(value):  # of the turn that a name with dots led to
+            return Sample(sample_id, _content(value, told), meta)
         if (turns := _turns(value, last in TURNS_FIELDS, told)) is not None:
             return Sample(sample_id, "", meta, turns=turns)
         if (token_ids := _token_ids(value, last in TOKENS_FIELDS, told)) is not None:
@@ -260,6 +262,12 @@ def _content(content: object, where: str) -> str:
     if isinstance(content, list | tuple):
         return "".join(_part(part, f"{where} part {number},") for number, part in enumerate(content))
     return checked_text(content, f"{where} content,")
+
+
+def _are_parts(value: object) -> bool:
+    if not isinstance(value, list | tuple) or not value:
+        return False
+    return all(isinstance(part, Mapping) and "type" in part and {"role", "from"}.isdisjoint(part) for part in value)
 
 
 def _part(part: object, where: str) -> str:

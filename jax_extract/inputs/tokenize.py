@@ -65,7 +65,8 @@ class InputCounts:
 
     `dataset_hash` chains sha256 over the ids and texts in input order. `opened_samples` are texts that began with
     `opening`, which the tokenizer puts before every text, and got no second one. `clock_text` is what the chat template
-    was told when it asked for the time.
+    was told when it asked for the time. `closed_samples` are conversations in which the assistant has the last word, so
+    that nothing is asked at their end.
     """
 
     samples: int = 0
@@ -79,11 +80,12 @@ class InputCounts:
     opened_samples: int = 0
     opening: str = ""
     clock_text: str | None = None
+    closed_samples: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """What a plan keeps of them: what is newer than the first plans, only where there is any of it."""
         said = dataclasses.asdict(self)
-        del said["opening"], said["clock_text"]
+        del said["opening"], said["clock_text"], said["closed_samples"]
         if not self.opened_samples:
             del said["opened_samples"]
         return said
@@ -192,6 +194,7 @@ class _Encoder:
             ) from None
         if self._template is not None:
             self._counts.clock_text = self._template.clock_text
+            self._counts.closed_samples = self._template.closed_samples
         return [given[i] if i in given else next(encoded) for i in range(len(samples))]
 
     def name_of(self, token: int) -> str:

@@ -232,8 +232,8 @@ class ExtractConfig:
             raise UserError(f"--context_tokens {self.context_tokens} must be from {_LEAST_CONTEXT} to {_LARGEST}")
         if self.add_special_tokens is not None:
             raise UserError(
-                f"--add_special_tokens {self.add_special_tokens} is for texts that are samples; what stands before "
-                "contexts and between texts is said by --context_start and --context_separator"
+                f"--add_special_tokens {self.add_special_tokens} does not go with --context_tokens; --context_start "
+                "and --context_separator say what stands before contexts and between texts"
             )
         if self.max_new_tokens is not None:
             raise UserError(

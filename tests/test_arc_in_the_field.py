@@ -258,7 +258,7 @@ def test_an_input_of_unusable_tasks_alone_is_refused_with_the_first_reason(tmp_p
 
 def test_a_folder_of_texts_is_no_folder_of_tasks(tmp_path: Path) -> None:
     write_lines(tmp_path / "t.jsonl", {"text": "a"})
-    with pytest.raises(UserError, match=r"t\.jsonl, line 1 has no train and test pairs but text: .*--dataset"):
+    with pytest.raises(UserError, match=r"t\.jsonl, line 1 has no train and test pairs, only text: .*--dataset"):
         open_arc(tmp_path)
 
 

@@ -273,7 +273,7 @@ def test_a_second_name_is_worth_a_note_only_where_it_says_something_else() -> No
         ({"final_logit_softcapping": 30.0}, r"has final_logit_softcapping 30.0"),
         ({"use_mrope": True}, r"has use_mrope True"),
         ({"num_local_experts": 8}, r"has num_local_experts 8"),
-        ({"is_causal": None}, r"has is_causal None: tokens would see those behind them"),
+        ({"is_causal": None}, r"has is_causal None: tokens would attend to later ones"),
         (
             {"per_layer_config": {"0": {"num_key_value_heads": 4}}},
             r"per_layer_config, which gives single layers",

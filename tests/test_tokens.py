@@ -232,7 +232,7 @@ def test_data_that_are_tokenized_already_are_taken_as_they_are() -> None:
     assert found == [[5, 256, 7], letters()("ab")["input_ids"], [0, 1, 2, 3]]
     assert (counts.truncated_samples, counts.truncated_tokens, counts.first_empty_samples) == (1, 5, ["e"])
     assert tokens(letters(), given(5))[1].dataset_hash != tokens(letters(), given(6))[1].dataset_hash
-    refused("'g' has the token id 300.* the data are those of another model", letters(), given(300))
+    refused("'g' has the token id 300.* use data that were tokenized for this model", letters(), given(300))
     refused("has the token id -1; token ids are from 0", letters(), given(-1))
     refused("not as whole numbers", letters(), given(1.5))
     refused("a chat template is for texts", letters(CHAT), given(5), chat_template=True)
@@ -290,7 +290,7 @@ def test_an_adapter_with_a_template_alone_gives_the_model_that_template(tmp_path
     (tmp_path / "chat_template.jinja").unlink()
     added = {"258": {"content": "<call>"}, "256": {"content": "<s>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x", "added_tokens_decoder": added}))
-    with pytest.raises(UserError, match=r"tokens that the model's tokenizer has not \('<call>'\)"):
+    with pytest.raises(UserError, match=r"tokens that the model's tokenizer lacks \('<call>'\)"):
         adapter_tokenizer(tmp_path, lambda: letters("base"), 300)
 
 

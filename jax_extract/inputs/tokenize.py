@@ -137,10 +137,14 @@ def tokenize(
             kept = np.asarray(token_ids[:max_length], np.int32)
             if vocab_size is not None and kept.max() >= vocab_size:
                 token = int(kept.max())
-                mend = "its tokenizer is of another model" if sample.token_ids is None else "tokenize it for this model"
+                mend = (
+                    "use the tokenizer that was saved with these weights"
+                    if sample.token_ids is None
+                    else "use data that were tokenized for this model"
+                )
                 raise UserError(
                     f"sample {sample.sample_id!r} has the token id {token}{encoder.name_of(token)} but the model knows "
-                    f"0 to {vocab_size - 1}; {mend}, or tokens were added after its embeddings were made"
+                    f"0 to {vocab_size - 1}; {mend}"
                 )
             tokenized = TokenizedSample(index, sample.sample_id, kept, len(token_ids), sample.meta)
             if continued:

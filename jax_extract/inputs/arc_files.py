@@ -249,6 +249,11 @@ def _row_entries(path: Path, stem: str, id_column: str | None) -> Iterator[_Entr
             values = json_values(str(path), file)
             for number, value in enumerate(values, start=1):
                 if number == 1 and is_pair(value):
+                    if id_column is not None:
+                        raise UserError(
+                            f"--id_column {id_column!r} is for lists of tasks, and {path} is a list of pairs: leave "
+                            "it out."
+                        )
                     pairs = [value, *values]
                     yield _Entry(path.name, partial(_tasks, stem, pairs, str(path)))
                     return

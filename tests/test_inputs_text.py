@@ -164,7 +164,7 @@ def test_a_missing_file_is_told_with_the_place_that_was_searched(
 
 def test_an_unknown_suffix_lists_those_that_are_known(tmp_path: Path) -> None:
     (tmp_path / "q.pkl").write_bytes(b"")
-    with pytest.raises(UserError, match=r"ends in '\.pkl': .*\.json .*\.jsonl, \.csv, \.tsv, \.parquet or a \.txt"):
+    with pytest.raises(UserError, match=r"ends in '\.pkl': .*\.json, \.jsonl, \.csv, \.tsv, \.parquet or a \.txt"):
         open_file(tmp_path / "q.pkl")
 
 

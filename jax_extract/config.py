@@ -34,9 +34,10 @@ class ExtractConfig:
 
     Attributes:
       model_path: Hugging Face folder, hub id, or .gguf file.
-      adapter: LoRA adapter of that model, by folder or hub id (OWNER/NAME or OWNER/NAME@REVISION); merged in float32.
-      tasks_file: ARC tasks (.json, .jsonl or a folder), rows (.jsonl, .csv, .tsv, .parquet) or plain text (.txt); also
-        compressed (.gz, .zst, .bz2, .xz).
+      adapter: adapter of that model, by folder or hub id (OWNER/NAME or OWNER/NAME@REVISION); LoRA, rsLoRA and DoRA
+        are merged in float32, other kinds by PEFT with backend torch.
+      tasks_file: ARC tasks (.json, .jsonl, .parquet or a folder), rows (.jsonl, .csv, .tsv, .parquet or a list in
+        .json) or plain text (.txt); all but .parquet also compressed (.gz, .zst, .bz2, .xz).
       dataset: Hugging Face dataset instead of a file, by hub name or local path; streamed.
       dataset_config: configuration name of the dataset.
       text_column: the column or JSON field that holds the text, a conversation or token ids; dots lead into it
@@ -44,12 +45,12 @@ class ExtractConfig:
       id_column: the column or field that holds the id, where it is not called id.
       split: split of the dataset or of a file that has splits.
       n_tasks: only the first so many ARC tasks.
-      skip_bad_tasks: leave out files, lines and entries that are no usable ARC task, and say how many.
+      skip_bad_tasks: leave out files, lines and entries that cannot be used as ARC tasks, and say how many.
       n_samples: how many samples; more than there are makes augmented ARC samples.
       grid_encoder: how ARC grids become text: digits, spaced, json or letters.
       seed: of the ARC augmentation, and of drawn answers.
       chat_template: put each text through the tokenizer's chat template as a user's turn, conversations as they are.
-      system_prompt: the system's turn before each text, for the chat template.
+      system_prompt: a system turn before each text, for the chat template.
       chat_template_kwargs: variables of the chat template, as a JSON object: '{"enable_thinking": false}'.
       add_special_tokens: put the tokenizer's special tokens (BOS) around every text, or around none; by default around
         texts without a chat template, and no second BOS before a text that begins with it.
@@ -232,8 +233,8 @@ class ExtractConfig:
             raise UserError(f"--context_tokens {self.context_tokens} must be from {_LEAST_CONTEXT} to {_LARGEST}")
         if self.add_special_tokens is not None:
             raise UserError(
-                f"--add_special_tokens {self.add_special_tokens} is for texts that are samples; what stands before "
-                "contexts and between texts is said by --context_start and --context_separator"
+                f"--add_special_tokens {self.add_special_tokens} does not go with --context_tokens; --context_start "
+                "and --context_separator say what stands before contexts and between texts"
             )
         if self.max_new_tokens is not None:
             raise UserError(

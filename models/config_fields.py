@@ -14,7 +14,7 @@ from typing import Any
 
 from models.errors import UserError
 
-TORCH_MEND = "--backend torch computes what transformers makes of it"
+TORCH_MEND = "--backend torch computes it as transformers does"
 
 # What every class of transformers has or had: bookkeeping, types, the implementation of attention, other tasks' heads.
 _OF_EVERY_CLASS = frozenset(
@@ -135,7 +135,7 @@ class Fields:
         return tuple(sorted(name for name in there if not self._known(name, known, said)))
 
     def notes(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """Sentences about fields that are left out of account."""
+        """Sentences about fields that are ignored, though a user might think that they count."""
         names = [
             f"{name} ({self.echoes[name]} counts)" if name in self.echoes else name for name in self.unread(config)
         ]
@@ -151,14 +151,14 @@ class Fields:
             if said.get(name):
                 raise UserError(
                     f"config.json has a {name}{_method(said[name])}: its weights are quantised, and no port computes "
-                    f"with them as transformers does; give the folder of the model before that ({TORCH_MEND})"
+                    f"with such weights; give the model as it was before quantisation ({TORCH_MEND})"
                 )
         for name, effect in _REFUSED_WHEN_SET.items():
             if said.get(name):
                 raise UserError(f"config.json has {name}, which {effect}; no port does that ({TORCH_MEND})")
         if said.get("is_causal", True) is not True:
             raise UserError(
-                f"config.json has is_causal {said['is_causal']!r:.40}: tokens would see those behind them, which no "
+                f"config.json has is_causal {said['is_causal']!r:.40}: tokens would attend to later ones, which no "
                 f"port computes ({TORCH_MEND})"
             )
         for name, value in said.items():
@@ -166,9 +166,9 @@ class Fields:
             if neutral is None or name in self.read or name in self.ignored or value is None or value in neutral:
                 continue
             raise UserError(
-                f"config.json has {name} {value!r:.40}, which other decoders compute with and a "
-                f"{said.get('model_type')!r} model does not: it describes another model than model_type says; mend "
-                f"one of the two ({TORCH_MEND}: it leaves {name} out)"
+                f"config.json has {name} {value!r:.40}, which other model types compute with and "
+                f"{said.get('model_type')!r} does not: the file describes another model than model_type says; correct "
+                f"one of the two ({TORCH_MEND}, which ignores {name})"
             )
 
 

@@ -101,7 +101,7 @@ def _given(config: Config, key: str, default: Any = None) -> Any:
         return value
     if default is None:
         raise UserError(
-            f"config.json has {key} null, which means nothing there; leave it out for what transformers takes instead"
+            f"config.json has {key} null, which transformers cannot compute with; leave it out to have its default"
             if key in config
             else f"config.json lacks {key!r}; it must be a complete Hugging Face file"
         )

@@ -73,6 +73,7 @@ _WHY_NOT = {
     "after_attention": "attention and the feed-forward network read the same stream, so there is none between them",
     "embeddings": "what enters its first block has positions in it already, so it has another name",
 }
+_NO_PORT = "no port computes it, so only the ends of its blocks are known"
 
 # What else the two ends of a block are called: by TransformerLens 3 (`blocks.{i}.hook_out`), and by analogy.
 _OTHER_NAMES = {
@@ -125,7 +126,8 @@ def _matches(name: str, available: HookPoints) -> list[tuple[str, int | None]]:
         return [(point, layer) for point in matched]
     elsewhere = [point.name for point in HOOK_POINTS.values() if template in (point.name, point.alias)]
     if lacking := elsewhere or (fnmatch.filter(HOOK_POINTS, name) if is_glob else []):
-        why = f" ({_WHY_NOT[lacking[0]]})" if lacking[0] in _WHY_NOT else ""
+        reason = _WHY_NOT.get(lacking[0]) if "ffn_out" in available else _NO_PORT
+        why = f" ({reason})" if reason else ""
         raise UserError(
             f"hook point {name!r} does not exist in this architecture{why}; it has: "
             f"{', '.join(p for p in HOOK_POINTS if p in available)}"

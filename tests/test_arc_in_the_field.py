@@ -270,9 +270,15 @@ def test_an_input_of_unusable_tasks_alone_is_refused_with_the_first_reason(tmp_p
         open_arc(path, skip_bad_tasks=True)
 
 
+def test_a_list_of_pairs_has_no_ids_to_name(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text(json.dumps([pair(1), pair(2)]))
+    with pytest.raises(UserError, match=r"--id_column 'key' is for lists of tasks, and .*t\.json is a list of pairs"):
+        open_arc(tmp_path / "t.json", id_column="key")
+
+
 def test_a_folder_of_texts_is_no_folder_of_tasks(tmp_path: Path) -> None:
     write_lines(tmp_path / "t.jsonl", {"text": "a"})
-    with pytest.raises(UserError, match=r"t\.jsonl, line 1 has no train and test pairs but text: .*--dataset"):
+    with pytest.raises(UserError, match=r"t\.jsonl, line 1 has no train and test pairs, only text: .*--dataset"):
         open_arc(tmp_path)
 
 

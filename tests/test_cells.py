@@ -152,8 +152,8 @@ def test_a_folder_called_like_a_format_is_that_folder(tmp_path: Path, monkeypatc
         (b'id,text\na,"x"y\n', "line 2, is not CSV"),
         (b"id,text\na,b,c\n", "line 2, has 3 fields and the first line names 2; quote commas"),
         (b"id,text,text\na,b,c\n", "names the column 'text' more than once"),
-        (b"id,text\na\n", "line 2, has no text or prompt or question but id"),
-        (b"id;text\na;b\n", "has no text or prompt or question but id;text"),
+        (b"id,text\na\n", "line 2, has no text, prompt or question, only id"),
+        (b"id;text\na;b\n", "has no text, prompt or question, only id;text"),
         (b"id,text\na,na\xefve\n", "line 2, byte 4, is not UTF-8"),
         (b"id,text\nx,a\nx,b\n", "line 3, repeats the id 'x'"),
         (b"id,text\n", "holds no sample"),
@@ -259,9 +259,9 @@ def test_dots_lead_into_a_field_and_a_name_with_dots_comes_first(tmp_path: Path,
         assert pairs(path, through, text_column=column, id_column="uid") == [("007", text)]
     assert samples(path, through, text_column="data.prompt", id_column="data.id")[0].sample_id == "3"
     for column in ("list.2.x", "data.nothing", "uid.x"):
-        with pytest.raises(UserError, match=f"has no {column} but (list with a list of 2|data with|uid with)"):
+        with pytest.raises(UserError, match=f"has no {column}, only (list with a list of 2|data with|uid with)"):
             samples(path, through, text_column=column)
-    with pytest.raises(UserError, match=r"has no key but uid, data, list, a.b: name what holds the id"):
+    with pytest.raises(UserError, match=r"has no key, only uid, data, list, a.b: name what holds the id"):
         samples(path, through, text_column="a.b", id_column="key")
 
 
@@ -319,7 +319,7 @@ def test_conversations_in_typed_columns(tmp_path: Path) -> None:
     ("messages", "problem"),
     [
         ([{"role": "user", "content": [{"type": "image", "image": "x"}]}], "part 0, is of the type 'image'"),
-        ([{"content": "a"}], "turn 0, names no role but content"),
+        ([{"content": "a"}], "turn 0, names no role, only content"),
         ([{"role": "user", "content": "a"}, "b"], "turn 1, is 'b'"),
         ([{"role": "user", "content": 5}], r"turn 0, content, holds 5 \(int\)"),
         ([{"role": "user"}], "turn 0, content, holds None"),

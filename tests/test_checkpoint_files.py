@@ -414,7 +414,7 @@ def _link_to_nothing(folder: Path) -> str:
 
 def _large_file_storage(folder: Path) -> str:
     (folder / WHOLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
-    return r"Git LFS's note in place of the weights.*git lfs pull$"
+    return r"^\S+ is a Git LFS pointer in place of the weights; fetch them with git lfs pull$"
 
 
 def _mistral(folder: Path) -> str:

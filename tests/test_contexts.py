@@ -164,7 +164,7 @@ def test_a_token_that_the_tokenizer_lacks_is_refused() -> None:
         ({"context_tokens": 64, "max_new_tokens": 3}, "answers each text by itself"),
         ({"context_tokens": 64, "one_file_per_layer": True}, "joins texts"),
         ({"context_tokens": 64, "max_seq_length": 32}, "is more than --max_seq_length 32"),
-        ({"context_tokens": 2048}, "more than the 1024 positions that the model allows"),
+        ({"context_tokens": 2048}, "more than the 1024 positions this model allows"),
     ],
 )
 def test_what_contexts_cannot_be_is_said_in_one_sentence(

@@ -415,7 +415,7 @@ def test_solutions_may_be_in_a_file_of_their_own(tmp_path: Path) -> None:
         ({"temperature": 1.0, "top_p": 1.5}, r"--top_p 1.5 must be above 0"),
         ({"temperature": 1.0, "top_k": 0}, r"--top_k 0 must be at least 1"),
         ({"solutions_file": "x.json"}, r"is for ARC tasks"),
-        ({"chat_template": True}, r"this model's tokenizer has none"),
+        ({"chat_template": True}, r"this model's tokenizer has no chat template"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(options: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_a_missing_column_lists_those_there_are(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "q.jsonl", {"body": "a", "n": 1})
     assert [text for _, text in read(path, text_column="body")] == ["a"]
     for text_column in (None, "nope"):
-        with pytest.raises(UserError, match="but body, n: name what holds the text with --text_column"):
+        with pytest.raises(UserError, match="only body, n: name what holds the text with --text_column"):
             open_dataset(str(path), None, None, text_column)
 
 

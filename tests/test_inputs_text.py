@@ -83,7 +83,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
     [
         (b'{"text": }', "column 10, is not JSON"),
         (b'["a"]', "a JSON list where an object"),
-        (b'{"body": "b", "n": 1}', "has no text or prompt or question but body, n"),
+        (b'{"body": "b", "n": 1}', "has no text, prompt or question, only body, n"),
         (b"{}", "nothing at all"),
         (b'{"text": 5}', r"field 'text', holds 5 \(int\)"),
         (b'{"text": null}', "field 'text', holds None"),
@@ -109,7 +109,7 @@ def test_a_wrong_line_is_told_with_its_file_and_number(tmp_path: Path, line: byt
 
 def test_a_text_column_that_is_not_there_lists_those_that_are(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "q.jsonl", {"text": "a", "n": 1})
-    with pytest.raises(UserError, match="has no body but text, n"):
+    with pytest.raises(UserError, match="has no body, only text, n"):
         next(jsonl_samples(path, "body"))
 
 
@@ -163,7 +163,7 @@ def test_a_missing_file_is_told_with_the_place_that_was_searched(
 
 def test_an_unknown_suffix_lists_those_that_are_known(tmp_path: Path) -> None:
     (tmp_path / "q.pkl").write_bytes(b"")
-    with pytest.raises(UserError, match=r"ends in '\.pkl': .*\.json .*\.jsonl, \.csv, \.tsv, \.parquet or a \.txt"):
+    with pytest.raises(UserError, match=r"ends in '\.pkl': .*\.json, \.jsonl, \.csv, \.tsv, \.parquet or a \.txt"):
         open_file(tmp_path / "q.pkl")
 
 

@@ -271,5 +271,5 @@ def test_an_architecture_without_a_port_is_refused_by_jax(opt: Path) -> None:
 
 
 def test_a_hook_point_that_nobody_knows_of_it_is_refused(opt: Path) -> None:
-    with pytest.raises(UserError, match=r"ffn_up"):
+    with pytest.raises(UserError, match=r"ffn_up.*no port computes it"):
         extract(str(opt), ["!"], backend="torch", hook_points=("ffn_up",))

@@ -42,7 +42,7 @@ SIZES: dict[str, Any] = {
     "pad_token_id": None,
 }
 LENGTHS = (1, 90, 3, 70, 32)  # some beyond 32, where rotations may change; a shorter one behind a longer one
-WAY_OUT = r"; --backend torch computes what transformers makes of it"
+WAY_OUT = r"; --backend torch computes it as transformers does"
 
 
 def model_of(model_type: str, folder: Path, **fields: Any) -> Any:

@@ -83,7 +83,7 @@ def train(place: Path, refused: Refused) -> Refused:
         ({"device": "gpu"}, "--device gpu was asked for and JAX finds only cpu devices here"),
         ({"device": "tpu"}, "--device tpu was asked for and JAX finds only cpu devices here"),
         ({"mesh_shape": "2,1"}, "mesh shape 2,1 has 2 places but there is 1 cpu device"),
-        ({"text_column": "walk"}, "has no walk but text"),
+        ({"text_column": "walk"}, "has no walk, only text"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused(
@@ -128,7 +128,7 @@ def test_a_configuration_that_is_no_json_is_refused(train: Refused, place: Path)
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
-        ("train.jsonl", '{"input_ids": [1, 2]}\n', "has no text but input_ids: name what holds the text with"),
+        ("train.jsonl", '{"input_ids": [1, 2]}\n', "has no text, only input_ids: name what holds the text with"),
         ("train.jsonl", '{"text": "0 1 99"}\n', "has the word '99', which is not among the 25 of vocab.json"),
         ("train.jsonl", '{"text": "0 1', "is not JSON"),
         ("train.jsonl", "", "holds no walk"),

@@ -174,7 +174,7 @@ def test_what_a_template_lacks_is_told_by_name() -> None:
     ):
         refused(f"{said}.*--system_prompt", letters(template), "a", chat_template=True, system_prompt="be")
         refused(f"{said}.*sample 't'", letters(template), turns(("system", "b"), ("user", "a")), chat_template=True)
-    refused("this model's tokenizer has none", letters(), "a", chat_template=True)
+    refused("this model's tokenizer has no chat template", letters(), "a", chat_template=True)
     refused("cannot be read", letters("{% if %}"), "a", chat_template=True)
     refused("draws at random", letters("{{ ['a', 'b'] | random }}"), "a", chat_template=True)
 
@@ -274,11 +274,11 @@ def test_data_that_are_tokenized_already_are_taken_as_they_are() -> None:
     assert found == [[5, 256, 7], letters()("ab")["input_ids"], [0, 1, 2, 3]]
     assert (counts.truncated_samples, counts.truncated_tokens, counts.first_empty_samples) == (1, 5, ["e"])
     assert tokens(letters(), given(5))[1].dataset_hash != tokens(letters(), given(6))[1].dataset_hash
-    refused("'g' has the token id 300.* the data are those of another model", letters(), given(300))
+    refused("'g' has the token id 300.* use data that were tokenized for this model", letters(), given(300))
     refused("has the token id -1; token ids are from 0", letters(), given(-1))
     refused("not as whole numbers", letters(), given(1.5))
     refused("a chat template is for texts", letters(CHAT), given(5), chat_template=True)
-    refused("special tokens are added to texts alone", letters(), given(5), add_special_tokens=True)
+    refused("special tokens are added only to texts", letters(), given(5), add_special_tokens=True)
 
 
 def test_a_model_without_a_tokenizer_will_do_for_them_and_says_so_for_texts(tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_the_tokenizer_of_an_adapter_is_used_and_told(tmp_path: Path) -> None:
     found, notes = adapter_tokenizer(own, lambda: letters("base"), 300)
     assert found("<call>a")["input_ids"][:2] == [BOS, 258] and found.chat_template == "own"
     assert notes == (
-        "tokens are those of the adapter's own tokenizer, which has 2 tokens that the model's has not ('<call>', "
+        "tokens are those of the adapter's own tokenizer, which has 2 tokens that the model's lacks ('<call>', "
         "'</call>'); so is the chat template",
     )
     _, (_, lacking) = adapter_tokenizer(own, lambda: letters("own"), 259)
@@ -332,7 +332,7 @@ def test_an_adapter_with_a_template_alone_gives_the_model_that_template(tmp_path
     (tmp_path / "chat_template.jinja").unlink()
     added = {"258": {"content": "<call>"}, "256": {"content": "<s>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x", "added_tokens_decoder": added}))
-    with pytest.raises(UserError, match=r"tokens that the model's tokenizer has not \('<call>'\)"):
+    with pytest.raises(UserError, match=r"tokens that the model's tokenizer lacks \('<call>'\)"):
         adapter_tokenizer(tmp_path, lambda: letters("base"), 300)
 
 
@@ -420,7 +420,7 @@ def test_a_run_is_finished_on_another_day_and_so_is_one_that_kept_no_clock(
         extract_to_directory(config, told)
         return told.lines
 
-    note = "note the chat template writes the date of today: '30 Nov 2026 23:59' is kept for this run"
+    note = "note the chat template writes the date; this run keeps '30 Nov 2026 23:59', of when it was begun"
     assert note in again(first)
     run = tmp_path / "run" / "_run" / "run.json"
     ids = open_activations(str(tmp_path / "run")).sample("s0000").token_ids

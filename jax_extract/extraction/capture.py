@@ -61,5 +61,7 @@ def sequence_limit(wanted: int | None, config: ModelConfig) -> int:
     """Longest sample in tokens; one who asks for it gets what a scaling of the rotations makes of the positions."""
     allowed = longest_sample(config)
     if wanted is not None and wanted > allowed:
-        raise UserError(f"--max_seq_length {wanted} is more than the {allowed} positions this model allows")
+        raise UserError(
+            f"--max_seq_length {wanted} is more than the {allowed} positions this model allows; give at most {allowed}"
+        )
     return wanted or min(LONGEST_DEFAULT, config.max_position_embeddings)

@@ -208,7 +208,8 @@ def _contexts(config: ExtractConfig, model: OpenModel) -> ContextForm | None:
         return None
     if config.context_tokens > (allowed := longest_sample(model.config)):
         raise UserError(
-            f"--context_tokens {config.context_tokens} is more than the {allowed} positions this model allows"
+            f"--context_tokens {config.context_tokens} is more than the {allowed} positions this model allows; give at "
+            f"most {allowed}"
         )
     form = ContextForm.of(config.context_tokens, config.context_start, config.context_separator, model.tokenizer)
     for name, token in (("start", form.start), ("separator", form.separator)):

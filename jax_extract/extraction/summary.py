@@ -123,7 +123,7 @@ def _notes(counts: InputCounts, job: Job) -> Iterator[str]:
             "--add_special_tokens True adds it all the same"
         )
     if counts.clock_text is not None:
-        yield f"the chat template writes the date of today: {counts.clock_text!r} is kept for this run"
+        yield f"the chat template writes the date; this run keeps {counts.clock_text!r}, of when it was begun"
 
 
 def tell_plan(parts: Sequence[Part], devices: int, hosts: int, terminal: Terminal) -> None:

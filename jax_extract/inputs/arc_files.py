@@ -122,7 +122,10 @@ def _entries(path: Path, split: str | None, id_column: str | None, notes: list[s
     kind, stem = kind_and_stem(path)
     of_rows = not path.is_dir() and (kind in (*LINES, PARQUET) or holds_several(path))
     if not of_rows and id_column is not None:
-        raise UserError(f"--id_column {id_column!r} is for one task a line or in a list, and {path} holds others.")
+        raise UserError(
+            f"--id_column {id_column!r} is for .jsonl, Parquet and JSON lists of tasks, and {path} is none: leave it "
+            "out."
+        )
     if path.is_dir():
         found = _folder_entries(path, notes)
     elif of_rows:
@@ -263,6 +266,11 @@ def _row_entries(path: Path, stem: str, id_column: str | None) -> Iterator[_Entr
             values = json_values(str(path), file)
             for number, value in enumerate(values, start=1):
                 if number == 1 and is_pair(value):
+                    if id_column is not None:
+                        raise UserError(
+                            f"--id_column {id_column!r} is for lists of tasks, and {path} is a list of pairs: leave "
+                            "it out."
+                        )
                     pairs = [value, *values]
                     yield _Entry(path.name, partial(_tasks, stem, pairs, str(path)))
                     return
@@ -284,7 +292,7 @@ def _named_tasks(content: Any, otherwise: str, where: str, id_column: str | None
     task_id = otherwise
     if isinstance(content, dict):
         if id_column is not None and id_column not in content:
-            raise UserError(f"{where}, has no {id_column} but {', '.join(content)}: name another with --id_column.")
+            raise UserError(f"{where}, has no {id_column}, only {', '.join(content)}: name another with --id_column.")
         field = id_column or next((name for name in ID_FIELDS if content.get(name) is not None), None)
         task_id = otherwise if field is None else checked_id(content[field], where, field)
     return _tasks(task_id, content, where)
@@ -349,8 +357,8 @@ def _tasks(task_id: str, content: object, where: str) -> list[ArcTask]:
         raise UserError(f"{where} is no object with train and test pairs: {_EXPECTED}.")
     if not _has_parts(content):
         raise UserError(
-            f"{where} has no train and test pairs but {', '.join(map(str, content)) or 'nothing at all'}: {_EXPECTED}; "
-            "give files of texts one by one, or as --dataset."
+            f"{where} has no train and test pairs, only {', '.join(map(str, content)) or 'nothing at all'}: {_EXPECTED}"
+            "; give files of texts one by one, or as --dataset."
         )
     train, test = (_pairs(content, part, where) for part in ("train", "test"))
     return [_task(task_id, train, test, where)]

@@ -103,7 +103,7 @@ class ChatTemplate:
         """The template's text; of several the one that is named, else the default."""
         template = getattr(self._tokenizer, "chat_template", None)
         if not template:
-            raise UserError("--chat_template was asked for, but this model's tokenizer has none; leave the flag out")
+            raise UserError("this model's tokenizer has no chat template; leave --chat_template out")
         several = template if isinstance(template, Mapping) else {}
         if name is not None and name not in several:
             there = f"has {', '.join(sorted(several))}" if several else "has one chat template, without a name"

@@ -75,7 +75,7 @@ class Fields:
         value = field_of(row, self.id)
         if value is _MISSING:
             raise UserError(
-                f"{where}, has no {self.id} but {_names(row)}: name what holds the id with --id_column, or leave it "
+                f"{where}, has no {self.id}, only {_names(row)}: name what holds the id with --id_column, or leave it "
                 "out."
             )
         return checked_id(value, where, self.id)
@@ -94,7 +94,7 @@ class Fields:
             needed.append(column)
         else:
             raise UserError(
-                f"{where} has no {self.id} but {', '.join(there)}: name what holds the id with --id_column, or leave "
+                f"{where} has no {self.id}, only {', '.join(there)}: name what holds the id with --id_column, or leave "
                 "it out."
             )
         if MASK_FIELD in there:
@@ -115,7 +115,7 @@ def text_field(names: Collection[str], text_column: str | None, where: str) -> s
         for name in (*TEXT_FIELDS, *TURNS_FIELDS, *TOKENS_FIELDS):
             if name in names:
                 return name
-        wanted = " or ".join(TEXT_FIELDS)
+        wanted = " or ".join((", ".join(TEXT_FIELDS[:-1]), TEXT_FIELDS[-1]))
     else:
         wanted = text_column
         if isinstance(names, Mapping):
@@ -126,7 +126,7 @@ def text_field(names: Collection[str], text_column: str | None, where: str) -> s
     there = _names(names)
     if text_column is not None and (column := _column(text_column, names)) in names and isinstance(names, Mapping):
         there = f"{column} with {_shape(names[column])}"
-    raise UserError(f"{where} has no {wanted} but {there}: name what holds the text with --text_column.")
+    raise UserError(f"{where} has no {wanted}, only {there}: name what holds the text with --text_column.")
 
 
 def field_of(row: Row, name: str) -> Any:
@@ -247,7 +247,7 @@ def _turn(turn: object, where: str) -> dict[str, Any]:
     given = {key: value for key, value in turn.items() if value is not None}
     role = given.pop("role", None) or given.pop("from", None)
     if not isinstance(role, str):
-        raise UserError(f'{where} names no role but {_names(turn)}: expected {{"role": …, "content": …}}.')
+        raise UserError(f'{where} names no role, only {_names(turn)}: expected {{"role": …, "content": …}}.')
     content = given.pop("content", None)
     if content is None:
         content = given.pop("value", None)

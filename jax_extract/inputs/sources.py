@@ -144,7 +144,7 @@ def open_source(
         lines = _not_empty(tasks_file, partial(text_samples, path))
         return Source(tasks_file, "text", finite=True, samples=_first(lines, n_samples))
     raise UserError(
-        f"{tasks_file} ends in {path.suffix!r}: --tasks_file takes a folder or .json of ARC tasks, a .jsonl, .csv, "
+        f"{tasks_file} ends in {path.suffix!r}: --tasks_file takes a folder of ARC tasks, or a .json, .jsonl, .csv, "
         f".tsv, .parquet or a .txt (all but Parquet also with {', '.join(COMPRESSIONS)}); give other data as --dataset."
     )
 

@@ -138,10 +138,15 @@ def tokenize(
                 continue
             kept = np.asarray(token_ids[:max_length], np.int32)
             if vocab_size is not None and kept.max() >= vocab_size:
-                token, whose = int(kept.max()), "tokenizer is of" if sample.token_ids is None else "data are those of"
+                token = int(kept.max())
+                mend = (
+                    "use the tokenizer that was saved with these weights"
+                    if sample.token_ids is None
+                    else "use data that were tokenized for this model"
+                )
                 raise UserError(
                     f"sample {sample.sample_id!r} has the token id {token}{encoder.name_of(token)} but the model knows "
-                    f"0 to {vocab_size - 1}; the {whose} another model, or of this one with more tokens than it has"
+                    f"0 to {vocab_size - 1}; {mend}"
                 )
             tokenized = TokenizedSample(index, sample.sample_id, kept, len(token_ids), sample.meta)
             if continued:
@@ -210,7 +215,7 @@ class _Encoder:
             return self._template.text_of(sample)
         if sample.turns is not None:
             raise UserError(
-                f"sample {sample.sample_id!r} is a conversation, which only the chat template makes a text of; add "
+                f"sample {sample.sample_id!r} is a conversation, which needs the chat template; add "
                 "--chat_template True"
             )
         return sample.text
@@ -221,7 +226,7 @@ class _Encoder:
         if self._template is not None:
             raise UserError(f"{where}, and a chat template is for texts; leave --chat_template out")
         if self._wrapping.add_special_tokens:
-            raise UserError(f"{where}, and special tokens are added to texts alone; leave --add_special_tokens out")
+            raise UserError(f"{where}, and special tokens are added only to texts; leave --add_special_tokens out")
         ids = np.asarray(sample.token_ids if sample.token_ids else np.zeros(0, np.int64))
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise UserError(

@@ -276,8 +276,8 @@ def _tell_verdict(verdict: Verdict, terminal: Terminal) -> None:
         "verified": f"every byte is as it was written, and {rows}",
         "damaged": f"{plural(len(verdict.damaged), 'thing')}, named above",
         "out of bounds": some_of(site.name for site in verdict.sites if site.ok is False),
-        "not finite": f"{plural(bad, 'row')} with infinite or undefined values, named above, for which nothing is "
-        f"vouched; every byte is as it was written, and {others}",
+        "not finite": f"{plural(bad, 'row')} with infinite or undefined values, named above, are not vouched for; "
+        f"every byte is as it was written, and {others}",
         "unfinished": f"parts are still to be computed; of what is committed, {committed}",
     }
     terminal.line("verdict", f"{verdict.verdict}: {told[verdict.verdict]}")

@@ -49,7 +49,7 @@ def adapter_tokenizer(folder: Path, of_base: Callable[[], Any], rows: int) -> tu
     more = sorted(vocabulary.keys() - known.keys(), key=vocabulary.__getitem__)
     note = "tokens are those of the adapter's own tokenizer"
     if more:
-        note += f", which has {plural(len(more), 'token')} that the model's has not ({_some(more)})"
+        note += f", which has {plural(len(more), 'token')} that the model's lacks ({_some(more)})"
     if without:
         note += "; it has no chat template, so that is the model's"
     elif not same_template:
@@ -63,8 +63,8 @@ def _without_rows(vocabulary: Mapping[str, int], rows: int) -> tuple[str, ...]:
         return ()
     has = "has" if len(lacking) == 1 else "have"
     return (
-        f"{plural(len(lacking), 'token')} of the adapter's tokenizer {has} no row in the embeddings ({_some(lacking)}) "
-        "and a text with one of them is refused; save the adapter with its embeddings (save_embedding_layers=True)",
+        f"{plural(len(lacking), 'token')} of the adapter's tokenizer {has} no row in the embeddings ({_some(lacking)})"
+        ", and a text that holds one is refused; save the adapter with its embeddings (save_embedding_layers=True)",
     )
 
 
@@ -80,8 +80,8 @@ def _require_known(settings: Mapping[str, Any], base: Any, folder: Path) -> None
     known = base.get_vocab()
     if unknown := [token for token in contents if token not in known]:
         raise UserError(
-            f"the adapter in {folder} was trained with tokens that the model's tokenizer has not ({_some(unknown)}) "
-            "and its own tokenizer is not there; save it into that folder with tokenizer.save_pretrained"
+            f"the adapter in {folder} was trained with tokens that the model's tokenizer lacks ({_some(unknown)}), "
+            "and has no tokenizer of its own; save it into that folder with tokenizer.save_pretrained"
         )
 
 

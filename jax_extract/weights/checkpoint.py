@@ -240,7 +240,7 @@ def _read_header(path: Path) -> dict[str, _Stored]:
         with path.open("rb") as file:
             start = file.read(len(_LFS_POINTER))
             if start == _LFS_POINTER:
-                raise UserError(f"{path} is Git LFS's note in place of the weights; fetch them with git lfs pull")
+                raise UserError(f"{path} is a Git LFS pointer in place of the weights; fetch them with git lfs pull")
             size = int.from_bytes(start[:8], "little")
             with safe_open(path, framework="numpy"):
                 file.seek(8)

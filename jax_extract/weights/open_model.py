@@ -89,7 +89,8 @@ class OpenModel:
         except UserError:
             raise refusal from None
         model = cls._unported(checkpoint, adapter, family, config)
-        return replace(model, notes=(f"{refusal}: transformers' own model computes it",))
+        reason = str(refusal).partition("; ")[0].removesuffix(f" ({TORCH_MEND})")  # what to do about it is done
+        return replace(model, notes=(f"{reason}: transformers' own model computes it",))
 
     @classmethod
     def _unported(cls, checkpoint: Checkpoint, adapter: str | None, family: Family, config: Any) -> OpenModel:

@@ -209,6 +209,8 @@ def reference(model: PreTrainedModel, token_ids: np.ndarray, layers: Sequence[in
     rows: Rows = {}
     base = getattr(model.base_model, "language_model", model.base_model)
     config = json.loads(base.config.to_json_string())
+    if config["model_type"] == "ministral":  # as which transformers takes a Mistral with layer_types
+        config["model_type"] = "mistral"
     port = port_for(config)
     modules = port.modules(port.config(config))
 

@@ -56,7 +56,7 @@ def prepare(model: str, args: argparse.Namespace, folder: Path) -> None:
     """Writes the model, and prompts of one length as token ids."""
     from workloads import MODEL, arc_texts, prepare_model
 
-    from jax_extract.weights.checkpoint import open_checkpoint
+    from jax_extract.weights.opening import open_checkpoint
 
     prepare_model(model, folder)
     tokenizer = open_checkpoint(str(folder / MODEL)).tokenizer()

@@ -98,7 +98,7 @@ def unpack_pretrained(folder: Path) -> None:
     """SmolLM2 as a Hugging Face folder; transformers trains no quantised file."""
     from safetensors.numpy import save_file
 
-    from jax_extract.weights.checkpoint import open_checkpoint
+    from jax_extract.weights.opening import open_checkpoint
     from launch import demo_assets
 
     checkpoint = open_checkpoint(str(demo_assets.fetch() / "smollm2-135m-instruct.gguf"))

@@ -24,8 +24,8 @@ from jax_extract.devices.sharding import dotted
 from jax_extract.errors import UserError
 from jax_extract.inputs.sources import open_source
 from jax_extract.terminal import ranges_text
-from jax_extract.weights.checkpoint import open_checkpoint
 from jax_extract.weights.load import parameter_shapes
+from jax_extract.weights.opening import open_checkpoint
 from models.registry import port_for
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -26,9 +26,10 @@ from jax_extract.errors import UserError
 from jax_extract.extraction import command
 from jax_extract.pytorch.loading import load_theirs
 from jax_extract.weights import hub
-from jax_extract.weights.checkpoint import SafetensorsFiles, open_checkpoint
+from jax_extract.weights.checkpoint import SafetensorsFiles
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
+from jax_extract.weights.opening import open_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"

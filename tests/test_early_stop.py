@@ -27,7 +27,7 @@ from jax_extract.extraction.capture import capture_plan
 from jax_extract.extraction.command import extract_to_directory
 from jax_extract.extraction.program import capture_function
 from jax_extract.terminal import Terminal
-from jax_extract.weights.checkpoint import SafetensorsCheckpoint
+from jax_extract.weights.folder import SafetensorsCheckpoint
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
 from models.layers import Numerics

@@ -39,8 +39,8 @@ from jax_extract.pytorch.finetuning.processes import Processes, SharedRefusal
 from jax_extract.pytorch.finetuning.scoring import answer
 from jax_extract.store.storage.failpoints import VARIABLE
 from jax_extract.terminal import Terminal
-from jax_extract.weights.checkpoint import open_checkpoint
 from jax_extract.weights.open_model import OpenModel
+from jax_extract.weights.opening import open_checkpoint
 
 METHODS = ["full_finetune", "lora"]
 # peft asks for it, and transformers calls it deprecated.

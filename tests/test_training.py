@@ -32,7 +32,7 @@ from jax_extract.training.command import train
 from jax_extract.training.model import TrainedModel
 from jax_extract.training.optimizer_state import save_optimizer
 from jax_extract.training.step import TrainProgram, linear_decay_adamw
-from jax_extract.weights.checkpoint import SafetensorsCheckpoint
+from jax_extract.weights.folder import SafetensorsCheckpoint
 from jax_extract.weights.load import Weights
 from jax_extract.weights.save import hugging_face_tensors
 from models.layers import Numerics

@@ -33,10 +33,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from jax_extract.errors import UserError
 from jax_extract.pytorch.loading import load_theirs
 from jax_extract.weights import gguf as gguf_module
-from jax_extract.weights.checkpoint import open_checkpoint
 from jax_extract.weights.gguf import GgufCheckpoint
 from jax_extract.weights.gguf_tokenizer import _backend, _in_transformers, _options
 from jax_extract.weights.open_model import OpenModel
+from jax_extract.weights.opening import open_checkpoint
 from models.registry import port_for
 
 LAYERS, WIDTH, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 2, 64, 96, 4, 2, 16, 40

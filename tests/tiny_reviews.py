@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from jax_extract.inputs.benchmarks import BENCHMARKS, UNANSWERABLE
 from jax_extract.pytorch.finetuning.base_model import describe_base
 from jax_extract.pytorch.finetuning.folder import Results
-from jax_extract.weights.checkpoint import open_checkpoint
+from jax_extract.weights.opening import open_checkpoint
 
 GOOD, BAD = ("fine", "warm", "witty", "bright"), ("dull", "flat", "stale", "clumsy")
 OTHERS = [f"w{i}" for i in range(30)]

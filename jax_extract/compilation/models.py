@@ -66,7 +66,7 @@ def _hugging_face_config(model_path: str, revision: str | None) -> dict[str, Any
     if model_path and path.is_dir() and (path / "config.json").is_file():
         return _read(path / "config.json")
     if model_path and path.exists():
-        from jax_extract.weights.checkpoint import open_checkpoint
+        from jax_extract.weights.opening import open_checkpoint
 
         return open_checkpoint(model_path, revision).config
     if model_path.count("/") == 1:

@@ -26,7 +26,8 @@ from jax_extract.pytorch.finetuning.folder import (
     trained_models,
     whole_checkpoints,
 )
-from jax_extract.weights.checkpoint import open_checkpoint, read_json
+from jax_extract.weights.checkpoint import read_json
+from jax_extract.weights.opening import open_checkpoint
 
 ADAPTER_CONFIG = "adapter_config.json"
 

@@ -1,8 +1,7 @@
-"""Opens a model: a Hugging Face folder, a hub id or a GGUF file, all behind one interface.
+"""A model on disk, whatever its files: the interface, and what reads safetensors.
 
-In: `--model_path`. Out: a `Checkpoint` that gives the configuration, tensors by their Hugging Face
-names (read from disk only when asked for, row ranges only), the tokenizer and a digest.
-Safetensors and GGUF only: nothing is ever unpickled.
+In: paths of safetensors files. Out: tensors by their names, read from disk only when asked for, row ranges only; and
+`Checkpoint`, which adds the configuration, the tokenizer and a digest. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jax_extract.errors import UserError, user_path
+from jax_extract.errors import UserError
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16}
 
@@ -78,48 +77,6 @@ class Checkpoint(Protocol):
     def tokenizer(self) -> Any:
         """A transformers tokenizer."""
         ...
-
-
-def open_checkpoint(model_path: str, revision: str | None = None) -> Checkpoint:
-    """Finds out what `model_path` is; UserError where it is nothing that can be read."""
-    path = user_path(model_path, "--model_path")
-    if path.is_dir():
-        return _open_folder(path, model_path)
-    if path.is_file():
-        if path.suffix != ".gguf" and (path.parent / "config.json").is_file():
-            raise UserError(f"model {model_path!r} is one file of a model; give its folder, {path.parent}")
-        if path.suffix != ".gguf":
-            raise UserError(f"model {model_path!r} is a file but not .gguf; give the folder that holds config.json")
-        from jax_extract.weights.gguf import GgufCheckpoint
-
-        return GgufCheckpoint(path)
-    if is_hub_id(model_path):
-        from jax_extract.weights.hub import download, refuse_without_weights
-
-        folder, commit = download(model_path, revision)
-        refuse_without_weights(model_path, commit, folder)
-        return SafetensorsCheckpoint(folder, source=model_path, revision=commit)
-    raise UserError(
-        f"model {model_path!r} was not found; give a Hugging Face folder, a .gguf file, "
-        "or a hub id of the form OWNER/NAME"
-    )
-
-
-def _open_folder(folder: Path, source: str) -> Checkpoint:
-    """A Hugging Face model, or the GGUF model that lies there alone."""
-    from jax_extract.weights.folder import refuse_folder_without_config
-
-    has_config = (folder / "config.json").exists()
-    others = ("*.safetensors", "pytorch_model*.bin")
-    if any(folder.glob("*.gguf")) and not (has_config and any(any(folder.glob(names)) for names in others)):
-        from jax_extract.weights.gguf import GgufCheckpoint
-        from jax_extract.weights.gguf_container import only_model
-
-        path = only_model(folder)
-        return GgufCheckpoint(path, f"{path.name} is read, as {folder} has no other weights" if has_config else None)
-    if not has_config:
-        refuse_folder_without_config(folder, source)
-    return SafetensorsCheckpoint(folder, source=source)
 
 
 def is_hub_id(text: str) -> bool:
@@ -193,31 +150,6 @@ class SafetensorsFiles:
                 f"convert the weights to one of {', '.join(_DTYPES)}"
             )
         return np.dtype(_DTYPES[stored.dtype])
-
-
-class SafetensorsCheckpoint(SafetensorsFiles):
-    """A Hugging Face folder with config.json and one or several safetensors files."""
-
-    adapter: str | None = None
-
-    def __init__(self, folder: Path, source: str, revision: str | None = None) -> None:
-        self.source = source
-        self.revision = revision
-        self._folder = folder
-        self.config = read_json(folder / "config.json")
-        said = folder / "generation_config.json"
-        self.generation = read_json(said) if said.is_file() else {}
-        from jax_extract.weights.folder import ADAPTER_SETTINGS, NAMED, weight_files
-
-        files = weight_files(folder, self.config, source)
-        self.config.pop(NAMED, None)  # it says nothing of the model
-        self.notes = (files.note,) if files.note else ()
-        if (folder / ADAPTER_SETTINGS).is_file():
-            self.notes += (f"{source} holds an adapter too, which is not merged; give --adapter {source} to merge it",)
-        super().__init__(files.paths, files.of_one_save)
-
-    def tokenizer(self) -> Any:
-        return folder_tokenizer(self._folder)
 
 
 def folder_tokenizer(folder: Path) -> Any:

@@ -1,6 +1,6 @@
-"""Which files of a model's folder hold its weights: those that transformers reads, or a sentence that says why none.
+"""A Hugging Face folder, and which of its files hold the weights: those that transformers reads, or why none do.
 
-In: a folder, its config.json. Out: `WeightFiles`.
+In: a folder with config.json. Out: a `SafetensorsCheckpoint`, or a sentence.
 
 The order is transformers' own: the file that config.json names as `transformers_weights`, model.safetensors,
 model.safetensors.index.json with the files it names. An index beside a whole model.safetensors was left behind by an
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_extract.errors import UserError
-from jax_extract.weights.checkpoint import read_json
+from jax_extract.weights.checkpoint import SafetensorsFiles, folder_tokenizer, read_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NAMED = "transformers_weights"  # in config.json
@@ -30,6 +30,29 @@ _PIECE = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _VARIANTS = re.compile(r"model\.(\w+)\.safetensors|model\.safetensors\.index\.(\w+)\.json")
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "random_states", "adapter_model")
 _FEW = 3  # names in a sentence
+
+
+class SafetensorsCheckpoint(SafetensorsFiles):
+    """A Hugging Face folder with config.json and one or several safetensors files."""
+
+    adapter: str | None = None
+
+    def __init__(self, folder: Path, source: str, revision: str | None = None) -> None:
+        self.source = source
+        self.revision = revision
+        self._folder = folder
+        self.config = read_json(folder / "config.json")
+        said = folder / "generation_config.json"
+        self.generation = read_json(said) if said.is_file() else {}
+        files = weight_files(folder, self.config, source)
+        self.config.pop(NAMED, None)  # it says nothing of the model
+        self.notes = (files.note,) if files.note else ()
+        if (folder / ADAPTER_SETTINGS).is_file():
+            self.notes += (f"{source} holds an adapter too, which is not merged; give --adapter {source} to merge it",)
+        super().__init__(files.paths, files.of_one_save)
+
+    def tokenizer(self) -> Any:
+        return folder_tokenizer(self._folder)
 
 
 @dataclass(frozen=True)

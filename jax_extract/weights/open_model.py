@@ -12,10 +12,11 @@ from typing import Any
 
 from jax_extract.errors import UserError, user_path
 from jax_extract.inputs.tokenize import MissingTokenizer
-from jax_extract.weights.checkpoint import Checkpoint, open_checkpoint
+from jax_extract.weights.checkpoint import Checkpoint
 from jax_extract.weights.load import Weights
 from jax_extract.weights.model_type import name_model_type
 from jax_extract.weights.names import with_embedding
+from jax_extract.weights.opening import open_checkpoint
 from jax_extract.weights.text_part import text_part
 from jax_extract.weights.unported import UNPORTED, variant_of
 from models.config_fields import TORCH_MEND

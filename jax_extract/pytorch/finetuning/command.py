@@ -25,7 +25,9 @@ from jax_extract.pytorch.finetuning.config import FinetuneConfig
 from jax_extract.pytorch.finetuning.folder import FINAL_MODEL, Results, open_trained, refuse_half_saved
 from jax_extract.pytorch.finetuning.processes import Processes, SharedRefusal, is_main, rank
 from jax_extract.terminal import Terminal, duration_text
-from jax_extract.weights.checkpoint import Checkpoint, SafetensorsCheckpoint, open_checkpoint
+from jax_extract.weights.checkpoint import Checkpoint
+from jax_extract.weights.folder import SafetensorsCheckpoint
+from jax_extract.weights.opening import open_checkpoint
 
 _PACKAGES = ("accelerate", "datasets", "jax_extract", "peft", "tokenizers", "torch", "transformers")
 _POSITIONS = ("max_position_embeddings", "n_positions")

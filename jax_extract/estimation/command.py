@@ -27,7 +27,7 @@ from jax_extract.extraction.command import (
     run_of,
 )
 from jax_extract.extraction.loop import part_content
-from jax_extract.extraction.model_fields import require_same_fields
+from jax_extract.extraction.model_fields import model_fields, require_same_fields
 from jax_extract.extraction.pending import Committed, parse_committed, pending_parts, plan_json, read_committed
 from jax_extract.extraction.place import Place, kept_by
 from jax_extract.extraction.prepare import Job, wrapping_of
@@ -279,7 +279,7 @@ def _plan(request: _Request) -> tuple[Work, list[Part], Shapes]:
     output = output if whole else output.times(factor)
     if not output.parts:
         return Work(output, {}, covers, request.committed_samples, request.settings.samples_per_batch), [], ()
-    output = _with_run_files(output, request.found, max(request.processes.count, request.config.num_workers or 1))
+    output = _with_run_files(output, request, max(request.processes.count, request.config.num_workers or 1))
     counted = step_counts(parts, job.backend.devices // job.backend.devices_of_host, job.backend.devices_of_host)
     steps = {shape: count * factor for shape, count in counted.items()}
     work = Work(output, steps, covers, request.committed_samples, request.settings.samples_per_batch)
@@ -358,10 +358,13 @@ def _with_plans(output: Output, windows: Iterable[Window], counts: InputCounts, 
     return _with(output, len(sizes), sum(sizes))
 
 
-def _with_run_files(output: Output, found: Ledger | None, sessions: int) -> Output:
+def _with_run_files(output: Output, request: _Request, sessions: int) -> Output:
     """Adds what a run has once, and once a session."""
-    once = 0 if found else len(_RUN_FILES)
-    return _with(output, once + sessions, once * _RUN_FILE + sessions * _SESSION + output.shards * _METADATA_A_SHARD)
+    size = sessions * _SESSION + output.shards * _METADATA_A_SHARD
+    if request.found:
+        return _with(output, sessions, size)
+    fields = len(to_json(model_fields(request.job.model, request.job.max_length)))
+    return _with(output, len(_RUN_FILES) + sessions, size + len(_RUN_FILES) * _RUN_FILE + fields)
 
 
 def _with(output: Output, files: int, size: int) -> Output:

@@ -53,7 +53,7 @@ MILLION = 1_000_000
 # Of files whose content is not known before the run, in bytes; together far less than their shards.
 _RECORD, _RECORD_A_FILE = 420, 140
 _RUN_FILES = ("run.json", "config.yaml", "metadata.json")
-_RUN_FILE, _METADATA_A_SHARD, _SESSION = 2_000, 50, 500
+_RUN_FILE, _METADATA_A_SHARD, _SESSION = 2_700, 50, 650
 
 
 @dataclass(frozen=True)
@@ -363,7 +363,7 @@ def _with_run_files(output: Output, request: _Request, sessions: int) -> Output:
     size = sessions * _SESSION + output.shards * _METADATA_A_SHARD
     if request.found:
         return _with(output, sessions, size)
-    fields = len(to_json(model_fields(request.job.model, request.job.max_length)))
+    fields = 2 * len(to_json(model_fields(request.job.model, request.job.max_length)))  # in metadata.json too
     return _with(output, len(_RUN_FILES) + sessions, size + len(_RUN_FILES) * _RUN_FILE + fields)
 
 

@@ -46,6 +46,7 @@ class Answering:
       finished: bool [b], whether the answer has ended.
       samples: int32 [b], places in the input.
       step: int32 scalar, tokens of each answer that are out already.
+      seed: uint32 scalar, of everything drawn.
     """
 
     cache: KeyValueCache
@@ -53,6 +54,7 @@ class Answering:
     finished: Array
     samples: Array
     step: Array
+    seed: Array
 
 
 class AnswerProgram:
@@ -71,7 +73,9 @@ class AnswerProgram:
         """`stops` are the tokens that end an answer."""
         self.mesh = mesh
         specs = jax.tree.map(lambda parameter: parameter.sharding.spec, params)
-        self._model = _Model(port, config, numerics, sampling, tuple(stops), make_gather(specs))
+        self._seed = np.uint32(sampling.seed)
+        unseeded = dataclasses.replace(sampling, seed=0)
+        self._model = _Model(port, config, numerics, unseeded, tuple(stops), make_gather(specs))
         # A step of one token reads every parameter and computes little: on a CPU, a copy out of a stack would take
         # most of its time. Accelerators read slices where they lie.
         has_layers_apart = platform_of(mesh) == "cpu"
@@ -82,7 +86,7 @@ class AnswerProgram:
         stacked, stepped = _state_specs(None), _state_specs(layers)
         self._start = jax.jit(
             lambda columns, *given: self._on_mesh(
-                partial(self._model.start, columns), (BATCH_SPEC, BATCH_SPEC, P()), stacked
+                partial(self._model.start, columns), (BATCH_SPEC, BATCH_SPEC, P(), P()), stacked
             )(*given),
             static_argnums=0,
         )
@@ -106,7 +110,7 @@ class AnswerProgram:
           prompt_columns: room for a prompt.
           columns: room for a prompt and its answer.
         """
-        return self._start(columns, self._put(lengths), self._put(samples), np.int32(prompt_columns))
+        return self._start(columns, self._put(lengths), self._put(samples), np.int32(prompt_columns), self._seed)
 
     def read(self, state: Answering, tokens: np.ndarray, lengths: np.ndarray, rows: np.ndarray) -> Answering:
         """Reads some of the prompts and chooses the first token of each answer; returns at once, `state` is used up.
@@ -151,11 +155,11 @@ class _Model:
     stops: tuple[int, ...]
     gather: Gather
 
-    def start(self, columns: int, lengths: Array, samples: Array, prompt_columns: Array) -> Answering:
+    def start(self, columns: int, lengths: Array, samples: Array, prompt_columns: Array, seed: Array) -> Answering:
         config = self.config
         shape = (config.num_hidden_layers, config.num_key_value_heads, columns, config.head_dim)
         cache = KeyValueCache.empty(lengths, prompt_columns, shape, self.numerics.dtype)
-        return Answering(cache, jnp.zeros_like(lengths), lengths == 0, samples, jnp.int32(0))
+        return Answering(cache, jnp.zeros_like(lengths), lengths == 0, samples, jnp.int32(0), seed)
 
     def read(self, params: Parameters, state: Answering, tokens: Array, lengths: Array, rows: Array) -> Answering:
         """Prompts [b, t] into the cache, and the first token of their answers."""
@@ -164,7 +168,7 @@ class _Model:
         logits, memory = self._logits(params, tokens, packing, memory)
         rows = rows.reshape(-1)
         whose = jnp.take(state.samples, rows, mode="clip")
-        first = self.sampling.choose(logits.reshape(rows.size, -1), whose, state.step)
+        first = self.sampling.choose(logits.reshape(rows.size, -1), whose, state.step, state.seed)
         return dataclasses.replace(state, cache=memory.cache, token=state.token.at[rows].set(first, mode="drop"))
 
     def answer(self, params: Parameters, state: Answering) -> tuple[Answering, Array, Array]:
@@ -179,8 +183,8 @@ class _Model:
             finished = state.finished | jnp.isin(state.token, jnp.asarray(self.stops, jnp.int32))
             memory = Decoding(state.cache, state.step)
             logits, memory = self._logits(params, state.token[:, None], one, memory)
-            chosen = self.sampling.choose(logits[:, 0], state.samples, state.step + 1)
-            return Answering(memory.cache, chosen, finished, state.samples, state.step + 1), tokens
+            chosen = self.sampling.choose(logits[:, 0], state.samples, state.step + 1, state.seed)
+            return Answering(memory.cache, chosen, finished, state.samples, state.step + 1, state.seed), tokens
 
         # All devices take as many steps, so that parameters can be gathered in each.
         tokens = jnp.full((b, STEPS), NO_TOKEN, jnp.int32)
@@ -224,4 +228,4 @@ def _state_specs(layers: int | None) -> Answering:
     stored: Any = CAPTURE_SPEC if layers is None else [BATCH_SPEC] * layers
     rows: Any = BATCH_SPEC
     alike: Any = P()
-    return Answering(KeyValueCache(stored, stored, rows, alike), rows, rows, rows, alike)
+    return Answering(KeyValueCache(stored, stored, rows, alike), rows, rows, rows, alike, alike)

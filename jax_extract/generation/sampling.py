@@ -50,14 +50,17 @@ class Sampling:
         if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
             raise UserError("--top_k and --top_p choose among tokens that are drawn; add --temperature 1, or another")
 
-    def choose(self, logits: Array, samples: Array, step: Array) -> Array:
-        """int32 [b] of logits float32 [b, vocab]; `samples` int32 [b] are places in the input, `step` a scalar."""
+    def choose(self, logits: Array, samples: Array, step: Array, seed: Array) -> Array:
+        """int32 [b] of logits float32 [b, vocab]; `samples` int32 [b] are places in the input, `step` a scalar.
+
+        The seed is a uint32 scalar beside them, so that one compiled program serves every seed.
+        """
         if self.temperature == 0:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         # Below the largest, so that no temperature makes infinity of it.
         logits = logits - jnp.max(logits, axis=-1, keepdims=True)
         logits = self.restricted(logits / jnp.float32(self.temperature))
-        keys = jax.vmap(lambda sample: jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), sample), step))
+        keys = jax.vmap(lambda sample: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), step))
         return jax.vmap(jax.random.categorical)(keys(samples), logits).astype(jnp.int32)
 
     def restricted(self, logits: Array) -> Array:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from models.layers import Numerics, soft_capped
-from models.packing import Packing, sample_lengths
+from models.packing import InWholeRows, Packing
 from models.self_attention import AttentionRule, WithinRows
 
 # Of all layers: stacked on a leading axis, or a list with those of each, as the parameters are given.
@@ -50,7 +50,7 @@ class KeyValueCache:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Prefill:
+class Prefill(InWholeRows):
     """Attention within prompts, some of a cache's, whose keys and values are remembered; the cache is stacked.
 
     Attributes:
@@ -63,15 +63,6 @@ class Prefill:
     positions: Array
     places: Array
     rows: Array
-
-    @property
-    def sample_lengths(self) -> Array:
-        """int32 [b, t]: of the prompts; what follows them is not there yet."""
-        return sample_lengths(self.positions)
-
-    @property
-    def longest(self) -> int:
-        return self.positions.shape[1]
 
     @classmethod
     def into(cls, cache: KeyValueCache, packing: Packing, rows: Array) -> Prefill:

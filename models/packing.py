@@ -52,6 +52,21 @@ class Packing:
         return (columns >= ends - self.lengths[:, :, None]) & (columns < ends)
 
 
+class InWholeRows:
+    """What rotations ask of tokens that lie in rows with all of their samples; see `layers.TokenPlaces`."""
+
+    positions: Array  # int32 [b, t]
+
+    @property
+    def sample_lengths(self) -> Array:
+        """int32 [b, t]: of prompts, where answers follow them and are not there yet."""
+        return sample_lengths(self.positions)
+
+    @property
+    def longest(self) -> int:
+        return self.positions.shape[1]
+
+
 def sample_lengths(positions: Array) -> Array:
     """int32 [b, tokens]: how many tokens the sample of each token has in its row; 1 for padding.
 

@@ -18,7 +18,7 @@ from jax import Array
 from models.accelerated_attention import kernel_attention
 from models.attention import causal_attention
 from models.layers import Numerics, TokenPlaces
-from models.packing import sample_lengths
+from models.packing import InWholeRows
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,10 @@ class SelfAttention(TokenPlaces, Protocol):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class WithinRows:
+class WithinRows(InWholeRows):
     """Every token sees the tokens of its own sample that lie before it in its row."""
 
     positions: Array
-
-    @property
-    def sample_lengths(self) -> Array:
-        """int32 [b, t]"""
-        return sample_lengths(self.positions)
-
-    @property
-    def longest(self) -> int:
-        return self.positions.shape[1]
 
     def attend(
         self, rule: AttentionRule, layer: Array, query: Array, key: Array, value: Array, numerics: Numerics

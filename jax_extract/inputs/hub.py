@@ -15,6 +15,7 @@ import itertools
 import logging
 import threading
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -134,7 +135,7 @@ def _samples(
 
 
 @dataclass(frozen=True)
-class _Table:
+class _Table(ABC):
     """The rows of a split; `name` begins the errors."""
 
     name: str
@@ -142,9 +143,9 @@ class _Table:
     def columns(self) -> list[str]:
         return list(self._first())
 
+    @abstractmethod
     def read(self, columns: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
         """Each row with its place; at least these columns of it, or all for None."""
-        raise NotImplementedError
 
     def require_row(self, columns: Sequence[str]) -> None:
         self._first(columns)

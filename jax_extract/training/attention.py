@@ -14,25 +14,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from models.layers import Numerics, soft_capped
-from models.packing import sample_lengths
+from models.packing import InWholeRows
 from models.self_attention import AttentionRule
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class CausalRows:
+class CausalRows(InWholeRows):
     """Every token sees the tokens before it in its row; what pads a row on the right is seen by no real token."""
 
     positions: Array  # int32 [b, t]
-
-    @property
-    def sample_lengths(self) -> Array:
-        """int32 [b, t]"""
-        return sample_lengths(self.positions)
-
-    @property
-    def longest(self) -> int:
-        return self.positions.shape[1]
 
     def attend(
         self, rule: AttentionRule, layer: Array, query: Array, key: Array, value: Array, numerics: Numerics

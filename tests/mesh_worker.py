@@ -22,7 +22,7 @@ from jax_extract.devices.mesh import make_mesh
 from jax_extract.extraction import jax_backend
 from jax_extract.extraction.capture import capture_plan
 from jax_extract.extraction.program import CaptureProgram
-from jax_extract.inputs.slabs import SlabShape
+from jax_extract.inputs.planning.slabs import SlabShape
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
 

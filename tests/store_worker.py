@@ -29,8 +29,8 @@ from jax_extract.devices.processes import Processes
 from jax_extract.extraction.loop import part_content
 from jax_extract.extraction.pending import parse_committed, pending_parts, plan_json, read_committed
 from jax_extract.extraction.place import Place, keep_config
-from jax_extract.inputs.plan import PlanSettings, Window, plan_windows
-from jax_extract.inputs.tokenize import TokenizedSample
+from jax_extract.inputs.planning.windows import PlanSettings, Window, plan_windows
+from jax_extract.inputs.token_table import TokenizedSample
 from jax_extract.store.ledger import Ledger
 from jax_extract.store.metadata import write_metadata
 from jax_extract.store.parts import Site

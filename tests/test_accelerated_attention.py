@@ -23,7 +23,7 @@ from jax_extract.devices.mesh import make_mesh
 from jax_extract.devices.sharding import named, parameter_specs
 from jax_extract.extraction import jax_backend, prepare
 from jax_extract.extraction.program import capture_function, slab_inputs
-from jax_extract.inputs.slabs import SlabShape
+from jax_extract.inputs.planning.slabs import SlabShape
 from models import self_attention
 from models.accelerated_attention import attention_backend, cudnn_attention, splash_attention
 from models.attention import causal_attention

@@ -23,7 +23,8 @@ from jax_extract.extraction.command import extract_to_directory
 from jax_extract.extraction.prepare import Job
 from jax_extract.inputs.contexts import ContextCounts, ContextForm, join
 from jax_extract.inputs.samples import Sample
-from jax_extract.inputs.tokenize import InputCounts, TokenizedSample
+from jax_extract.inputs.token_table import TokenizedSample
+from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.inputs.wrapping import Wrapping
 from jax_extract.store.documents import Documents, Piece, pieces_of
 from jax_extract.store.ledger import Ledger

@@ -22,9 +22,9 @@ from jax_extract.estimation import probe
 from jax_extract.estimation.command import Estimate, Output, Work, estimate_command, output_of, tell
 from jax_extract.estimation.probe import ComputeProbe, WriteProbe, probe_writing
 from jax_extract.extraction.loop import LoopStatistics
-from jax_extract.inputs.plan import Part, plan_windows
-from jax_extract.inputs.slabs import PlanSettings, SlabShape
-from jax_extract.inputs.tokenize import TokenizedSample
+from jax_extract.inputs.planning.slabs import PlanSettings, SlabShape
+from jax_extract.inputs.planning.windows import Part, plan_windows
+from jax_extract.inputs.token_table import TokenizedSample
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.parts import ShardName, Site
 from jax_extract.store.storage.local import Directory

@@ -32,8 +32,8 @@ from jax_extract.generation.sampling import Sampling
 from jax_extract.inputs.arc import arc_samples, read_tasks
 from jax_extract.inputs.arc_augment import Augmentation
 from jax_extract.inputs.arc_encoders import ENCODERS, grid_encoder
-from jax_extract.inputs.slabs import PlanSettings
-from jax_extract.inputs.tokenize import TokenizedSample
+from jax_extract.inputs.planning.slabs import PlanSettings
+from jax_extract.inputs.token_table import TokenizedSample
 from jax_extract.store.storage.opening import open_storage
 from jax_extract.terminal import Terminal
 from models.positions import Positions

@@ -21,9 +21,9 @@ import pytest
 from jax_extract.errors import UserError
 from jax_extract.extraction.loop import STEPS_IN_MEMORY, LoopStatistics, run_parts
 from jax_extract.extraction.summary import stages_text
-from jax_extract.inputs.plan import Part, plan_windows
-from jax_extract.inputs.slabs import PlanSettings, SlabShape
-from jax_extract.inputs.tokenize import TokenizedSample
+from jax_extract.inputs.planning.slabs import PlanSettings, SlabShape
+from jax_extract.inputs.planning.windows import Part, plan_windows
+from jax_extract.inputs.token_table import TokenizedSample
 from jax_extract.store import writer
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.lanes import Call, Countdown, Lanes

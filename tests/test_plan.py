@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jax_extract.inputs import tokenize as tokenize_module
-from jax_extract.inputs.plan import Window, plan_windows
+from jax_extract.inputs.planning.slabs import PlanSettings, SlabShape
+from jax_extract.inputs.planning.windows import Window, plan_windows
 from jax_extract.inputs.samples import Sample
-from jax_extract.inputs.slabs import PlanSettings, SlabShape
-from jax_extract.inputs.tokenize import InputCounts, TokenizedSample, tokenize
+from jax_extract.inputs.token_table import TokenizedSample
+from jax_extract.inputs.tokenize import InputCounts, tokenize
 from jax_extract.inputs.wrapping import Wrapping
 from models.positions import Positions
 

@@ -21,9 +21,10 @@ from jax_extract.devices.processes import Processes
 from jax_extract.extraction.loop import LoopStatistics
 from jax_extract.extraction.schedule import steps, tokens_computed
 from jax_extract.extraction.session import Session
-from jax_extract.inputs.plan import plan_windows
-from jax_extract.inputs.slabs import PlanSettings
-from jax_extract.inputs.tokenize import InputCounts, TokenizedSample
+from jax_extract.inputs.planning.slabs import PlanSettings
+from jax_extract.inputs.planning.windows import plan_windows
+from jax_extract.inputs.token_table import TokenizedSample
+from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.store.ledger import Ledger
 from jax_extract.store.storage.failpoints import VARIABLE
 from jax_extract.store.storage.local import Directory

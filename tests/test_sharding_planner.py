@@ -145,7 +145,7 @@ from flax import nnx
 from jax_extract.devices.mesh import make_mesh
 from jax_extract.devices.sharding import Layout, named, parameter_specs
 from jax_extract.extraction.program import capture_function, slab_inputs
-from jax_extract.inputs.slabs import SlabShape
+from jax_extract.inputs.planning.slabs import SlabShape
 from models.hooks import CapturePlan
 from models.layers import Numerics, Rotary
 from models.positions import Positions

@@ -25,7 +25,7 @@ from jax_extract import cli
 from jax_extract.devices import compilation_cache
 from jax_extract.devices.compilation_cache import ENVIRONMENT, CompiledPrograms
 from jax_extract.extraction.program import CaptureProgram
-from jax_extract.inputs.slabs import SlabShape
+from jax_extract.inputs.planning.slabs import SlabShape
 from jax_extract.inputs.tokenize import tokenizer_digest
 from jax_extract.startup import seconds_since_start
 from jax_extract.store.ledger import Ledger

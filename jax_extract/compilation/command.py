@@ -37,7 +37,7 @@ from jax_extract.errors import UserError
 from jax_extract.extraction.capture import capture_plan, sequence_limit
 from jax_extract.extraction.program import captured_bytes
 from jax_extract.extraction.summary import captures_text
-from jax_extract.inputs.slabs import SlabShape
+from jax_extract.inputs.planning.slabs import SlabShape
 from jax_extract.terminal import Terminal, bytes_text, duration_text, milliseconds_text, plural, share_text
 from jax_extract.weights.open_model import OpenModel
 

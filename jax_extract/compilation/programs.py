@@ -19,7 +19,7 @@ from jax_extract.devices.planner import ModelCounts
 from jax_extract.devices.sharding import Layout
 from jax_extract.extraction.jax_backend import compute_numerics, with_attention
 from jax_extract.extraction.program import capture_function, slab_inputs
-from jax_extract.inputs.slabs import SlabShape
+from jax_extract.inputs.planning.slabs import SlabShape
 from jax_extract.weights.load import laid_out, parameter_shapes
 from models.hooks import CapturePlan
 from models.layers import Numerics

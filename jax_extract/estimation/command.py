@@ -34,8 +34,8 @@ from jax_extract.extraction.prepare import Job, wrapping_of
 from jax_extract.extraction.session import keep_in
 from jax_extract.extraction.summary import tell_input, tell_plan, tell_request
 from jax_extract.inputs.contexts import ContextCounts
-from jax_extract.inputs.plan import Part, Window
-from jax_extract.inputs.slabs import PlanSettings, Shapes, SlabShape
+from jax_extract.inputs.planning.slabs import PlanSettings, Shapes, SlabShape
+from jax_extract.inputs.planning.windows import Part, Window
 from jax_extract.inputs.sources import Source
 from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.inputs.wrapping import Wrapping

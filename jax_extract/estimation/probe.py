@@ -23,8 +23,8 @@ from jax_extract.extraction.backend import Loadable, Program
 from jax_extract.extraction.loop import run_parts
 from jax_extract.extraction.prepare import Job
 from jax_extract.extraction.schedule import steps
-from jax_extract.inputs.plan import Part
-from jax_extract.inputs.slabs import Shapes, SlabShape
+from jax_extract.inputs.planning.slabs import Shapes, SlabShape
+from jax_extract.inputs.planning.windows import Part
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.lanes import Call
 from jax_extract.store.parts import PartContent

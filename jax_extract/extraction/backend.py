@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from jax_extract.devices.platform import PlatformDefaults
-from jax_extract.inputs.slabs import PlanSettings, SlabShape
+from jax_extract.inputs.planning.slabs import PlanSettings, SlabShape
 from jax_extract.store.writer import Blocks
 from jax_extract.weights.open_model import OpenModel
 from models.hooks import CapturePlan

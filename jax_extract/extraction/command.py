@@ -34,9 +34,9 @@ from jax_extract.extraction.place import Place, keep_config, kept_by
 from jax_extract.extraction.prepare import Job, wrapping_of
 from jax_extract.extraction.session import Session, Windows, keep_in
 from jax_extract.extraction.summary import tell_input, tell_layout, tell_notes, tell_plan, tell_request, tell_result
-from jax_extract.inputs.plan import WINDOW_SAMPLES, Part, Window
+from jax_extract.inputs.planning.slabs import PlanSettings, Shapes, SlabShape
+from jax_extract.inputs.planning.windows import WINDOW_SAMPLES, Part, Window
 from jax_extract.inputs.samples import Sample
-from jax_extract.inputs.slabs import PlanSettings, Shapes, SlabShape
 from jax_extract.inputs.sources import Source, open_source
 from jax_extract.inputs.tokenize import Continued, InputCounts, tokenizer_digest
 from jax_extract.inputs.wrapping import Kept

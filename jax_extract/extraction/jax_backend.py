@@ -21,7 +21,7 @@ from jax_extract.devices.platform import PlatformDefaults, device_kind, platform
 from jax_extract.devices.sharding import Layout
 from jax_extract.errors import UserError
 from jax_extract.extraction.program import CaptureProgram, captured_bytes
-from jax_extract.inputs.slabs import PlanSettings, SlabShape
+from jax_extract.inputs.planning.slabs import PlanSettings, SlabShape
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
 from models.accelerated_attention import attention_backend

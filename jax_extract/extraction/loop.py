@@ -20,7 +20,7 @@ import numpy as np
 from jax_extract.devices.exhaustion import refusing_exhaustion
 from jax_extract.extraction.backend import Program
 from jax_extract.extraction.schedule import Step, Work, steps
-from jax_extract.inputs.plan import Part
+from jax_extract.inputs.planning.windows import Part
 from jax_extract.startup import seconds_since_start
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.lanes import Countdown

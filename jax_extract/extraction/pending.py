@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jax_extract.errors import UserError
-from jax_extract.inputs.plan import Part, Window
+from jax_extract.inputs.planning.windows import Part, Window
 from jax_extract.store.ledger import Key, Ledger
 from jax_extract.store.survey import survey
 

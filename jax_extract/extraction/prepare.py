@@ -20,10 +20,11 @@ from jax_extract.extraction.backend import Backend, Loadable, Program
 from jax_extract.extraction.capture import capture_plan, sequence_limit, sites_of
 from jax_extract.extraction.jax_backend import JaxBackend
 from jax_extract.inputs.contexts import ContextCounts, ContextForm, join
-from jax_extract.inputs.plan import WINDOW_SAMPLES, Window, plan_windows
+from jax_extract.inputs.planning.slabs import WHOLE_INPUT, PlanSettings, SlabShape
+from jax_extract.inputs.planning.windows import WINDOW_SAMPLES, Window, plan_windows
 from jax_extract.inputs.samples import Sample
-from jax_extract.inputs.slabs import WHOLE_INPUT, PlanSettings, SlabShape
-from jax_extract.inputs.tokenize import Continued, InputCounts, TokenizedSample, tokenize
+from jax_extract.inputs.token_table import TokenizedSample
+from jax_extract.inputs.tokenize import Continued, InputCounts, tokenize
 from jax_extract.inputs.wrapping import Kept, Wrapping
 from jax_extract.store.parts import Site
 from jax_extract.weights.open_model import OpenModel

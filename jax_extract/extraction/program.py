@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from jax_extract.devices.mesh import platform_of
 from jax_extract.devices.sharding import BATCH_SPEC, CAPTURE_SPEC, make_gather, named
-from jax_extract.inputs.slabs import SlabShape
+from jax_extract.inputs.planning.slabs import SlabShape
 from jax_extract.store.writer import Blocks
 from models.hooks import HOOK_POINTS, CapturePlan, Taps, slots
 from models.layers import Numerics

@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from jax_extract.inputs.plan import Part
-from jax_extract.inputs.slabs import Slab, SlabShape
-from jax_extract.inputs.tokenize import TokenizedSample
+from jax_extract.inputs.planning.slabs import Slab, SlabShape
+from jax_extract.inputs.planning.windows import Part
+from jax_extract.inputs.token_table import TokenizedSample
 
 
 @dataclass(frozen=True)

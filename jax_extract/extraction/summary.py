@@ -19,8 +19,8 @@ from jax_extract.extraction.loop import LoopStatistics
 from jax_extract.extraction.prepare import Job
 from jax_extract.extraction.schedule import tokens_computed
 from jax_extract.inputs.contexts import ContextCounts
-from jax_extract.inputs.plan import Part
-from jax_extract.inputs.slabs import Shapes
+from jax_extract.inputs.planning.slabs import Shapes
+from jax_extract.inputs.planning.windows import Part
 from jax_extract.inputs.sources import Source
 from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.store.finite import FLOAT16_ENDS

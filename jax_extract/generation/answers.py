@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jax_extract.errors import UserError, damage_is_told
-from jax_extract.inputs.tokenize import TokenizedSample
+from jax_extract.inputs.token_table import TokenizedSample
 from jax_extract.store.ledger import to_json
 from jax_extract.store.storage.verbs import Storage
 

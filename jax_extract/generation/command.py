@@ -67,7 +67,8 @@ from jax_extract.generation.reading import Reading, readings
 from jax_extract.generation.sampling import Sampling
 from jax_extract.inputs.arc_task import ArcTask
 from jax_extract.inputs.sources import Source
-from jax_extract.inputs.tokenize import InputCounts, TokenizedSample, tokenizer_digest
+from jax_extract.inputs.token_table import TokenizedSample
+from jax_extract.inputs.tokenize import InputCounts, tokenizer_digest
 from jax_extract.inputs.wrapping import Kept
 from jax_extract.terminal import Terminal, plural, share_text
 from jax_extract.weights.load import Weights

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jax_extract.generation.answers import Batch
-from jax_extract.inputs.plan import slabs_of
-from jax_extract.inputs.slabs import FilledSlab, PlanSettings, SlabShape
-from jax_extract.inputs.tokenize import TokenizedSample
+from jax_extract.inputs.planning.slabs import FilledSlab, PlanSettings, SlabShape
+from jax_extract.inputs.planning.windows import slabs_of
+from jax_extract.inputs.token_table import TokenizedSample
 from models.positions import Positions
 
 

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import numpy as np
 
 from jax_extract.errors import UserError
-from jax_extract.inputs.tokenize import InputCounts, TokenizedSample
+from jax_extract.inputs.token_table import TokenizedSample
+from jax_extract.inputs.tokenize import InputCounts
 
 Token = Literal["bos", "eos", "none"]
 _COUNTED_HERE = ("samples", "tokens", "longest_sample")

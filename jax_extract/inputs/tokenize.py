@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,38 +22,12 @@ import numpy as np
 from jax_extract.errors import UserError
 from jax_extract.inputs.chat import ChatTemplate, first_line
 from jax_extract.inputs.samples import Sample
+from jax_extract.inputs.token_table import TokenizedSample
 from jax_extract.inputs.wrapping import Wrapping
 
 _EMPTY_NAMED = 20  # how many samples without a token are named; the rest are counted
 _LARGEST_TOKEN = 2**31 - 1
 _CHUNK = 256  # texts handed to the tokenizer at once, so that it can use all cores
-
-
-@dataclass(frozen=True, eq=False)
-class TokenizedSample:
-    """A sample as the model sees it.
-
-    Attributes:
-      sample_index: place in the input, from 0, samples without tokens included.
-      sample_id: the source's name for it.
-      token_ids: int32 [length], special tokens included, at most the maximum length.
-      full_length: how many tokens it had before truncation.
-      meta: the source's JSON values.
-    """
-
-    sample_index: int
-    sample_id: str
-    token_ids: np.ndarray
-    full_length: int
-    meta: Mapping[str, Any]
-
-    @property
-    def length(self) -> int:
-        return len(self.token_ids)
-
-    @property
-    def truncated(self) -> bool:
-        return self.length < self.full_length
 
 
 Continued = Callable[[TokenizedSample], TokenizedSample]

@@ -15,7 +15,7 @@ import numpy as np
 
 from jax_extract.devices.platform import PlatformDefaults
 from jax_extract.errors import UserError
-from jax_extract.inputs.slabs import PlanSettings, SlabShape
+from jax_extract.inputs.planning.slabs import PlanSettings, SlabShape
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
 from jax_extract.weights.unported import AllWeights

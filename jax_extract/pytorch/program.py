@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from jax_extract.errors import UserError
-from jax_extract.inputs.slabs import SlabShape
+from jax_extract.inputs.planning.slabs import SlabShape
 from jax_extract.pytorch.loading import forget_lengths
 from models.hooks import CapturePlan
 from models.ports import Module

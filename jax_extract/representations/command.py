@@ -24,9 +24,10 @@ from jax_extract.extraction.loop import STEPS_IN_MEMORY, LoopStatistics, run_par
 from jax_extract.extraction.prepare import Job
 from jax_extract.extraction.summary import captures_text, tell_model
 from jax_extract.inputs.graphs import Graph
-from jax_extract.inputs.plan import Part, Window, plan_windows
+from jax_extract.inputs.planning.windows import Part, Window, plan_windows
 from jax_extract.inputs.text import jsonl_samples
-from jax_extract.inputs.tokenize import InputCounts, TokenizedSample
+from jax_extract.inputs.token_table import TokenizedSample
+from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.inputs.walk_dataset import WalkDataset
 from jax_extract.inputs.wrapping import Wrapping
 from jax_extract.representations.averages import TokenMeans, bytes_of_sums

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from jax_extract.errors import UserError, damage_is_told
-from jax_extract.inputs.plan import Part
-from jax_extract.inputs.slabs import Slab
-from jax_extract.inputs.tokenize import TokenizedSample
+from jax_extract.inputs.planning.slabs import Slab
+from jax_extract.inputs.planning.windows import Part
+from jax_extract.inputs.token_table import TokenizedSample
 from jax_extract.store.finite import NotFiniteRows
 from jax_extract.store.integrity import (
     NAMED,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jax_extract.inputs.slabs import (
+from jax_extract.inputs.planning.slabs import (
     SLAB_OVERHEAD_TOKENS,
     FilledSlab,
     PlanSettings,
@@ -18,7 +18,7 @@ from jax_extract.inputs.slabs import (
     SlabShape,
     cheapest_runs,
 )
-from jax_extract.inputs.tokenize import TokenizedSample
+from jax_extract.inputs.token_table import TokenizedSample
 
 
 def padded_batches(

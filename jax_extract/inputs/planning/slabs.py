@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jax_extract.inputs.tokenize import TokenizedSample
+from jax_extract.inputs.token_table import TokenizedSample
 from models.positions import Positions
 
 MAX_SHARD_BYTES = 256_000_000
@@ -75,8 +75,17 @@ class PlanSettings:
       bytes_per_row: of the widest hook point, in the stored dtype.
       hosts: processes of the program that starts the run. They compute a part each, and sit out what others
         compute in another shape, so with many of them a shape must serve more parts.
-      packed: samples lie one behind the other in a single row; else each has a row of its own.
+      packed: a slab is a single row, in which samples lie one behind the other.
       max_shard_bytes: size of one shard's array at which a batch is cut into parts.
+      version: 1 of runs whose slabs hold samples of one batch alone (`within_batches`); 2 since slabs are filled
+        whatever batch a sample is stored in (`rows`). What follows is read by version 2 alone.
+      devices, devices_of_host: of the mesh that starts the run, and of each of its hosts: as many slabs of a shape
+        are computed at once.
+      samples_a_row: most samples of a row; 0 for any number.
+      pair_cost: what attention costs for one query and one key, where a token's products cost 1; 0 where it
+        computes no pair of two samples, so that the plan cannot change it.
+      attention_block: attention computes pairs in squares of so many queries and keys.
+      rows_stay: rows are stored by the host that computes them, so a part's slabs belong to one host.
     """
 
     samples_per_batch: int
@@ -91,6 +100,13 @@ class PlanSettings:
     hosts: int = 1
     packed: bool = False
     max_shard_bytes: int = MAX_SHARD_BYTES
+    version: int = 1
+    devices: int = 1
+    devices_of_host: int = 1
+    samples_a_row: int = 0
+    pair_cost: float = 0.0
+    attention_block: int = 1
+    rows_stay: bool = False
 
     def most_tokens(self, longest: int = 0) -> int:
         """Of a slab with several samples, where the longest sample has so many.
@@ -109,7 +125,22 @@ class PlanSettings:
         return -(-length // self.length_multiple) * self.length_multiple
 
     def as_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "positions": str(self.positions)}
+        said = {**dataclasses.asdict(self), "positions": str(self.positions)}
+        if self.version == 1:  # as such runs have it
+            for name in _SINCE_VERSION_2:
+                del said[name]
+        return said
+
+
+_SINCE_VERSION_2 = (
+    "version",
+    "devices",
+    "devices_of_host",
+    "samples_a_row",
+    "pair_cost",
+    "attention_block",
+    "rows_stay",
+)
 
 
 def cheapest_runs(cost: np.ndarray, most: int, price: float) -> list[tuple[int, int]]:

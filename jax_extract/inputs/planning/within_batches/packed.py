@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from jax_extract.inputs.slabs import (
+from jax_extract.inputs.planning.slabs import (
     SLAB_OVERHEAD_TOKENS,
     FilledSlab,
     PlanSettings,
@@ -20,7 +20,7 @@ from jax_extract.inputs.slabs import (
     SlabShape,
     cheapest_runs,
 )
-from jax_extract.inputs.tokenize import TokenizedSample
+from jax_extract.inputs.token_table import TokenizedSample
 
 _UNEVEN = 0.005  # hands that differ by less than this are even
 _MOST_SWAPS = 4_096

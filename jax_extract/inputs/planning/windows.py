@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from jax_extract.inputs.packed import packed_batches, packed_slabs
-from jax_extract.inputs.padded import padded_batches, padded_slabs
-from jax_extract.inputs.slabs import FilledSlab, PlanSettings, Shapes, Slab
-from jax_extract.inputs.tokenize import TokenizedSample
+from jax_extract.inputs.planning.slabs import FilledSlab, PlanSettings, Shapes, Slab
+from jax_extract.inputs.planning.within_batches.packed import packed_batches, packed_slabs
+from jax_extract.inputs.planning.within_batches.padded import padded_batches, padded_slabs
+from jax_extract.inputs.token_table import TokenizedSample
 
 WINDOW_SAMPLES = 65_536
 

@@ -1,0 +1,1 @@
+"""Slabs that hold samples of one batch alone: of answers, and of runs that were begun before slabs crossed batches."""

@@ -15,7 +15,7 @@ from jax_extract.inputs.planning.filling import Supply
 from jax_extract.inputs.planning.slabs import SLAB_OVERHEAD_TOKENS, Shapes, cheapest_runs
 from jax_extract.inputs.planning.stages import Lengths, Limits, stages_of
 
-_EXACT_SAMPLES = 4_096  # of more than these, lengths are tried in coarse units
+_EXACT_SAMPLES = 1_024  # of more than these, lengths are tried in coarse units
 _UNITS = 256  # of the longest sample
 _PROPOSED = 64  # lengths among which dynamic programming chooses
 _MOST_TIMES = 16  # the longest sample in a row, and rows a device, that are looked at singly

@@ -46,7 +46,8 @@ def pack(lengths: np.ndarray, settings: PlanSettings, shapes: Shapes = (), more_
     if shapes:
         chosen = cheapest_of_given(ascending, limits, shapes)
     else:
-        chosen = cheapest_lengths(ascending, limits, settings.max_shapes - more_to_come)
+        reserved = more_to_come and limits.shortest_row < settings.padded(settings.max_length)
+        chosen = cheapest_lengths(ascending, limits, settings.max_shapes - reserved)
     stages = stages_of(chosen, Supply(ascending), limits, shapes)
     given = {shape.length: shape for shape in shapes}
     used = [given.get(stage.length) or _shape(stage, settings) for stage in stages]

@@ -21,7 +21,7 @@ _PROPOSED = 64  # lengths among which dynamic programming chooses
 _MOST_TIMES = 16  # the longest sample in a row, and rows a device, that are looked at singly
 _STARTS = 3
 _TRIALS_OF_A_START = 150
-_EXACT_TRIALS = 6
+_EXACT_TRIALS = 12
 
 
 class Trials:

@@ -88,6 +88,19 @@ class Positions:
             return -(-length // self.count)
         return sum(i < length for i in self.indices)
 
+    def rows_of(self, lengths: np.ndarray) -> np.ndarray:
+        """int64 [samples]: the same of many."""
+        lengths = np.asarray(lengths, np.int64)
+        if self.kind == "all":
+            return lengths
+        if self.one_row_per_sample:
+            return np.ones_like(lengths)
+        if self.kind == "first":
+            return np.minimum(self.count, lengths)
+        if self.kind == "every":
+            return -(-lengths // self.count)
+        return np.searchsorted(self.indices, lengths, side="left").astype(np.int64)
+
     def slots(self, tokens: int, samples: int = 1) -> int:
         """How many rows are buffered for a row of `tokens` that holds up to `samples` samples."""
         if self.one_row_per_sample:

@@ -272,5 +272,5 @@ def test_a_plan_of_contexts_holds_no_more_tokens_than_a_window_may(
     counts = job.new_counts()
     samples = [Sample(name, text) for name, text in TEXTS.items()]
     windows = list(job.windows(samples, job.plan_settings(config), Wrapping(), counts))
-    assert [sum(len(part.samples) for part in window.parts) for window in windows] == [4, 3]
+    assert [sum(len(part) for part in window.parts) for window in windows] == [4, 3]
     assert isinstance(counts, ContextCounts) and (counts.samples, counts.documents) == (7, 4)

@@ -46,8 +46,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     """No probe is run; bytes and files follow from the plan."""
 
-    def computing(_job: Any, _weights: Any, parts: list[Part], *_: Any) -> ComputeProbe:
-        return ComputeProbe(5, 10, dict.fromkeys(probe.step_counts(parts, 1, 1), 1.0), 10)
+    def computing(job: Any, _weights: Any, parts: list[Part], *_: Any) -> ComputeProbe:
+        return ComputeProbe(5, 10, dict.fromkeys(job.step_counts(parts).steps, 1.0), 10)
 
     monkeypatch.setattr(estimate, "probe_computing", computing)
     monkeypatch.setattr(estimate, "probe_writing", lambda *_: WriteProbe(1e9, 0.001))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.processes import Processes
 from jax_extract.errors import UserError
-from jax_extract.estimation.probe import ComputeProbe, WriteProbe, probe_computing, probe_writing, step_counts
+from jax_extract.estimation.probe import ComputeProbe, WriteProbe, probe_computing, probe_writing
 from jax_extract.extraction.command import (
     host_budget,
     join_processes,
@@ -269,7 +269,7 @@ def _plan(request: _Request) -> tuple[Work, list[Part], Shapes]:
     tell_input(source, counts, job, terminal)
     every = [part for window in windows for part in window.parts]
     require_rows(every, job)
-    tell_plan(every, job.backend.devices, request.processes.count, terminal)
+    tell_plan(every, job.step_counts(every), job.pair_cost, terminal)
     pending = _pending(request, windows, counts)
     whole = windows[-1].is_last
     parts = pending if whole else every  # what foretells the rest must be typical of it
@@ -280,8 +280,7 @@ def _plan(request: _Request) -> tuple[Work, list[Part], Shapes]:
     if not output.parts:
         return Work(output, {}, covers, request.committed_samples, request.settings.samples_per_batch), [], ()
     output = _with_run_files(output, request, max(request.processes.count, request.config.num_workers or 1))
-    counted = step_counts(parts, job.backend.devices // job.backend.devices_of_host, job.backend.devices_of_host)
-    steps = {shape: count * factor for shape, count in counted.items()}
+    steps = {shape: count * factor for shape, count in job.step_counts(parts).steps.items()}
     work = Work(output, steps, covers, request.committed_samples, request.settings.samples_per_batch)
     return work, parts, windows[0].shapes
 

@@ -6,7 +6,7 @@ In: nothing. Out: `Program`, which the loop runs, and `Backend`, which a job has
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -25,12 +25,14 @@ class Program(Protocol):
       plan: what is captured.
       hosts, host: how many processes compute together, and which of them this one is.
       devices_of_host: devices of this process; each computes a slab in every step.
+      rows_travel: whether every host gets the captures of all devices.
     """
 
     plan: CapturePlan
     hosts: int
     host: int
     devices_of_host: int
+    rows_travel: bool
 
     def compiled(self, shape: SlabShape) -> object:
         """Makes ready for slabs of this shape, where that takes time."""
@@ -50,8 +52,11 @@ class Program(Protocol):
         """
         ...
 
-    def on_host(self, captured: Any) -> list[Blocks]:
-        """Waits for what `run` gave: of each device of this host, site -> [rows, positions, width]."""
+    def on_host(self, captured: Any) -> Sequence[Sequence[Blocks]]:
+        """Waits for what `run` gave: of each host, of each of its devices, site -> [rows, positions, width].
+
+        Where rows do not travel, other hosts' are not there.
+        """
         ...
 
 
@@ -117,6 +122,19 @@ class Backend(Protocol):
 
     def captured_bytes(self, plan: CapturePlan, model: OpenModel, shape: SlabShape) -> int:
         """Bytes of the captures of one slab of one device, as they reach the host."""
+        ...
+
+    def rows_travel(self, plan: CapturePlan, model: OpenModel, shapes: Iterable[SlabShape]) -> bool:
+        """Whether every host gets the captures of all devices, in programs for slabs of these shapes."""
+        ...
+
+    @property
+    def attention_block(self) -> int:
+        """Attention computes pairs of a query and a key in squares of so many; 0 where none is of two samples."""
+        ...
+
+    def pair_cost(self, model: OpenModel) -> float:
+        """What attention costs for one query and one key, where a token's products cost 1."""
         ...
 
     def weights(self, model: OpenModel, plan: CapturePlan) -> Loadable:

@@ -121,6 +121,16 @@ class JaxBackend:
     def captured_bytes(self, plan: CapturePlan, model: OpenModel, shape: SlabShape) -> int:
         return captured_bytes(plan, model.config, shape, platform_of(self.mesh))
 
+    def rows_travel(self, plan: CapturePlan, model: OpenModel, shapes: Iterable[SlabShape]) -> bool:
+        return False
+
+    @property
+    def attention_block(self) -> int:
+        return 0
+
+    def pair_cost(self, model: OpenModel) -> float:
+        return 0.0
+
     def weights(self, model: OpenModel, plan: CapturePlan) -> Weights:
         blocks = plan.blocks_needed(model.config.num_hidden_layers)
         try:

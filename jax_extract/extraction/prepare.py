@@ -10,18 +10,22 @@ import dataclasses
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from jax_extract.config import ExtractConfig
 from jax_extract.errors import UserError
+from jax_extract.extraction.accounting import StepCounts
 from jax_extract.extraction.backend import Backend, Loadable, Program
 from jax_extract.extraction.capture import capture_plan, sequence_limit, sites_of
 from jax_extract.extraction.jax_backend import JaxBackend
+from jax_extract.extraction.schedule import steps
 from jax_extract.inputs.contexts import ContextCounts, ContextForm, join
 from jax_extract.inputs.planning.slabs import WHOLE_INPUT, PlanSettings, SlabShape
-from jax_extract.inputs.planning.windows import WINDOW_SAMPLES, Window, plan_windows
+from jax_extract.inputs.planning.windows import WINDOW_SAMPLES, Part, Window, plan_windows, shapes_of
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.token_table import TokenizedSample
 from jax_extract.inputs.tokenize import Continued, InputCounts, tokenize
@@ -116,6 +120,19 @@ class Job:
             bytes_per_row=max(site.width for site in self.sites) * self.value_bytes,
         )
 
+    def step_counts(self, parts: Sequence[Part]) -> StepCounts:
+        """What all devices compute of these parts."""
+        backend = self.backend
+        hosts = backend.devices // backend.devices_of_host
+        travel = backend.rows_travel(self.plan, self.model, shapes_of(parts))
+        together = steps(parts, hosts, backend.devices_of_host, travel)
+        return StepCounts.of(together, backend.devices, backend.attention_block)
+
+    @property
+    def pair_cost(self) -> float:
+        """See `Backend.pair_cost`."""
+        return self.backend.pair_cost(self.model)
+
     def tokenized(
         self, samples: Iterable[Sample], wrapping: Wrapping, counts: InputCounts, continued: Continued | None = None
     ) -> Iterator[TokenizedSample]:
@@ -157,9 +174,9 @@ class Job:
         """See `Backend.program`."""
         return self.backend.program(self.model, self.plan, weights, shapes, first)
 
-    def bytes_stored(self, samples: Iterable[TokenizedSample]) -> int:
-        """Bytes of all the rows that these samples give, over all sites."""
-        rows = sum(self.plan.positions.rows(sample.length) for sample in samples)
+    def bytes_stored(self, lengths: np.ndarray) -> int:
+        """Bytes of all the rows that samples of these lengths give, over all sites."""
+        rows = int(self.plan.positions.rows_of(lengths).sum())
         return rows * sum(site.width for site in self.sites) * self.value_bytes
 
     def identity(self) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class CaptureProgram:
         # A block of rows of the batch belongs to a place in the mesh; ours are numbered in that order.
         self._places = {place: i for i, place in enumerate(i for i, p in enumerate(owners) if p == jax.process_index())}
         self.devices_of_host = len(self._places)
+        self.rows_travel = False
         self._config = config
         self._batch_sharding = named(mesh, BATCH_SPEC)
         specs = jax.tree.map(lambda parameter: parameter.sharding.spec, params)
@@ -113,7 +114,7 @@ class CaptureProgram:
             array.copy_to_host_async()
         return captured
 
-    def on_host(self, captured: Mapping[str, Array]) -> list[Blocks]:
+    def on_host(self, captured: Mapping[str, Array]) -> list[list[Blocks]]:
         """The captures of this host's devices, in their order: site -> [rows, positions, width]."""
         blocks: list[dict[tuple[str, int | None], np.ndarray]] = [{} for _ in range(self.devices_of_host)]
         for hook, layers in self.plan.layers:
@@ -122,7 +123,7 @@ class CaptureProgram:
                 data = np.asarray(shard.data)
                 for slot, layer in enumerate(layers or (None,)):
                     blocks[device][hook, layer] = data[slot]
-        return list(blocks)
+        return [list(blocks) if host == self.host else [] for host in range(self.hosts)]
 
     def _put(self, local: np.ndarray, rows: int) -> Array:
         """This host's blocks of rows as its share of the array on the whole mesh."""

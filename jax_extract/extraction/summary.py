@@ -14,13 +14,13 @@ from jax_extract.devices.layouts_explained import explain
 from jax_extract.devices.planner import SHARE_OF_PEAK
 from jax_extract.devices.platform import device_kind
 from jax_extract.devices.sharding import Layout
+from jax_extract.extraction.accounting import StepCounts
 from jax_extract.extraction.jax_backend import JaxBackend
 from jax_extract.extraction.loop import LoopStatistics
 from jax_extract.extraction.prepare import Job
-from jax_extract.extraction.schedule import tokens_computed
 from jax_extract.inputs.contexts import ContextCounts
 from jax_extract.inputs.planning.slabs import Shapes
-from jax_extract.inputs.planning.windows import Part
+from jax_extract.inputs.planning.windows import Part, shapes_of
 from jax_extract.inputs.sources import Source
 from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.store.finite import FLOAT16_ENDS
@@ -126,14 +126,24 @@ def _notes(counts: InputCounts, job: Job) -> Iterator[str]:
         yield f"the chat template writes the date; this run keeps {counts.clock_text!r}, of when it was begun"
 
 
-def tell_plan(parts: Sequence[Part], devices: int, hosts: int, terminal: Terminal) -> None:
-    shapes = {slab.shape for part in parts for slab in part.slabs}
-    padding = 1 - sum(part.tokens for part in parts) / tokens_computed(parts, hosts, devices // hosts)
+def tell_plan(parts: Sequence[Part], counts: StepCounts, pair_cost: float, terminal: Terminal) -> None:
+    """`counts` are those of all parts on the devices that are there."""
+    shapes = shapes_of(parts)
     terminal.line(
         "plan",
         f"{plural(parts[-1].batch, 'batch')} in {plural(len(parts), 'part')}, "
-        f"{plural(len(shapes), 'slab shape')} up to {max(shapes).length:,} tokens, padding {share_text(padding)}",
+        f"{plural(len(shapes), 'slab shape')} up to {max(shapes).length:,} tokens, {waste_text(counts, pair_cost)}",
     )
+
+
+def waste_text(counts: StepCounts, pair_cost: float) -> str:
+    """`padding 2.0%`, and what else devices compute in vain, where there is any of it."""
+    said = [f"padding {share_text(counts.padding_share)}"]
+    if counts.devices > 1:
+        said.append(f"idle devices {share_text(counts.idle_share)}")
+    if foreign := counts.foreign_share(pair_cost):
+        said.append(f"attention across samples {share_text(foreign)} of the work")
+    return ", ".join(said)
 
 
 def tell_layout(job: Job, weights: Any, shapes: Shapes, terminal: Terminal) -> None:

@@ -61,6 +61,10 @@ class Texts(Sequence[str]):
         np.cumsum([len(text) for text in encoded], out=offsets[1:])
         return cls(np.frombuffer(b"".join(encoded), np.uint8), offsets)
 
+    def take(self, indices: np.ndarray) -> Texts:
+        """Those at these places."""
+        return Texts(*_take(self.data, self.offsets, indices))
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -118,6 +122,15 @@ class TokenTable:
     def __iter__(self) -> Iterator[TokenizedSample]:
         return (self[i] for i in range(len(self)))
 
+    def take(self, indices: np.ndarray) -> TokenTable:
+        """The samples at these places, in this order."""
+        token_ids, offsets = _take(self.token_ids, self.offsets, indices)
+        names, meta = (
+            texts.take(indices) if isinstance(texts, Texts) else [texts[i] for i in indices]
+            for texts in (self.sample_ids, self.meta)
+        )
+        return TokenTable(token_ids, offsets, self.sample_indices[indices], self.full_lengths[indices], names, meta)
+
     def tokens_of(self, index: int) -> np.ndarray:
         """int32 [length] of one sample."""
         return self.token_ids[self.offsets[index] : self.offsets[index + 1]]
@@ -126,3 +139,12 @@ class TokenTable:
     def lengths(self) -> np.ndarray:
         """int64 [samples]."""
         return np.diff(self.offsets)
+
+
+def _take(data: np.ndarray, offsets: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The pieces of `data` at these places, one behind the other, and their offsets."""
+    starts, ends = offsets[indices], offsets[np.asarray(indices) + 1]
+    taken = np.zeros(len(starts) + 1, np.int64)
+    np.cumsum(ends - starts, out=taken[1:])
+    pieces = [data[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+    return np.concatenate(pieces) if pieces else data[:0], taken

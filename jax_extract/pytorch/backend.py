@@ -112,6 +112,16 @@ class TorchBackend:
 
         return captured_bytes(plan, _widths(plan, model), shape)
 
+    def rows_travel(self, plan: CapturePlan, model: OpenModel, shapes: Iterable[SlabShape]) -> bool:
+        return False
+
+    @property
+    def attention_block(self) -> int:
+        return 0
+
+    def pair_cost(self, model: OpenModel) -> float:
+        return 0.0
+
     def weights(self, model: OpenModel, plan: CapturePlan) -> Weights | AllWeights:
         if not isinstance(model.family, Port):
             return AllWeights(model.checkpoint)

@@ -149,8 +149,8 @@ class TorchProgram:
                 whole[key][torch.from_numpy(places).to(self._device), : some[key].shape[1]] = some[key]
         return whole
 
-    def on_host(self, captured: Any) -> list[Mapping[SiteKey, np.ndarray]]:
-        return [captured.arrays()]
+    def on_host(self, captured: Any) -> list[list[Mapping[SiteKey, np.ndarray]]]:
+        return [[captured.arrays()]]
 
 
 def rotated_alike(lengths: np.ndarray, columns: int, same_to: int | None) -> list[tuple[np.ndarray, int]]:

@@ -11,7 +11,6 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -107,6 +106,8 @@ class Positions:
             return samples
         if self.kind == "every":
             return min(tokens, (tokens + samples * (self.count - 1)) // self.count)
+        if self.kind == "at":  # so many samples have room for so many tokens
+            return min(tokens, sum(min(samples, tokens // (i + 1)) for i in self.indices))
         return min(tokens, samples * self.rows(tokens))
 
     def columns(self, packing: Packing) -> Array | None:
@@ -133,8 +134,5 @@ class Positions:
     def select(self, x: Array, packing: Packing, columns: Array | None) -> Array:
         """x [b, tokens, width] -> [b, slots, width]: the rows at `columns`, or each sample's mean, or all."""
         if self.kind == "mean":
-            # Always float32: a long sum in bfloat16 would lose the small terms.
-            owned = packing.owned.astype(jnp.float32)
-            total = jnp.einsum("bnt,btd->bnd", owned, x.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-            return total / jnp.maximum(packing.lengths, 1)[:, :, None].astype(jnp.float32)
+            return packing.sums(x) / jnp.maximum(packing.lengths, 1)[:, :, None].astype(jnp.float32)
         return x if columns is None else jnp.take_along_axis(x, columns[:, :, None], axis=1)

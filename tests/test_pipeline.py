@@ -81,9 +81,9 @@ class MadeUpProgram:
     def run(self, tokens: np.ndarray, lengths: np.ndarray) -> Future[np.ndarray]:
         return self._device.submit(self._one, tokens)
 
-    def on_host(self, captured: Future[np.ndarray]) -> list[list[Blocks]]:
+    def on_host(self, captured: Future[np.ndarray]) -> list[Blocks]:
         rows = captured.result()
-        return [[{site.key: rows[slot] for slot, site in enumerate(SITES)}]]
+        return [{site.key: rows[slot] for slot, site in enumerate(SITES)}]
 
     def _one(self, tokens: np.ndarray) -> np.ndarray:
         """float32 [layers, rows, length, width]: every value of a row is its token."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jax_extract.extraction.accounting import StepCounts, causal_pairs
+from jax_extract.extraction.accounting import StepCounts
 from jax_extract.extraction.loop import rows_of_part
 from jax_extract.extraction.schedule import Taker, Work, steps
 from jax_extract.inputs.planning.slabs import PlanSettings, Slab, SlabShape
@@ -107,13 +107,13 @@ def test_samples_too_short_for_a_position_give_no_rows_and_the_others_follow_wit
 
 def test_what_attention_computes_of_two_samples_is_counted() -> None:
     (step,) = steps(_parts(_arrangement(2), 10), 1, 2, False)
-    counts = StepCounts.of([step], 2, attention_block=16)
-    assert causal_pairs(64, 16) == 10 * 256
-    assert counts.pairs == 2 * 4 * 10 * 256
-    assert counts.own_pairs == 10 * 55
-    useful = (100 + 0.1 * 550) / (512 + 0.1 * 20_480)
-    assert counts.useful_share(0.1) == pytest.approx(useful)
-    assert StepCounts.of([step], 2).foreign_share(0.1) == 0
+    counts = StepCounts.of([step], 2, pair_cost=0.1)
+    assert counts.computed_pairs == 2 * 4 * 128 * 128, "a row of 64 tokens is a square of 128"
+    assert counts.seen_pairs == 10 * 55
+    assert counts.useful_share == pytest.approx((100 + 0.1 * 550) / (512 + 0.1 * 131_072))
+    assert counts.unseen_share == pytest.approx(0.1 * (131_072 - 550) / (512 + 0.1 * 131_072))
+    assert StepCounts.of([step], 2).unseen_share == 0
+    assert StepCounts.of([step], 2).useful_share == counts.real_share
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])

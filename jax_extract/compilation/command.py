@@ -160,7 +160,7 @@ def _mesh(config: CompileConfig, found: Slice) -> Mesh:
 
 def _slab_shape(config: CompileConfig, model: Any) -> SlabShape:
     """The slab of the longest samples, as the batch plan makes it."""
-    defaults = platform.ACCELERATOR
+    defaults = platform.TPU
     length = -(-sequence_limit(config.max_seq_length, model) // defaults.length_multiple) * defaults.length_multiple
     most = (config.slab_tokens or defaults.slab_tokens) // length
     return SlabShape(length, max(1, min(config.batch_size, most)), 1)

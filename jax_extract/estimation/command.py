@@ -269,7 +269,7 @@ def _plan(request: _Request) -> tuple[Work, list[Part], Shapes]:
     tell_input(source, counts, job, terminal)
     every = [part for window in windows for part in window.parts]
     require_rows(every, job)
-    tell_plan(every, job.step_counts(every), job.pair_cost, terminal)
+    tell_plan(every, job.step_counts(every), terminal)
     pending = _pending(request, windows, counts)
     whole = windows[-1].is_last
     parts = pending if whole else every  # what foretells the rest must be typical of it

@@ -11,42 +11,41 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from jax_extract.extraction.schedule import Step
 from jax_extract.inputs.planning.slabs import SlabShape
+from models.accelerated_attention import attention_block, computed_pairs, seen_pairs
 
 
 @dataclass
 class StepCounts:
     """Attributes:
     devices: of all hosts.
-    attention_block: attention computes pairs of a query and a key in squares of so many; 0 where it computes those of
-      each sample alone.
+    pair_cost: what attention costs for one query and one key, where a token's products cost 1; 0 where it computes no
+      pair of two samples.
     steps: of each slab shape.
     slabs: that hold samples.
     tokens: real ones.
     slab_tokens: of all devices in all steps.
     idle_tokens: of these, those of devices without a slab.
-    own_pairs: of a query and a key that it sees: n (n + 1) / 2 of a sample of n tokens.
-    pairs: that attention computes in the slabs.
+    seen_pairs: of a query and a key that it sees.
+    computed_pairs: that attention computes, where it computes whole rows; else those that are seen.
     idle_host_steps: steps of a host none of whose devices has a slab, over all hosts.
     """
 
     devices: int
-    attention_block: int = 0
+    pair_cost: float = 0.0
     steps: Counter[SlabShape] = field(default_factory=Counter)
     slabs: int = 0
     tokens: int = 0
     slab_tokens: int = 0
     idle_tokens: int = 0
-    own_pairs: int = 0
-    pairs: int = 0
+    seen_pairs: int = 0
+    computed_pairs: int = 0
     idle_host_steps: int = 0
 
     @classmethod
-    def of(cls, steps: Iterable[Step], devices: int, attention_block: int = 0) -> StepCounts:
-        counts = cls(devices, attention_block)
+    def of(cls, steps: Iterable[Step], devices: int, pair_cost: float = 0.0) -> StepCounts:
+        counts = cls(devices, pair_cost)
         for step in steps:
             counts.add(step)
         return counts
@@ -60,11 +59,13 @@ class StepCounts:
         self.idle_host_steps += sum(not of_host for of_host in step.work)
         for work in works:
             first, last = work.slab.first, work.slab.first + work.slab.count
-            lengths = work.arrangement.lengths[first:last]
             self.tokens += work.tokens
-            self.own_pairs += int(np.sum(lengths * (lengths + 1)) // 2)
-        row_pairs = causal_pairs(step.shape.length, self.attention_block) if self.attention_block else 0
-        self.pairs += self.devices * step.shape.rows * row_pairs
+            self.seen_pairs += seen_pairs(work.arrangement.lengths[first:last])
+        if self.pair_cost:
+            length = step.shape.length
+            self.computed_pairs += self.devices * step.shape.rows * computed_pairs(length, attention_block(length))
+        else:
+            self.computed_pairs = self.seen_pairs
 
     @property
     def real_share(self) -> float:
@@ -80,21 +81,18 @@ class StepCounts:
         """Within the rows of slabs, rows without a sample included."""
         return 1 - self.real_share - self.idle_share
 
-    def useful_share(self, pair_cost: float) -> float:
-        """Of the floating-point work, attention included, where a pair costs so many tokens' products."""
-        if not self.slab_tokens:
-            return 1.0
-        pairs = self.pairs if self.attention_block else self.own_pairs
-        return (self.tokens + pair_cost * self.own_pairs) / (self.slab_tokens + pair_cost * pairs)
+    @property
+    def useful_share(self) -> float:
+        """Of the work of products and attention: real tokens, and the keys that they see."""
+        return (self.tokens + self.pair_cost * self.seen_pairs) / self._work if self.slab_tokens else 1.0
 
-    def foreign_share(self, pair_cost: float) -> float:
-        """Of the floating-point work, what attention computes of two samples, or above the diagonal, or of padding."""
-        if not self.attention_block or not self.slab_tokens:
-            return 0.0
-        return pair_cost * (self.pairs - self.own_pairs) / (self.slab_tokens + pair_cost * self.pairs)
+    @property
+    def unseen_share(self) -> float:
+        """Of that work, pairs that attention computes and no query sees: mostly of two samples, and of padding."""
+        unseen = self.computed_pairs - self.seen_pairs
+        return self.pair_cost * unseen / self._work if self.slab_tokens else 0.0
 
-
-def causal_pairs(length: int, block: int) -> int:
-    """Pairs that attention computes in a row: squares of `block` queries and keys on and below the diagonal."""
-    blocks = -(-length // block)
-    return blocks * (blocks + 1) // 2 * block * block
+    @property
+    def _work(self) -> float:
+        """In tokens' products."""
+        return self.slab_tokens + self.pair_cost * self.computed_pairs

@@ -6,7 +6,7 @@ In: nothing. Out: `Program`, which the loop runs, and `Backend`, which a job has
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -25,7 +25,7 @@ class Program(Protocol):
       plan: what is captured.
       hosts, host: how many processes compute together, and which of them this one is.
       devices_of_host: devices of this process; each computes a slab in every step.
-      rows_travel: whether every host gets the captures of all devices.
+      rows_travel: whether every host gets the captures of all devices, and not of its own alone.
     """
 
     plan: CapturePlan
@@ -52,10 +52,10 @@ class Program(Protocol):
         """
         ...
 
-    def on_host(self, captured: Any) -> Sequence[Sequence[Blocks]]:
-        """Waits for what `run` gave: of each host, of each of its devices, site -> [rows, positions, width].
+    def on_host(self, captured: Any) -> list[Blocks]:
+        """Waits for what `run` gave: of each device, site -> [rows, positions, width].
 
-        Where rows do not travel, other hosts' are not there.
+        The devices are those of this host; where rows travel, those of the first host, then of the second, and so on.
         """
         ...
 
@@ -120,21 +120,24 @@ class Backend(Protocol):
         """What decides the bits of a row, besides the plan's slab shapes: equal here means equal bytes."""
         ...
 
+    def pair_cost(self, model: OpenModel, plan: CapturePlan) -> float:
+        """Products of attention for one query and one key, over those of a token in the matrices of a block.
+
+        0 where attention computes no pair of two samples, so that it costs the same wherever they lie.
+        """
+        ...
+
+    @property
+    def attention_block(self) -> int:
+        """Attention computes pairs in squares of so many queries and keys, in rows that this divides."""
+        ...
+
     def captured_bytes(self, plan: CapturePlan, model: OpenModel, shape: SlabShape) -> int:
         """Bytes of the captures of one slab of one device, as they reach the host."""
         ...
 
     def rows_travel(self, plan: CapturePlan, model: OpenModel, shapes: Iterable[SlabShape]) -> bool:
-        """Whether every host gets the captures of all devices, in programs for slabs of these shapes."""
-        ...
-
-    @property
-    def attention_block(self) -> int:
-        """Attention computes pairs of a query and a key in squares of so many; 0 where none is of two samples."""
-        ...
-
-    def pair_cost(self, model: OpenModel) -> float:
-        """What attention costs for one query and one key, where a token's products cost 1."""
+        """Whether captures of slabs of these shapes are small enough to bring them to every host; see `Program`."""
         ...
 
     def weights(self, model: OpenModel, plan: CapturePlan) -> Loadable:
@@ -142,12 +145,26 @@ class Backend(Protocol):
         ...
 
     def program(
-        self, model: OpenModel, plan: CapturePlan, weights: Any, shapes: Iterable[SlabShape], first: SlabShape | None
+        self,
+        model: OpenModel,
+        plan: CapturePlan,
+        weights: Any,
+        shapes: Iterable[SlabShape],
+        first: SlabShape | None,
+        rows_travel: bool = False,
     ) -> Program:
         """Loads the weights and meanwhile makes ready for `first`; this is where the real work begins.
 
         Args:
           weights: as `weights` gave them.
           shapes: that a slab may have.
+          rows_travel: see `Program`.
         """
         ...
+
+
+def holds_several_a_row(settings: PlanSettings) -> bool:
+    """Whether rows of a plan with these settings may hold more than one sample."""
+    if settings.version == 1:
+        return settings.packed and settings.rows > 1
+    return settings.samples_a_row != 1

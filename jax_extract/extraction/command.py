@@ -290,7 +290,7 @@ class _Extraction:
         if self.config.one_file_per_layer:
             _require_one_window(counts.samples)
         require_rows(parts, self.job)
-        tell_plan(parts, self.job.step_counts(parts), self.job.pair_cost, self.terminal)
+        tell_plan(parts, self.job.step_counts(parts), self.terminal)
         pending = [part for part in parts if part.key not in committed]
         parties = max(self.processes.count, self.config.num_workers or 1)
         sizes = [self.job.bytes_stored(part.lengths) for part in pending]

@@ -125,7 +125,7 @@ def run_parts(
         # Without room even now, it was the writer that the next step waited for all the time.
         statistics.waited["device" if budget.fits(room) else "writer"] += time.perf_counter() - waiting
         with statistics.waiting("writer"):  # which may want room on the disk before it begins another part
-            stored = feeder.feed(step, blocks, program.bytes_on_host(step.shape))
+            stored = feeder.feed(_with_blocks(step, blocks, program), program.bytes_on_host(step.shape))
         statistics.add_step(step.shape, step.work[program.host], program.devices_of_host, stored)
         statistics.seconds = time.perf_counter() - started - statistics.compile_seconds
         on_progress(statistics)
@@ -172,20 +172,9 @@ class _Feeder:
         self._host = host
         self._open: dict[Key, OpenPart] = {}
 
-    def feed(self, step: Step, blocks: Sequence[Sequence[Blocks]], nbytes: int) -> list[Part]:
-        """Hands over a step; returns the parts that are complete with it.
-
-        Args:
-          blocks: of each host, those of its devices, as far as they came here.
-          nbytes: what all of them take.
-        """
-        mine = [
-            (taker.part, work, block)
-            for works, came in zip(step.work, blocks, strict=True)
-            for work, block in zip(works, came, strict=False)
-            for taker in work.takers
-            if taker.host == self._host
-        ]
+    def feed(self, works: Sequence[tuple[Work, Blocks]], nbytes: int) -> list[Part]:
+        """Hands over the slabs of a step, whose blocks take `nbytes`; returns the parts that are complete with it."""
+        mine = [(taker.part, work, block) for work, block in works for taker in work.takers if taker.host == self._host]
         release = partial(self._budget.release, nbytes)
         if not mine:
             release()
@@ -202,6 +191,13 @@ class _Feeder:
             return False
         self._open.pop(part.key).commit()
         return True
+
+
+def _with_blocks(step: Step, blocks: Sequence[Blocks], program: Program) -> list[tuple[Work, Blocks]]:
+    """Each slab whose captures came to this host, with them."""
+    hosts = range(program.hosts) if program.rows_travel else [program.host]
+    came = [blocks[i * program.devices_of_host : (i + 1) * program.devices_of_host] for i in range(len(hosts))]
+    return [pair for i, host in enumerate(hosts) for pair in zip(step.work[host], came[i], strict=False)]
 
 
 def rows_of_part(part: Part, work: Work, positions: Positions) -> list[RowPiece]:

@@ -126,12 +126,7 @@ class Job:
         hosts = backend.devices // backend.devices_of_host
         travel = backend.rows_travel(self.plan, self.model, shapes_of(parts))
         together = steps(parts, hosts, backend.devices_of_host, travel)
-        return StepCounts.of(together, backend.devices, backend.attention_block)
-
-    @property
-    def pair_cost(self) -> float:
-        """See `Backend.pair_cost`."""
-        return self.backend.pair_cost(self.model)
+        return StepCounts.of(together, backend.devices, backend.pair_cost(self.model, self.plan))
 
     def tokenized(
         self, samples: Iterable[Sample], wrapping: Wrapping, counts: InputCounts, continued: Continued | None = None

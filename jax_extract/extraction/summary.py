@@ -126,23 +126,23 @@ def _notes(counts: InputCounts, job: Job) -> Iterator[str]:
         yield f"the chat template writes the date; this run keeps {counts.clock_text!r}, of when it was begun"
 
 
-def tell_plan(parts: Sequence[Part], counts: StepCounts, pair_cost: float, terminal: Terminal) -> None:
+def tell_plan(parts: Sequence[Part], counts: StepCounts, terminal: Terminal) -> None:
     """`counts` are those of all parts on the devices that are there."""
     shapes = shapes_of(parts)
     terminal.line(
         "plan",
         f"{plural(parts[-1].batch, 'batch')} in {plural(len(parts), 'part')}, "
-        f"{plural(len(shapes), 'slab shape')} up to {max(shapes).length:,} tokens, {waste_text(counts, pair_cost)}",
+        f"{plural(len(shapes), 'slab shape')} up to {max(shapes).length:,} tokens, {waste_text(counts)}",
     )
 
 
-def waste_text(counts: StepCounts, pair_cost: float) -> str:
+def waste_text(counts: StepCounts) -> str:
     """`padding 2.0%`, and what else devices compute in vain, where there is any of it."""
     said = [f"padding {share_text(counts.padding_share)}"]
     if counts.devices > 1:
         said.append(f"idle devices {share_text(counts.idle_share)}")
-    if foreign := counts.foreign_share(pair_cost):
-        said.append(f"attention across samples {share_text(foreign)} of the work")
+    if unseen := counts.unseen_share:
+        said.append(f"attention across samples {share_text(unseen)} of the work")
     return ", ".join(said)
 
 

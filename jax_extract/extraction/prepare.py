@@ -24,7 +24,7 @@ from jax_extract.extraction.capture import capture_plan, sequence_limit, sites_o
 from jax_extract.extraction.jax_backend import JaxBackend
 from jax_extract.extraction.schedule import steps
 from jax_extract.inputs.contexts import ContextCounts, ContextForm, join
-from jax_extract.inputs.planning.slabs import WHOLE_INPUT, PlanSettings, SlabShape
+from jax_extract.inputs.planning.slabs import SINCE_VERSION_2, WHOLE_INPUT, PlanSettings, SlabShape
 from jax_extract.inputs.planning.windows import WINDOW_SAMPLES, Part, Window, plan_windows, shapes_of
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.token_table import TokenizedSample
@@ -107,7 +107,7 @@ class Job:
         frozen = frozen or {}
         same_rows = frozen.get("rows") == config.batch_size
         batches = WHOLE_INPUT // config.batch_size if config.one_file_per_layer else self.backend.devices
-        return PlanSettings(
+        settings = PlanSettings(
             samples_per_batch=frozen["samples_per_batch"] if same_rows else config.batch_size * batches,
             rows=config.batch_size,
             slab_tokens=config.slab_tokens or frozen.get("slab_tokens") or defaults.slab_tokens,
@@ -119,6 +119,24 @@ class Job:
             positions=self.plan.positions,
             bytes_per_row=max(site.width for site in self.sites) * self.value_bytes,
         )
+        if frozen and "version" not in frozen:
+            return settings
+        return dataclasses.replace(settings, **{**self._whole_mesh(settings), **_of_version_2(frozen)})
+
+    def _whole_mesh(self, settings: PlanSettings) -> dict[str, Any]:
+        """What a new plan knows of the devices that it is made for."""
+        backend = self.backend
+        # A row of a usual sample or two; how rows lie in the end is not known yet.
+        slab = SlabShape(settings.slab_tokens, 1, settings.rows)
+        return {
+            "version": 2,
+            "devices": backend.devices,
+            "devices_of_host": backend.devices_of_host,
+            "samples_a_row": backend.defaults.samples_a_row,
+            "pair_cost": backend.pair_cost(self.model, self.plan),
+            "attention_block": backend.attention_block,
+            "rows_stay": settings.hosts > 1 and not backend.rows_travel(self.plan, self.model, [slab]),
+        }
 
     def step_counts(self, parts: Sequence[Part]) -> StepCounts:
         """What all devices compute of these parts."""
@@ -198,6 +216,10 @@ class Job:
             "packages": {name: importlib.metadata.version(name) for name in (*_PACKAGES, *self.backend.packages)},
             "python": platform.python_version(),
         }
+
+
+def _of_version_2(frozen: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: frozen[name] for name in SINCE_VERSION_2 if name in frozen}
 
 
 def wrapping_of(config: ExtractConfig, kept: Kept) -> Wrapping:

@@ -127,12 +127,12 @@ class PlanSettings:
     def as_json(self) -> dict[str, Any]:
         said = {**dataclasses.asdict(self), "positions": str(self.positions)}
         if self.version == 1:  # as such runs have it
-            for name in _SINCE_VERSION_2:
+            for name in SINCE_VERSION_2:
                 del said[name]
         return said
 
 
-_SINCE_VERSION_2 = (
+SINCE_VERSION_2 = (
     "version",
     "devices",
     "devices_of_host",

@@ -130,7 +130,6 @@ class Job:
         slab = SlabShape(settings.slab_tokens, 1, settings.rows)
         return {
             "version": 2,
-            "devices": backend.devices,
             "devices_of_host": backend.devices_of_host,
             "samples_a_row": backend.defaults.samples_a_row,
             "pair_cost": backend.pair_cost(self.model, self.plan),

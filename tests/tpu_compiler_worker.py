@@ -74,8 +74,7 @@ def facts(topology: str, case: str) -> dict[str, Any]:
         "captures": compiled.captures,
         "moved": [dataclasses.asdict(collective) for collective in compiled.moved],
         "received": sum(collective.received for collective in compiled.moved),
-        "foretold_received": report.cost.moved
-        + report.subject.rows_travel * compiled.captures * (1 - 1 / report.chips),
+        "foretold_received": report.cost.moved + arriving_captures,
         "foreign": compiled.foreign,
         "output_shards": compiled.output_shards,
         "unique_shards": compiled.unique_shards,

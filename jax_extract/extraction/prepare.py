@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import itertools
 import platform
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,8 +24,10 @@ from jax_extract.inputs.contexts import ContextCounts, ContextForm, join
 from jax_extract.inputs.planning.slabs import WHOLE_INPUT, PlanSettings, SlabShape
 from jax_extract.inputs.planning.windows import WINDOW_SAMPLES, Window, plan_windows
 from jax_extract.inputs.samples import Sample
-from jax_extract.inputs.token_table import TokenizedSample
-from jax_extract.inputs.tokenize import Continued, InputCounts, tokenize
+from jax_extract.inputs.token_table import TokenizedSample, TokenTable
+from jax_extract.inputs.tokenize import Continued, tokenized_tables
+from jax_extract.inputs.tokenizing.counts import InputCounts
+from jax_extract.inputs.tokenizing.share import Share
 from jax_extract.inputs.wrapping import Kept, Wrapping
 from jax_extract.store.parts import Site
 from jax_extract.weights.open_model import OpenModel
@@ -119,14 +122,30 @@ class Job:
     def tokenized(
         self, samples: Iterable[Sample], wrapping: Wrapping, counts: InputCounts, continued: Continued | None = None
     ) -> Iterator[TokenizedSample]:
-        """Samples as the model sees them, lazily; `counts` tells afterwards what the input was."""
+        """Samples as the model sees them, one by one; see `tables`."""
+        return itertools.chain.from_iterable(self.tables(samples, wrapping, counts, continued))
+
+    def tables(
+        self,
+        samples: Iterable[Sample],
+        wrapping: Wrapping,
+        counts: InputCounts,
+        continued: Continued | None = None,
+        share: Share | None = None,
+    ) -> Iterator[TokenTable]:
+        """Samples as the model sees them, lazily; `counts` tells afterwards what the input was.
+
+        Args:
+          share: see `tokenized_tables`.
+        """
         tokenizer, vocabulary = self.model.tokenizer, self.model.config.vocab_size
         if self.contexts is None:
-            return tokenize(samples, tokenizer, self.prompt_length, wrapping, counts, vocabulary, continued)
+            most = self.prompt_length
+            return tokenized_tables(samples, tokenizer, most, wrapping, counts, vocabulary, continued, share)
         assert isinstance(counts, ContextCounts)
-        read = InputCounts()
+        read = InputCounts(chained=counts.chained)
         bare = dataclasses.replace(wrapping, add_special_tokens=False)  # contexts have theirs
-        documents = tokenize(samples, tokenizer, _UNCUT, bare, read, vocabulary)
+        documents = tokenized_tables(samples, tokenizer, _UNCUT, bare, read, vocabulary, share=share)
         return join(documents, self.contexts, counts, read)
 
     def windows(

@@ -76,13 +76,14 @@ class Records(Sequence[str]):
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]]) -> Records | None:
         """None where the rows are not so."""
-        if not rows or len(found := {tuple(row) for row in rows}) != 1:
+        if not rows or len(found := set(map(tuple, rows))) != 1:
             return None
         (keys,) = found
         if not all(type(key) is str for key in keys):
             return None
         values: list[str | np.ndarray] = []
-        for column in zip(*(row.values() for row in rows), strict=True):
+        for key in keys:
+            column = [row[key] for row in rows]
             kinds = set(map(type, column))
             if kinds == {int}:
                 try:

@@ -22,7 +22,7 @@ from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.token_table import TokenizedSample, TokenTable
 from jax_extract.inputs.tokenizing.ahead import ahead
 from jax_extract.inputs.tokenizing.counts import InputCounts
-from jax_extract.inputs.tokenizing.encoder import Encoded, Encoder
+from jax_extract.inputs.tokenizing.encoder import Encoded, Encoder, are_texts
 from jax_extract.inputs.tokenizing.names import Names
 from jax_extract.inputs.tokenizing.pipeline import Chunk, chunks_of, encoded_chunks
 from jax_extract.inputs.tokenizing.share import Share, exchanged
@@ -74,7 +74,7 @@ def tokenized_tables(
                 json_column([sample.meta for sample in chunk]),
             )
             first += len(chunk)
-            contents = [_content(sample) for sample in chunk]
+            contents = [s.text for s in chunk] if are_texts(chunk) else [_content(s) for s in chunk]
             counts.take(encoded)
             if not lengths.all():
                 for place in np.flatnonzero(lengths == 0).tolist():

@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_Queue = queue.SimpleQueue[tuple[str, Any]]  # "item", "failure" or "end", and what
 
 _CLOSES_SECONDS = 5.0  # a reader may be waiting for a network
 
@@ -22,7 +23,7 @@ def ahead(items: Iterable[T], most: int = 1) -> Generator[T, None, None]:
     this one or lets it go. What is made must not take part in what several processes do together: two threads would
     come to it in another order on each of them.
     """
-    made: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    made: _Queue = queue.SimpleQueue()
     may_make = threading.Semaphore(most)
     closed = threading.Event()
     thread = threading.Thread(target=_make, args=(items, made, may_make, closed), name="jax_extract-ahead", daemon=True)
@@ -42,12 +43,7 @@ def ahead(items: Iterable[T], most: int = 1) -> Generator[T, None, None]:
         thread.join(_CLOSES_SECONDS)
 
 
-def _make(
-    items: Iterable[Any],
-    made: queue.SimpleQueue[tuple[str, Any]],
-    may_make: threading.Semaphore,
-    closed: threading.Event,
-) -> None:
+def _make(items: Iterable[Any], made: _Queue, may_make: threading.Semaphore, closed: threading.Event) -> None:
     iterator = iter(items)
     try:
         while True:

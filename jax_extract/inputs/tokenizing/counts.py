@@ -23,10 +23,10 @@ _EMPTY_NAMED = 20  # how many samples without a token are named; the rest are co
 class InputCounts:
     """Filled while the samples are read.
 
-    `dataset_hash` is over the ids and texts of the samples with tokens, in input order: `chained`, sha256 again for each
-    sample, as the first runs have it; else see `DatasetHash`. `opened_samples` are texts that began with `opening`,
-    which the tokenizer puts before every text, and got no second one. `clock_text` is what the chat template was told
-    when it asked for the time. `closed_samples` are conversations in which the assistant has the last word, so that
+    `dataset_hash` is over the ids and texts of the samples with tokens, in input order: `chained`, sha256 again for
+    each sample, as the first runs have it; else see `DatasetHash`. `opened_samples` are texts that began with
+    `opening`, which the tokenizer puts before every text, and got no second one. `clock_text` is what the chat template
+    was told when it asked for the time. `closed_samples` are conversations in which the assistant has the last word, so that
     nothing is asked at their end.
     """
 
@@ -101,8 +101,8 @@ class InputCounts:
 class DatasetHash:
     """sha256 over what was given, however it is cut into chunks.
 
-    It is of three others: of the lengths in characters (int64, little-endian, of the id and of the text of each sample),
-    of the ids and of the texts (UTF-8, one behind the other).
+    It is of three others: of the lengths in characters (int64, little-endian, of the id and of the text of each
+    sample), of the ids and of the texts (UTF-8, one behind the other).
     """
 
     def __init__(self) -> None:

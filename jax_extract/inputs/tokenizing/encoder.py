@@ -1,7 +1,7 @@
 """What a tokenizer makes of samples under a wrapping, a chunk at a time.
 
-In: a transformers tokenizer, a `Wrapping`, lists of `Sample`s. Out: `Encoded`: arrays of token ids, and what was done to
-the texts. The work is cut in two: `prepare` makes the texts (the chat template is a program in Python), and what the
+In: a transformers tokenizer, a `Wrapping`, lists of `Sample`s. Out: `Encoded`: arrays of token ids, and what was done
+to the texts. The work is cut in two: `prepare` makes the texts (the chat template is a program in Python), and what the
 tokenizer makes of them may come from another process.
 """
 
@@ -81,6 +81,8 @@ class Encoder:
 
     def prepare(self, samples: Sequence[Sample]) -> Prepared:
         """UserError where a sample cannot be put to the tokenizer."""
+        if self._template is None and are_texts(samples):
+            return Prepared(samples, {}, [sample.text for sample in samples], 0, None)
         given = {i: self._as_given(sample) for i, sample in enumerate(samples) if sample.token_ids is not None}
         given |= {i: np.zeros(0, np.int32) for i, sample in enumerate(samples) if sample.turns == ()}
         closed = self._template.closed_samples if self._template else 0
@@ -210,6 +212,11 @@ class Encoder:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         name = (backend.id_to_token if backend else self._tokenizer.convert_ids_to_tokens)(around[0])
         return name if isinstance(name, str) else ""
+
+
+def are_texts(samples: Sequence[Sample]) -> bool:
+    """Whether none of them is a conversation or is tokenized already."""
+    return all([sample.turns is None and sample.token_ids is None for sample in samples])
 
 
 def _is_unchanged(tokenizer: Any, base: Any) -> bool:

@@ -8,6 +8,7 @@ it starts in a blink, and never JAX, whose devices belong to one process. It end
 from __future__ import annotations
 
 import array
+import gc
 import marshal
 import os
 import queue
@@ -92,6 +93,8 @@ def main() -> None:
         return
     backend_json, splits_special, special, opening, most = setup
     from tokenizers import Tokenizer
+
+    gc.disable()  # nothing here is in a circle
 
     def take() -> None:
         # Reads on while texts are encoded, so that whoever sends never waits; nobody waits for tokens at the end.

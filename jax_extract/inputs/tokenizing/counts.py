@@ -25,9 +25,9 @@ class InputCounts:
 
     `dataset_hash` is over the ids and texts of the samples with tokens, in input order: `chained`, sha256 again for
     each sample, as the first runs have it; else see `DatasetHash`. `opened_samples` are texts that began with
-    `opening`, which the tokenizer puts before every text, and got no second one. `clock_text` is what the chat template
-    was told when it asked for the time. `closed_samples` are conversations in which the assistant has the last word, so that
-    nothing is asked at their end.
+    `opening`, which the tokenizer puts before every text, and got no second one. `clock_text` is what the chat
+    template was told when it asked for the time. `closed_samples` are conversations in which the assistant has the
+    last word, so that nothing is asked at their end.
     """
 
     samples: int = 0

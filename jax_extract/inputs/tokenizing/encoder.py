@@ -216,7 +216,7 @@ class Encoder:
 
 def are_texts(samples: Sequence[Sample]) -> bool:
     """Whether none of them is a conversation or is tokenized already."""
-    return all([sample.turns is None and sample.token_ids is None for sample in samples])
+    return all(sample.turns is None and sample.token_ids is None for sample in samples)
 
 
 def _is_unchanged(tokenizer: Any, base: Any) -> bool:

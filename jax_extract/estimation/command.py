@@ -262,7 +262,12 @@ def _what_is_there(config: ExtractConfig, place: Place, processes: Processes) ->
 
 def _plan(request: _Request) -> tuple[Work, list[Part], Shapes]:
     """The work, the parts of it that are planned (all of a finite input, the first window of a stream), slab shapes."""
-    job, source, terminal, counts = request.job, request.source, request.terminal, request.job.new_counts()
+    job, source, terminal, counts = (
+        request.job,
+        request.source,
+        request.terminal,
+        request.job.new_counts(request.settings),
+    )
     stream = job.windows(source.samples(), request.settings, request.wrapping, counts)
     windows = list(stream if source.finite else itertools.islice(stream, 1))
     require_samples(counts, source)

@@ -23,9 +23,10 @@ from jax_extract.inputs.planning.rows import pack
 from jax_extract.inputs.planning.slabs import FilledSlab, PlanSettings, Shapes, Slab, SlabShape
 from jax_extract.inputs.planning.within_batches.packed import packed_batches, packed_slabs
 from jax_extract.inputs.planning.within_batches.padded import padded_batches, padded_slabs
-from jax_extract.inputs.token_table import TokenizedSample, TokenTable
+from jax_extract.inputs.token_table import TokenizedSample, TokenTable, windows_of
 
 WINDOW_SAMPLES = 65_536
+_CHUNK = 1_024
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,16 +140,16 @@ def plan_windows(
 ) -> Iterator[Window]:
     """Plans lazily, a window at a time."""
     stream = iter(samples)
-    windows = iter(lambda: list(itertools.islice(stream, window_samples)), [])
-    return plan_tables(map(TokenTable.of, windows), settings)
+    tables = map(TokenTable.of, iter(lambda: list(itertools.islice(stream, _CHUNK)), []))
+    return plan_tables(windows_of(tables, window_samples), settings)
 
 
-def plan_tables(tables: Iterable[TokenTable], settings: PlanSettings) -> Iterator[Window]:
-    """The same of windows that are tables; the slab shapes are those that suit the first one."""
+def plan_tables(tables: Iterable[tuple[TokenTable, bool]], settings: PlanSettings) -> Iterator[Window]:
+    """The same of whole windows, each with whether it is the last one; what suits the first must do for the others."""
     arrange = _WholeMesh(settings) if settings.version > 1 else _WithinBatches(settings)
     digest = hashlib.sha256(json.dumps(settings.as_json(), sort_keys=True).encode()).hexdigest()
     batches = 0
-    for number, (table, is_last) in enumerate(_with_end(tables)):
+    for number, (table, is_last) in enumerate(tables):
         arrangement, cuts = arrange(table, more_to_come=not is_last)
         parts = tuple(
             Part(batch, part, len(bounds) - 1, arrangement, start, stop, settings.version)
@@ -184,17 +185,6 @@ def part_digest(version: int, key: tuple[int, int], slabs: Sequence[Slab], sampl
     total.update(b"".join(names))
     total.update(np.ascontiguousarray(samples.token_ids, "<i4"))
     return total.hexdigest()
-
-
-def _with_end(tables: Iterable[TokenTable]) -> Iterator[tuple[TokenTable, bool]]:
-    """Each with whether it is the last one; the next one is made before its turn."""
-    stream = iter(tables)
-    if (table := next(stream, None)) is None:
-        return
-    for following in stream:
-        yield table, False
-        table = following
-    yield table, True
 
 
 Cuts = list[list[int]]  # of each batch, the places where its parts begin, and where the last one ends

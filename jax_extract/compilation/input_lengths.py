@@ -48,13 +48,13 @@ def _tokenized(config: CompileConfig, job: Job, terminal: Terminal) -> np.ndarra
         dataset_config=None,
         text_column=asked.text_column,
     )
-    counts = job.new_counts()
-    samples = job.tokenized(source.samples(), wrapping_of(asked, Kept.from_now_on()), counts)
-    lengths = np.fromiter((sample.length for sample in samples), np.int64)
-    if not len(lengths):
+    counts = job.new_counts(job.plan_settings(asked))
+    tables = job.tables(source.samples(), wrapping_of(asked, Kept.from_now_on()), counts)
+    lengths = [table.lengths for table in tables]  # and not the tokens
+    if not lengths:
         raise UserError(f"{source.name} gave no sample with a token; there is nothing to plan")
     tell_input(source, counts, job, terminal)
-    return lengths
+    return np.concatenate(lengths)
 
 
 def _listed(name: str, n_samples: int | None, job: Job, terminal: Terminal) -> np.ndarray:

@@ -14,9 +14,10 @@ import numpy as np
 from jax_extract.compilation.config import CompileConfig
 from jax_extract.extraction.accounting import StepCounts
 from jax_extract.extraction.prepare import Job
+from jax_extract.inputs.columns import Texts
 from jax_extract.inputs.planning.slabs import SlabShape
 from jax_extract.inputs.planning.windows import WINDOW_SAMPLES, Part, plan_tables
-from jax_extract.inputs.token_table import Texts, TokenTable
+from jax_extract.inputs.token_table import TokenTable
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,12 @@ def plan_run(config: CompileConfig, job: Job, lengths: np.ndarray) -> RunPlan:
     return RunPlan(parts, job.step_counts(parts), int(job.plan.positions.rows_of(lengths).sum()))
 
 
-def _tables(lengths: np.ndarray) -> Iterator[TokenTable]:
-    """Windows of samples that have these lengths, and tokens that take no memory."""
+def _tables(lengths: np.ndarray) -> Iterator[tuple[TokenTable, bool]]:
+    """Windows of samples that have these lengths, and tokens that take no memory; with each whether it is the last."""
     for first in range(0, len(lengths), WINDOW_SAMPLES):
         window = lengths[first : first + WINDOW_SAMPLES]
         offsets = np.append(0, np.cumsum(window))
         indices = np.arange(first, first + len(window))
-        nothing = Texts.of([""] * len(window))
-        yield TokenTable(np.broadcast_to(np.int32(0), offsets[-1]), offsets, indices, window, nothing, nothing)
+        tokens, texts = np.broadcast_to(np.int32(0), offsets[-1]), Texts.of([""] * len(window))
+        table = TokenTable(tokens, offsets, indices, window, texts, texts)
+        yield table, first + WINDOW_SAMPLES >= len(lengths)

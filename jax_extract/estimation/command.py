@@ -146,7 +146,8 @@ def _plan(request: _Request) -> tuple[Work, list[Part], Shapes, ReadProbe]:
     And how long it took to read so much of the input, to tokenise and to plan it, which the run does alike.
     """
     started = time.perf_counter()
-    job, source, terminal, counts = request.job, request.source, request.terminal, request.job.new_counts()
+    job, source, terminal = request.job, request.source, request.terminal
+    counts = job.new_counts(request.settings)
     stream = job.windows(source.samples(), request.settings, request.wrapping, counts)
     windows = list(stream if source.finite else itertools.islice(stream, 1))
     require_samples(counts, source)

@@ -248,7 +248,7 @@ class _Extraction:
         """The plan, from the beginning at each call; of a finite input it is made once and kept."""
 
         def read() -> tuple[Iterable[Window], InputCounts]:
-            counts = self.job.new_counts()
+            counts = self.job.new_counts(settings)
             wrapping = wrapping_of(self.config, self._kept)
             windows = self.job.windows(self.source.samples(), settings, wrapping, counts, self.continued)
             return windows, counts

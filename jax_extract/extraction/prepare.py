@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import itertools
 import platform
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,10 +26,12 @@ from jax_extract.extraction.jax_backend import JaxBackend
 from jax_extract.extraction.schedule import steps
 from jax_extract.inputs.contexts import ContextCounts, ContextForm, join
 from jax_extract.inputs.planning.slabs import SINCE_VERSION_2, WHOLE_INPUT, PlanSettings, SlabShape
-from jax_extract.inputs.planning.windows import WINDOW_SAMPLES, Part, Window, plan_windows, shapes_of
+from jax_extract.inputs.planning.windows import WINDOW_SAMPLES, Part, Window, plan_tables, shapes_of
 from jax_extract.inputs.samples import Sample
-from jax_extract.inputs.token_table import TokenizedSample
-from jax_extract.inputs.tokenize import Continued, InputCounts, tokenize
+from jax_extract.inputs.token_table import TokenizedSample, TokenTable, windows_of
+from jax_extract.inputs.tokenize import Continued, tokenized_tables
+from jax_extract.inputs.tokenizing.counts import InputCounts
+from jax_extract.inputs.tokenizing.share import Share
 from jax_extract.inputs.wrapping import Kept, Wrapping
 from jax_extract.store.parts import Site
 from jax_extract.weights.open_model import OpenModel
@@ -130,7 +133,6 @@ class Job:
         slab = SlabShape(settings.slab_tokens, 1, settings.rows)
         return {
             "version": 2,
-            "devices": backend.devices,
             "devices_of_host": backend.devices_of_host,
             "samples_a_row": backend.defaults.samples_a_row,
             "pair_cost": backend.pair_cost(self.model, self.plan),
@@ -149,14 +151,30 @@ class Job:
     def tokenized(
         self, samples: Iterable[Sample], wrapping: Wrapping, counts: InputCounts, continued: Continued | None = None
     ) -> Iterator[TokenizedSample]:
-        """Samples as the model sees them, lazily; `counts` tells afterwards what the input was."""
+        """Samples as the model sees them, one by one; see `tables`."""
+        return itertools.chain.from_iterable(self.tables(samples, wrapping, counts, continued))
+
+    def tables(
+        self,
+        samples: Iterable[Sample],
+        wrapping: Wrapping,
+        counts: InputCounts,
+        continued: Continued | None = None,
+        share: Share | None = None,
+    ) -> Iterator[TokenTable]:
+        """Samples as the model sees them, lazily; `counts` tells afterwards what the input was.
+
+        Args:
+          share: see `tokenized_tables`.
+        """
         tokenizer, vocabulary = self.model.tokenizer, self.model.config.vocab_size
         if self.contexts is None:
-            return tokenize(samples, tokenizer, self.prompt_length, wrapping, counts, vocabulary, continued)
+            most = self.prompt_length
+            return tokenized_tables(samples, tokenizer, most, wrapping, counts, vocabulary, continued, share)
         assert isinstance(counts, ContextCounts)
-        read = InputCounts()
+        read = InputCounts(chained=counts.chained)
         bare = dataclasses.replace(wrapping, add_special_tokens=False)  # contexts have theirs
-        documents = tokenize(samples, tokenizer, _UNCUT, bare, read, vocabulary)
+        documents = tokenized_tables(samples, tokenizer, _UNCUT, bare, read, vocabulary, share=share)
         return join(documents, self.contexts, counts, read)
 
     def windows(
@@ -166,18 +184,19 @@ class Job:
         wrapping: Wrapping,
         counts: InputCounts,
         continued: Continued | None = None,
+        share: Share | None = None,
     ) -> Iterator[Window]:
         """Tokenises and plans, lazily; `continued` gives a sample with what follows its prompt."""
-        tokenized = self.tokenized(samples, wrapping, counts, continued)
-        if self.contexts is None:
-            return plan_windows(tokenized, settings)
-        # All are long, and nothing is gained by sorting many of them.
-        most = max(1, _WINDOW_TOKENS // self.contexts.tokens)
-        return plan_windows(tokenized, settings, window_samples=min(WINDOW_SAMPLES, most))
+        most = WINDOW_SAMPLES
+        if self.contexts is not None:  # all are long, and nothing is gained by sorting many of them
+            most = min(most, max(1, _WINDOW_TOKENS // self.contexts.tokens))
+        tables = self.tables(samples, wrapping, counts, continued, share)
+        return plan_tables(windows_of(tables, most), settings)
 
-    def new_counts(self) -> InputCounts:
-        """For `tokenized` to fill."""
-        return InputCounts() if self.contexts is None else ContextCounts()
+    def new_counts(self, settings: PlanSettings) -> InputCounts:
+        """For `windows` to fill."""
+        chained = settings.version == 1
+        return InputCounts(chained=chained) if self.contexts is None else ContextCounts(chained=chained)
 
     def weights(self) -> Loadable:
         """The tensors that will be loaded, checked by name and shape."""

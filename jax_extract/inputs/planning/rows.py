@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jax_extract.inputs.planning.shapes import Limits, Stage, Trials, cheapest_lengths, cheapest_of_given
+from jax_extract.inputs.planning.filling import Supply
+from jax_extract.inputs.planning.shapes import cheapest_lengths, cheapest_of_given
 from jax_extract.inputs.planning.slabs import PlanSettings, Shapes, Slab, SlabShape
+from jax_extract.inputs.planning.stages import Limits, Stage, stages_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +47,7 @@ def pack(lengths: np.ndarray, settings: PlanSettings, shapes: Shapes = (), more_
         chosen = cheapest_of_given(ascending, limits, shapes)
     else:
         chosen = cheapest_lengths(ascending, limits, settings.max_shapes - more_to_come)
-    stages = Trials(ascending, limits, shapes).stages(chosen)
+    stages = stages_of(chosen, Supply(ascending), limits, shapes)
     given = {shape.length: shape for shape in shapes}
     used = [given.get(stage.length) or _shape(stage, settings) for stage in stages]
     slabs = tuple(_slabs(stages, used))

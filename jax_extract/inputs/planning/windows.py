@@ -8,6 +8,7 @@ they leave no device idle (`rows`), batches and parts where the user and the sto
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -17,13 +18,15 @@ from functools import cached_property
 
 import numpy as np
 
+from jax_extract.inputs.planning.lanes import pack_for_all
 from jax_extract.inputs.planning.rows import pack
 from jax_extract.inputs.planning.slabs import FilledSlab, PlanSettings, Shapes, Slab, SlabShape
 from jax_extract.inputs.planning.within_batches.packed import packed_batches, packed_slabs
 from jax_extract.inputs.planning.within_batches.padded import padded_batches, padded_slabs
-from jax_extract.inputs.token_table import TokenizedSample, TokenTable
+from jax_extract.inputs.token_table import TokenizedSample, TokenTable, windows_of
 
 WINDOW_SAMPLES = 65_536
+_CHUNK = 1_024
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,18 +140,17 @@ def plan_windows(
 ) -> Iterator[Window]:
     """Plans lazily, a window at a time."""
     stream = iter(samples)
-    windows = iter(lambda: list(itertools.islice(stream, window_samples)), [])
-    return plan_tables(map(TokenTable.of, windows), settings)
+    tables = map(TokenTable.of, iter(lambda: list(itertools.islice(stream, _CHUNK)), []))
+    return plan_tables(windows_of(tables, window_samples), settings)
 
 
-def plan_tables(tables: Iterable[TokenTable], settings: PlanSettings) -> Iterator[Window]:
-    """The same of windows that are tables; the slab shapes are those that suit the first one."""
-    shapes: Shapes = ()
+def plan_tables(tables: Iterable[tuple[TokenTable, bool]], settings: PlanSettings) -> Iterator[Window]:
+    """The same of whole windows, each with whether it is the last one; what suits the first must do for the others."""
+    arrange = _WholeMesh(settings) if settings.version > 1 else _WithinBatches(settings)
     digest = hashlib.sha256(json.dumps(settings.as_json(), sort_keys=True).encode()).hexdigest()
     batches = 0
-    for number, (table, is_last) in enumerate(_with_end(tables)):
-        arranged = _arranged if settings.version > 1 else _arranged_within_batches
-        arrangement, shapes, cuts = arranged(table, settings, shapes, not is_last)
+    for number, (table, is_last) in enumerate(tables):
+        arrangement, cuts = arrange(table, more_to_come=not is_last)
         parts = tuple(
             Part(batch, part, len(bounds) - 1, arrangement, start, stop, settings.version)
             for batch, bounds in enumerate(cuts, batches + 1)
@@ -156,7 +158,7 @@ def plan_tables(tables: Iterable[TokenTable], settings: PlanSettings) -> Iterato
         )
         batches += len(cuts)
         digest = hashlib.sha256("".join([digest, *(part.digest for part in parts)]).encode()).hexdigest()
-        yield Window(number, arrangement, parts, shapes, digest, is_last)
+        yield Window(number, arrangement, parts, arrange.shapes, digest, is_last)
 
 
 def slabs_of(batches: list[list[TokenizedSample]], settings: PlanSettings) -> tuple[Shapes, list[list[FilledSlab]]]:
@@ -185,28 +187,27 @@ def part_digest(version: int, key: tuple[int, int], slabs: Sequence[Slab], sampl
     return total.hexdigest()
 
 
-def _with_end(tables: Iterable[TokenTable]) -> Iterator[tuple[TokenTable, bool]]:
-    """Each with whether it is the last one; the next one is made before its turn."""
-    stream = iter(tables)
-    if (table := next(stream, None)) is None:
-        return
-    for following in stream:
-        yield table, False
-        table = following
-    yield table, True
-
-
 Cuts = list[list[int]]  # of each batch, the places where its parts begin, and where the last one ends
 
 
-def _arranged(
-    table: TokenTable, settings: PlanSettings, shapes: Shapes, more_to_come: bool
-) -> tuple[Arrangement, Shapes, Cuts]:
-    packed = pack(table.lengths, settings, shapes, more_to_come)
-    arrangement = Arrangement(table, packed.order, packed.slabs)
-    size = settings.samples_per_batch
-    batches = [(start, min(start + size, len(table))) for start in range(0, len(table), size)]
-    return arrangement, packed.shapes, [_cut(arrangement, start, stop, settings) for start, stop in batches]
+class _WholeMesh:
+    """Arranges windows of a plan of version 2; what suits the first one must do for those that follow."""
+
+    def __init__(self, settings: PlanSettings) -> None:
+        self.settings = settings
+        self.shapes: Shapes = ()
+
+    def __call__(self, table: TokenTable, more_to_come: bool) -> tuple[Arrangement, Cuts]:
+        if self.shapes:
+            packed = pack(table.lengths, self.settings, self.shapes, more_to_come)
+        else:
+            devices, packed = pack_for_all(table.lengths, self.settings, more_to_come)
+            self.settings = dataclasses.replace(self.settings, devices=devices)
+            self.shapes = packed.shapes
+        arrangement = Arrangement(table, packed.order, packed.slabs)
+        size = self.settings.samples_per_batch
+        batches = [(start, min(start + size, len(table))) for start in range(0, len(table), size)]
+        return arrangement, [_cut(arrangement, start, stop, self.settings) for start, stop in batches]
 
 
 def _cut(arrangement: Arrangement, start: int, stop: int, settings: PlanSettings) -> list[int]:
@@ -231,29 +232,33 @@ def _cut(arrangement: Arrangement, start: int, stop: int, settings: PlanSettings
     return [*cuts, stop]
 
 
-def _arranged_within_batches(
-    table: TokenTable, settings: PlanSettings, shapes: Shapes, more_to_come: bool
-) -> tuple[Arrangement, Shapes, Cuts]:
-    """As runs of version 1 are planned."""
-    samples = list(table)
-    place = {id(sample): i for i, sample in enumerate(samples)}
-    arrange = packed_batches if settings.packed else padded_batches
-    shapes, batches = arrange(samples, settings, shapes, more_to_come)
-    order: list[int] = []
-    slabs: list[Slab] = []
-    cuts: Cuts = []
-    for batch in batches:
-        cuts.append([len(order)])
-        size = 0
-        for shape, rows in batch:
-            members = [sample for row in rows for sample in row]
-            more = sum(settings.positions.rows(s.length) for s in members) * settings.bytes_per_row
-            whole = settings.positions.one_row_per_sample
-            if len(order) > cuts[-1][-1] and size + more > settings.max_shard_bytes and not whole:
-                cuts[-1].append(len(order))
-                size = 0
-            slabs.append(Slab(shape, len(order), tuple(map(len, rows))))
-            order += [place[id(sample)] for sample in members]
-            size += more
-        cuts[-1].append(len(order))
-    return Arrangement(table, np.array(order, np.int64), tuple(slabs)), shapes, cuts
+class _WithinBatches:
+    """Arranges windows as runs of version 1 are planned."""
+
+    def __init__(self, settings: PlanSettings) -> None:
+        self.settings = settings
+        self.shapes: Shapes = ()
+
+    def __call__(self, table: TokenTable, more_to_come: bool) -> tuple[Arrangement, Cuts]:
+        settings, samples = self.settings, list(table)
+        place = {id(sample): i for i, sample in enumerate(samples)}
+        arrange = packed_batches if settings.packed else padded_batches
+        self.shapes, batches = arrange(samples, settings, self.shapes, more_to_come)
+        order: list[int] = []
+        slabs: list[Slab] = []
+        cuts: Cuts = []
+        for batch in batches:
+            cuts.append([len(order)])
+            size = 0
+            for shape, rows in batch:
+                members = [sample for row in rows for sample in row]
+                more = sum(settings.positions.rows(s.length) for s in members) * settings.bytes_per_row
+                whole = settings.positions.one_row_per_sample
+                if len(order) > cuts[-1][-1] and size + more > settings.max_shard_bytes and not whole:
+                    cuts[-1].append(len(order))
+                    size = 0
+                slabs.append(Slab(shape, len(order), tuple(map(len, rows))))
+                order += [place[id(sample)] for sample in members]
+                size += more
+            cuts[-1].append(len(order))
+        return Arrangement(table, np.array(order, np.int64), tuple(slabs)), cuts

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +204,7 @@ def test_a_run_that_cannot_fit_is_refused_at_once_with_the_sentence_of_the_run(
 
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jax_extract.extraction.prepare.plan_windows", partial(plan_windows, window_samples=16))
+    monkeypatch.setattr("jax_extract.extraction.prepare.WINDOW_SAMPLES", 16)
 
 
 def _stream(model: Path, tasks: Path, directory: Path, **options: Any) -> ExtractConfig:

@@ -32,8 +32,10 @@ from test_tokens import CHAT, letters, turns
 from transformers import PreTrainedTokenizerFast
 
 from jax_extract.errors import UserError
+from jax_extract.inputs import text
 from jax_extract.inputs.columns import Chained, Records, Texts, joined, json_column
 from jax_extract.inputs.contexts import ContextCounts, ContextForm, join
+from jax_extract.inputs.fields import Fields
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.token_table import TokenizedSample, TokenTable, windows_of
 from jax_extract.inputs.tokenize import tokenize, tokenized_tables
@@ -263,6 +265,7 @@ import sys
 sys.path[:0] = sys.argv[1].split(":")
 from test_tokens import letters
 from jax_extract import interruption
+from jax_extract.inputs.fields import Fields
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.tokenize import InputCounts, tokenized_tables
 from jax_extract.inputs.tokenizing import pipeline, workers
@@ -448,6 +451,7 @@ import sys
 sys.path[:0] = [sys.argv[1]]
 from test_tokens import letters
 from jax_extract.devices.processes import start_processes
+from jax_extract.inputs.fields import Fields
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.tokenize import InputCounts, tokenized_tables
 from jax_extract.inputs.tokenizing import pipeline
@@ -502,6 +506,18 @@ def test_an_id_that_was_there_is_found(chunks: list[list[str]]) -> None:
         repeated = next((i for i, name in enumerate(chunk) if name in seen or name in chunk[:i]), None)
         assert names.first_repeated(chunk) == repeated
         seen |= set(chunk)
+
+
+@pytest.mark.parametrize(("again", "said"), [(5, "line 6, repeats"), (9, "in.jsonl repeats"), (12, "in.jsonl repeats")])
+def test_a_row_that_repeats_an_id_is_found_however_long_ago_that_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: int, said: str
+) -> None:
+    monkeypatch.setattr(text, "_RECENT", 4)
+    ids = [f"row-{i}" for i in range(13)]
+    ids[again] = ids[again - 1] if again == 5 else "row-1"
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"id": name, "text": "a"}) + "\n" for name in ids))
+    with pytest.raises(UserError, match=said):
+        list(text.row_samples(tmp_path / "in.jsonl", Fields()))
 
 
 rows = st.one_of(
@@ -565,7 +581,7 @@ def test_contexts_are_cut_into_windows_with_their_pieces() -> None:
 
 def test_a_plain_row_takes_few_bytes_beside_its_tokens() -> None:
     def constant(texts: list[str], **_: object) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[7] * 12 for _ in texts]}
+        return {"input_ids": [[7] * 12 if text else [] for text in texts]}
 
     count = 30_000
     samples = (Sample(f"lines:{i}", "text", {"line": i}) for i in range(count))

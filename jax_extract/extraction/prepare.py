@@ -193,9 +193,9 @@ class Job:
         tables = self.tables(samples, wrapping, counts, continued, share)
         return plan_tables(windows_of(tables, most), settings)
 
-    def new_counts(self, settings: PlanSettings) -> InputCounts:
-        """For `windows` to fill."""
-        chained = settings.version == 1
+    def new_counts(self, settings: PlanSettings | None = None) -> InputCounts:
+        """For `tables` to fill, and for `windows` with these settings."""
+        chained = settings is not None and settings.version == 1
         return InputCounts(chained=chained) if self.contexts is None else ContextCounts(chained=chained)
 
     def weights(self) -> Loadable:

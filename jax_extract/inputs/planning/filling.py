@@ -65,28 +65,36 @@ class Supply:
           tokens: most tokens of a row; a longer sample has a row to itself.
           samples: most samples of a row.
         """
-        sizes, left, fitting, last = self._sizes, self._left, self._fitting, self._last
+        sizes, left, before, fitting = self._sizes, self._left, self._before, self._fitting
         filled: list[Rows] = []
         place = len(sizes) - 1
-        while rows > 0 and sizes[place := last(place)] > above:
-            gap, room, number = tokens, samples, rows
-            taken: list[tuple[int, int]] = []
-            at = place
+        while rows > 0 and sizes[place := self._last(place)] > above:
+            gap, room, number, at = tokens, samples, rows, place
+            pieces: list[tuple[int, int]] = []
+            places: list[int] = []
             while at:
                 size, there = sizes[at], left[at]
-                count = min(gap // size, there, room) or 1  # 0 for a first sample that is longer than a row
-                taken.append((count, at))
-                number = min(number, there // count)
+                count = gap // size or 1  # 0 for a first sample that is longer than a row
+                count = there if count > there else count  # `min` is slower, and a plan spends its time here
+                count = room if count > room else count
+                pieces.append((count, size))
+                places.append(at)
+                number = there // count if there // count < number else number
                 gap -= count * size
                 room -= count
                 if gap <= 0 or room == 0:
                     break
-                at = last(min(fitting[gap], at - 1) if gap < len(fitting) else at - 1)
-            for count, at in taken:
+                at -= 1
+                if gap < sizes[at]:
+                    at = fitting[gap]
+                while before[at] != at:
+                    before[at] = before[before[at]]
+                    at = before[at]
+            for (count, size), at in zip(pieces, places, strict=True):
                 left[at] -= count * number
                 if not left[at]:
-                    self._before[at] = at - 1
-                self.tokens -= count * number * sizes[at]
+                    before[at] = at - 1
+                self.tokens -= count * number * size
             rows -= number
-            filled.append(Rows(number, tuple((count, sizes[at]) for count, at in taken)))
+            filled.append(Rows(number, tuple(pieces)))
         return filled

@@ -83,11 +83,12 @@ def _slabs(stages: list[Stage], shapes: list[SlabShape]) -> Iterator[Slab]:
 
 def _order(stages: list[Stage], by_length: np.ndarray) -> np.ndarray:
     """Which sample comes at each place; of those of one length the first ones come first."""
-    placed = [
-        np.tile(np.repeat([size for _, size in rows.pieces], [count for count, _ in rows.pieces]), rows.number)
-        for stage in stages
-        for rows in stage.filled
-    ]
+    placed: list[int] = []  # tokens of the sample at each place
+    for rows in itertools.chain.from_iterable(stage.filled for stage in stages):
+        row: list[int] = []
+        for count, size in rows.pieces:
+            row += [size] * count
+        placed += row * rows.number
     order = np.empty(len(by_length), np.int64)
-    order[np.argsort(np.concatenate(placed), kind="stable")] = by_length
+    order[np.argsort(np.array(placed), kind="stable")] = by_length
     return order

@@ -15,7 +15,7 @@ from jax_extract.inputs.planning.filling import Supply
 from jax_extract.inputs.planning.slabs import SLAB_OVERHEAD_TOKENS, Shapes, cheapest_runs
 from jax_extract.inputs.planning.stages import Lengths, Limits, stages_of
 
-_EXACT_SAMPLES = 4_096  # of more than these, lengths are tried in coarse units
+_EXACT_LENGTHS = 512  # where samples have more, they are tried in coarse units
 _UNITS = 256  # of the longest sample
 _PROPOSED = 64  # lengths among which dynamic programming chooses
 _MOST_TIMES = 16  # the longest sample in a row, and rows a device, that are looked at singly
@@ -78,8 +78,8 @@ def _coarse(lengths: np.ndarray, limits: Limits) -> np.ndarray:
     settings = limits.settings
     if settings.samples_a_row == 1:  # nothing else matters
         return -(-lengths // settings.length_multiple) * settings.length_multiple
-    unit = min(1 << max(0, (limits.shortest_row // _UNITS).bit_length() - 1), settings.length_multiple)
-    if len(lengths) <= _EXACT_SAMPLES or unit == 1:
+    unit = 1 << max(0, (limits.shortest_row // _UNITS).bit_length() - 1)
+    if unit == 1 or np.count_nonzero(np.diff(lengths)) < _EXACT_LENGTHS:
         return lengths
     rounded = np.diff((np.cumsum(lengths) + unit // 2) // unit, prepend=0) * unit
     return np.sort(np.clip(rounded, unit, limits.shortest_row))

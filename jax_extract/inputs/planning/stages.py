@@ -84,18 +84,22 @@ class Limits:
         return 1 if self.settings.packed else max(1, min(self.settings.rows, self.tokens // length))
 
     def row_cost(self, length: int) -> int:
-        """What a row costs, in tokens: its products, and attention in squares of queries and keys."""
-        if not self.settings.pair_cost:
-            return length
-        block = min(self.settings.attention_block, length)
-        blocks = -(-length // block)
-        return length + round(self.settings.pair_cost * block * block * (blocks * (blocks + 1) // 2))
+        """What a row costs, in tokens: its products and its attention."""
+        pairs = attention_pairs(length, self.settings.attention_block)
+        return length + round(self.settings.pair_cost * pairs) if self.settings.pair_cost else length
 
     def cost(self, stages: Iterable[Stage]) -> int:
         """Tokens that all devices compute, those that sit out included."""
         return self.settings.devices * sum(
             stage.steps * (stage.rows * self.row_cost(stage.length) + SLAB_OVERHEAD_TOKENS) for stage in stages
         )
+
+
+def attention_pairs(length: int, block: int) -> int:
+    """Queries and keys that causal attention over a row computes in squares of `block`: those on the diagonal whole."""
+    block = min(block, length)
+    blocks = -(-length // block)
+    return block * block * blocks * (blocks + 1) // 2
 
 
 def stages_of(lengths: Lengths, supply: Supply, limits: Limits, given: Shapes = ()) -> list[Stage]:

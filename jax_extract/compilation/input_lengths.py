@@ -48,7 +48,7 @@ def _tokenized(config: CompileConfig, job: Job, terminal: Terminal) -> np.ndarra
         dataset_config=None,
         text_column=asked.text_column,
     )
-    counts = job.new_counts(job.plan_settings(asked))
+    counts = job.new_counts()
     tables = job.tables(source.samples(), wrapping_of(asked, Kept.from_now_on()), counts)
     lengths = [table.lengths for table in tables]  # and not the tokens
     if not lengths:

@@ -6,6 +6,7 @@ In: an iterator. Out: the same, with its errors in their place.
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 from collections.abc import Generator, Iterable
 from typing import Any, TypeVar
@@ -40,7 +41,8 @@ def ahead(items: Iterable[T], most: int = 1) -> Generator[T, None, None]:
     finally:
         closed.set()
         may_make.release()
-        thread.join(_CLOSES_SECONDS)
+        if not sys.is_finalizing():  # then no other thread runs any more
+            thread.join(_CLOSES_SECONDS)
 
 
 def _make(items: Iterable[Any], made: _Queue, may_make: threading.Semaphore, closed: threading.Event) -> None:

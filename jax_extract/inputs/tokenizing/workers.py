@@ -51,10 +51,13 @@ class Workers:
     """
 
     def __init__(self, setup: Setup, count: int) -> None:
-        self._all = [_start() for _ in range(count)]
+        self._all: list[Any] = []
+        with contextlib.suppress(OSError):  # no more processes or memory: fewer will do
+            for _ in range(count):
+                self._all.append(_start())
         self._working = list(self._all)
         self._turn = 0
-        self.most = _EACH_HAS * count
+        self.most = _EACH_HAS * len(self._all)
         told = marshal.dumps((setup.backend, setup.splits_special, setup.special, setup.opening, setup.most))
         for process in self._all:
             self._write(process, told)

@@ -76,7 +76,7 @@ class WithoutWeights:
 
 def open_model(model_path: str, revision: str | None = None) -> OpenModel:
     """UserError where it names no model, or one that no port computes."""
-    if model_path.lower() in KNOWN:
+    if model_path.lower() in KNOWN and not user_path(model_path, "--model_path").exists():
         known = KNOWN[model_path.lower()]()
         alone: Any = WithoutWeights(model_path, {}, lambda: _no_tokenizer(model_path))
         return OpenModel(alone, PORTS[known.model_type], known)

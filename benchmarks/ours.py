@@ -98,6 +98,7 @@ def plan(config: Any) -> dict[str, Any]:
 def planned(config: Any) -> tuple[list[Any], Any]:
     """The parts of a configuration, and the slab shapes that they need, as `Job.bytes_on_host` takes them."""
     from jax_extract.extraction.prepare import Job
+    from jax_extract.inputs.planning.windows import shapes_of
     from jax_extract.inputs.sources import open_source
     from jax_extract.inputs.tokenize import InputCounts
     from jax_extract.inputs.wrapping import Wrapping
@@ -116,7 +117,7 @@ def planned(config: Any) -> tuple[list[Any], Any]:
     )
     windows = job.windows(source.samples(), job.plan_settings(config), Wrapping(), InputCounts())
     parts = [part for window in windows for part in window.parts]
-    return parts, {slab.shape for part in parts for slab in part.slabs}
+    return parts, shapes_of(parts)
 
 
 class Nowhere:

@@ -53,7 +53,7 @@ from jax_extract.store.ledger import Ledger
 from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.storage.local import Directory
 from jax_extract.store.storage.verbs import Chunk, Published, Storage, crc32c
-from jax_extract.store.writer import PartWriter
+from jax_extract.store.writer import PartWriter, RowPiece
 
 WIDTH, ROWS, POSITIONS = 896, 8, 512
 SITES = [Site("after_block", layer, WIDTH) for layer in range(10, 24)]
@@ -121,7 +121,8 @@ class Producer:
                 step = self._steps[slab % len(self._steps)]
                 budget.acquire(step.nbytes)
                 blocks = {site.key: step[i] for i, site in enumerate(SITES)}
-                part.append(blocks, self._kept, partial(budget.release, step.nbytes))
+                pieces = [RowPiece(row, 0, count) for row, count in enumerate(self._kept)]
+                part.append(blocks, pieces, partial(budget.release, step.nbytes))
             part.commit()
         writer.close()
 

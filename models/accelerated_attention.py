@@ -11,12 +11,13 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from models.layers import Numerics
 
 _TILE = 128  # tokens: what a block is a multiple of
-_LARGEST_BLOCK = 512  # tokens: logits of 512 x 512 in float32 are 1 MB of a core's fast memory
+LARGEST_BLOCK = 512  # tokens: logits of 512 x 512 in float32 are 1 MB of a core's fast memory
 _SPLASH_HEADS = 8  # splash attention: a head's width is a multiple of it
 _CUDNN_HEADS, _CUDNN_WIDEST = 8, 128  # cuDNN, on every GPU that has bfloat16
 
@@ -115,7 +116,7 @@ def splash_attention(
 
     b, tokens, heads, width = query.shape
     padded = -(-tokens // _TILE) * _TILE
-    size = _block(padded)
+    size = attention_block(tokens)
     square = (padded, padded)
     if window is None:
         mask = splash_attention_mask.CausalMask(square)
@@ -142,9 +143,37 @@ def splash_attention(
     return mixed[:, :, :tokens].transpose(0, 2, 1, 3).reshape(b, tokens, heads * width).astype(jnp.float32)
 
 
-def _block(tokens: int) -> int:
-    """The largest block that divides so many tokens."""
-    return next(size for size in range(_LARGEST_BLOCK, 0, -_TILE) if tokens % size == 0)
+def attention_block(tokens: int) -> int:
+    """Queries, and keys, of a square of logits that splash attention computes at once, in rows of so many tokens.
+
+    It is the largest that divides the row, which is padded to whole tiles.
+    """
+    padded = -(-tokens // _TILE) * _TILE
+    return next(size for size in range(LARGEST_BLOCK, 0, -_TILE) if padded % size == 0)
+
+
+def computed_pairs(tokens: int, block: int, window: int | None = None) -> int:
+    """Pairs of a query and a key that a row of so many tokens costs in squares of so many, whosever they are.
+
+    Args:
+      block: `attention_block` of splash attention; 1 of attention that computes no pair beyond the mask.
+      window: how many positions back a query sees, itself included; None where it sees all before it.
+    """
+    squares = np.arange(-(-tokens // block), dtype=np.int64)
+    first = 0 if window is None else np.maximum(0, squares * block - window + 1) // block
+    return int((squares - first + 1).sum()) * block * block
+
+
+def seen_pairs(lengths: np.ndarray, window: int | None = None) -> int:
+    """Pairs of a query and a key that it sees: its own sample's, up to itself.
+
+    Args:
+      lengths: int, of any shape: tokens of each sample.
+      window: as above.
+    """
+    whole = lengths.astype(np.int64)
+    short = whole if window is None else np.minimum(whole, window)
+    return int((short * (short + 1) // 2 + (whole - short) * short).sum())
 
 
 def cudnn_attention(query: Array, key: Array, value: Array, *, numerics: Numerics, window: int | None = None) -> Array:

@@ -14,6 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+_FEW = 16  # samples of a row, each of which every column may be compared with
+_OWNED_AT_ONCE = 1 << 20  # samples x columns of a row: 4 MB in float32
+_BLOCK = 128  # columns: the tile of a matrix unit
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -41,8 +45,14 @@ class Packing:
         """int32 [b, tokens]: of each token in its own sample; 0 for padding, so that it sees nothing but itself."""
         columns = jnp.arange(self.tokens, dtype=jnp.int32)[None, :]
         starts = self.ends - self.lengths
-        begun = jnp.where(starts[:, None, :] <= columns[:, :, None], starts[:, None, :], 0)
-        return jnp.where(columns < self.ends[:, -1:], columns - jnp.max(begun, axis=-1), 0)
+        if self.samples <= _FEW:  # compiles sooner
+            begun = jnp.where(starts[:, None, :] <= columns[:, :, None], starts[:, None, :], 0).max(axis=-1)
+        else:
+            # An absent sample begins where padding does, or behind the row, where it is dropped.
+            rows = jnp.arange(starts.shape[0], dtype=jnp.int32)[:, None]
+            begun = jnp.zeros((starts.shape[0], self.tokens), jnp.int32).at[rows, starts].set(starts, mode="drop")
+            begun = jax.lax.cummax(begun, axis=1)
+        return jnp.where(columns < self.ends[:, -1:], columns - begun, 0)
 
     @property
     def owned(self) -> Array:
@@ -50,6 +60,56 @@ class Packing:
         columns = jnp.arange(self.tokens, dtype=jnp.int32)[None, None, :]
         ends = self.ends[:, :, None]
         return (columns >= ends - self.lengths[:, :, None]) & (columns < ends)
+
+    def sums(self, x: Array) -> Array:
+        """x [b, tokens, width] -> float32 [b, n, width]: over the tokens of each sample; 0 for an absent one."""
+        x = x.astype(jnp.float32)
+        if self.samples * self.tokens <= _OWNED_AT_ONCE:
+            return _products("bnt,btd->bnd", self.owned, x)
+        return self._sums_by_blocks(x)
+
+    def _sums_by_blocks(self, x: Array) -> Array:
+        """The same where `owned` would be large: over blocks of columns first, then over the blocks of a sample."""
+        b, tokens, width = x.shape
+        blocks = -(-tokens // _BLOCK)
+        slots = min(self.samples, _BLOCK)  # samples that a block can hold tokens of
+
+        def in_blocks(values: Array, beyond: int) -> Array:
+            """[b, tokens, ...] -> [b, blocks, _BLOCK, ...]."""
+            widths = [(0, 0), (0, blocks * _BLOCK - tokens), *[(0, 0)] * (values.ndim - 2)]
+            padded = jnp.pad(values, widths, constant_values=beyond)
+            return padded.reshape(b, blocks, _BLOCK, *values.shape[2:])
+
+        real = jnp.arange(tokens, dtype=jnp.int32)[None, :] < self.ends[:, -1:]
+        begun = jnp.cumsum((self.positions == 0) & real, axis=1, dtype=jnp.int32) - 1
+        sample = in_blocks(jnp.where(real, begun, self.samples), self.samples)
+        first = sample[:, :, 0]  # of each block
+        slot = sample - first[:, :, None]
+        mine = (slot[:, :, None, :] == jnp.arange(slots, dtype=jnp.int32)[None, None, :, None]) & (
+            sample < self.samples
+        )[:, :, None, :]
+        parts = _products("bkmt,bktd->bkmd", mine, in_blocks(x, 0))
+
+        # A sample has a part in its first block, one in its last, and blocks between that are its own.
+        head, tail = (self.ends - self.lengths) // _BLOCK, jnp.maximum(self.ends - 1, 0) // _BLOCK
+        samples = jnp.arange(self.samples, dtype=jnp.int32)[None, :]
+
+        def part_in(block: Array) -> Array:
+            """[b, n, width] of the block [b, n] that each sample has tokens in."""
+            slot = samples - jnp.take_along_axis(first, block, axis=1)
+            places = jnp.clip(block * slots + slot, 0, blocks * slots - 1)[:, :, None]
+            return jnp.take_along_axis(parts.reshape(b, blocks * slots, width), places, axis=1)
+
+        columns = jnp.arange(blocks, dtype=jnp.int32)[None, None, :]
+        between = (head[:, :, None] < columns) & (columns < tail[:, :, None])
+        total = part_in(jnp.minimum(head, blocks - 1)) + _products("bnk,bkd->bnd", between, parts[:, :, 0])
+        total += jnp.where((tail > head)[:, :, None], part_in(tail), jnp.float32(0))
+        return jnp.where((self.lengths > 0)[:, :, None], total, jnp.float32(0))
+
+
+def _products(how: str, chosen: Array, x: Array) -> Array:
+    """Sums of what is chosen, always in float32: a long sum in bfloat16 would lose the small terms."""
+    return jnp.einsum(how, chosen.astype(jnp.float32), x, precision=jax.lax.Precision.HIGHEST)
 
 
 class InWholeRows:

@@ -11,7 +11,6 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -88,12 +87,27 @@ class Positions:
             return -(-length // self.count)
         return sum(i < length for i in self.indices)
 
+    def rows_of(self, lengths: np.ndarray) -> np.ndarray:
+        """int64 [samples]: the same of many."""
+        lengths = np.asarray(lengths, np.int64)
+        if self.kind == "all":
+            return lengths
+        if self.one_row_per_sample:
+            return np.ones_like(lengths)
+        if self.kind == "first":
+            return np.minimum(self.count, lengths)
+        if self.kind == "every":
+            return -(-lengths // self.count)
+        return np.searchsorted(self.indices, lengths, side="left").astype(np.int64)
+
     def slots(self, tokens: int, samples: int = 1) -> int:
         """How many rows are buffered for a row of `tokens` that holds up to `samples` samples."""
         if self.one_row_per_sample:
             return samples
         if self.kind == "every":
             return min(tokens, (tokens + samples * (self.count - 1)) // self.count)
+        if self.kind == "at":  # so many samples have room for so many tokens
+            return min(tokens, sum(min(samples, tokens // (i + 1)) for i in self.indices))
         return min(tokens, samples * self.rows(tokens))
 
     def columns(self, packing: Packing) -> Array | None:
@@ -120,8 +134,5 @@ class Positions:
     def select(self, x: Array, packing: Packing, columns: Array | None) -> Array:
         """x [b, tokens, width] -> [b, slots, width]: the rows at `columns`, or each sample's mean, or all."""
         if self.kind == "mean":
-            # Always float32: a long sum in bfloat16 would lose the small terms.
-            owned = packing.owned.astype(jnp.float32)
-            total = jnp.einsum("bnt,btd->bnd", owned, x.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-            return total / jnp.maximum(packing.lengths, 1)[:, :, None].astype(jnp.float32)
+            return packing.sums(x) / jnp.maximum(packing.lengths, 1)[:, :, None].astype(jnp.float32)
         return x if columns is None else jnp.take_along_axis(x, columns[:, :, None], axis=1)

@@ -40,7 +40,7 @@ from jax_extract.store.storage.gcs_requests import Patience
 from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.sweep import erase
 from jax_extract.store.upload import Uploader
-from jax_extract.store.writer import PartWriter
+from jax_extract.store.writer import PartWriter, RowPiece
 from jax_extract.upkeep import status, uploading
 from models.positions import Positions
 
@@ -132,9 +132,9 @@ def extract(place: str, case: Case, spool: str | None = None, delete_local: bool
         for part in pending_parts(windows, parse_committed(read_committed(ledger)), keep_plan):
             opened = writer.begin(part_content(part, ALL))
             for slab in part.slabs:
-                samples = part.samples[slab.first : slab.first + slab.count]
+                samples = list(part.table)[slab.first : slab.first + slab.count]
                 blocks = {site.key: _block(case, samples, slab.shape.length, site) for site in case.sites}
-                opened.append(blocks, [sample.length for sample in samples], lambda: None)
+                opened.append(blocks, [RowPiece(i, 0, s.length) for i, s in enumerate(samples)], lambda: None)
             opened.commit()
         writer.close()
         if uploader is not None:

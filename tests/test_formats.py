@@ -23,7 +23,7 @@ from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.reader import open_activations
 from jax_extract.store.sidecar import Sidecar
 from jax_extract.store.storage.local import Directory
-from jax_extract.store.writer import PartWriter
+from jax_extract.store.writer import PartWriter, RowPiece
 
 SITE = Site("after_block", 3, 5)
 FORMATS = tuple(ENCODERS)
@@ -73,7 +73,7 @@ def _write(root: Path, shard_format: str, dtype: str, lengths: tuple[int, ...] =
     for i, length in enumerate(lengths):
         for position in range(length):
             block[i, position] = next(rows)
-    part.append({site.key: block}, lengths, lambda: None)
+    part.append({site.key: block}, [RowPiece(i, 0, n) for i, n in enumerate(lengths)], lambda: None)
     part.commit()
     writer.close()
     return root / site.shard_name(1, 1, 1, SUFFIXES[shard_format])

@@ -32,7 +32,7 @@ from jax_extract.store.storage.gcs_requests import Patience, _before_any_answer
 from jax_extract.store.storage.local import Directory
 from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.storage.verbs import Entry, NameTaken, Storage, crc32c
-from jax_extract.store.writer import PartWriter
+from jax_extract.store.writer import PartWriter, RowPiece
 
 KIB = 1 << 10
 CHUNK = 512 * KIB
@@ -666,7 +666,7 @@ def _write_part(writer: PartWriter, part: int, seed: int) -> None:
     bounds = np.cumsum((0, *LENGTHS))
     for i, length in enumerate(LENGTHS):
         blocks = {site.key: _values(site, part, seed)[None, bounds[i] : bounds[i + 1]] for site in SITES}
-        open_part.append(blocks, [length], lambda: None)
+        open_part.append(blocks, [RowPiece(0, 0, length)], lambda: None)
     open_part.commit()
 
 

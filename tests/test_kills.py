@@ -147,7 +147,7 @@ def undisturbed(worker: StoreWorker, place: Path, case: Case) -> tuple[Contents,
     run = open_activations(place)
     (window,) = case.windows()
     assert run.sample_ids == [f"s{i}" for i in range(len(case.lengths))]
-    for sample in (sample for part in window.parts for sample in part.samples):
+    for sample in (sample for part in window.parts for sample in part.table):
         for site in case.sites:
             stored = run.sample(sample.sample_id).get(site.layer)
             assert stored.tobytes() == case.rows(sample, site).tobytes()

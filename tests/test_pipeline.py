@@ -31,7 +31,7 @@ from jax_extract.store.ledger import Ledger
 from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.storage.local import Directory, LocalFile
 from jax_extract.store.upload import Uploader
-from jax_extract.store.writer import Blocks, PartWriter
+from jax_extract.store.writer import Blocks, PartWriter, RowPiece
 from models.hooks import CapturePlan
 from models.positions import Positions
 
@@ -66,6 +66,7 @@ class MadeUpProgram:
     hosts: int = 1
     host: int = 0
     devices_of_host: int = 1
+    rows_travel: bool = False
     busy: float = 0.0
     steps: int = 0
     plan: CapturePlan = field(default_factory=lambda: CapturePlan((("after_block", (3, 7)),), ALL))
@@ -106,7 +107,7 @@ class SlowSink:
     def begin(self, content: PartContent) -> SlowSink:
         return self
 
-    def append(self, blocks: Blocks, kept: Sequence[int], done: Call) -> None:
+    def append(self, blocks: Blocks, kept: Sequence[RowPiece], done: Call) -> None:
         countdown = Countdown(len(SITES), done)
 
         def write(rows: np.ndarray) -> None:

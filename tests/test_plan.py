@@ -11,12 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jax_extract.inputs import tokenize as tokenize_module
 from jax_extract.inputs.planning.slabs import PlanSettings, SlabShape
 from jax_extract.inputs.planning.windows import Window, plan_windows
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.token_table import TokenizedSample
 from jax_extract.inputs.tokenize import InputCounts, tokenize
+from jax_extract.inputs.tokenizing import pipeline
 from jax_extract.inputs.wrapping import Wrapping
 from models.positions import Positions
 
@@ -58,7 +58,7 @@ def waste(windows: list[Window]) -> float:
 def check(windows: list[Window], chosen: PlanSettings, count: int) -> None:
     """What holds of every plan."""
     parts = [part for window in windows for part in window.parts]
-    assert sorted(s.sample_index for part in parts for s in part.samples) == list(range(count))
+    assert sorted(s.sample_index for part in parts for s in part.table) == list(range(count))
     assert len({part.key for part in parts}) == len(parts)
     assert [part.key for part in parts] == sorted(part.key for part in parts)
     batches = {key: list(group) for key, group in itertools.groupby(parts, lambda part: part.batch)}
@@ -66,11 +66,11 @@ def check(windows: list[Window], chosen: PlanSettings, count: int) -> None:
     for batch in batches.values():
         assert [part.part for part in batch] == list(range(1, len(batch) + 1))
         assert {part.parts_in_batch for part in batch} == {len(batch)}
-        assert sum(len(part.samples) for part in batch) <= chosen.samples_per_batch
-    longest = max(s.length for part in parts for s in part.samples)
+        assert sum(len(part) for part in batch) <= chosen.samples_per_batch
+    longest = max(s.length for part in parts for s in part.table)
     most = chosen.most_tokens(longest if len(windows) == 1 else chosen.max_length)
     for part in parts:
-        following = 0
+        following, samples = 0, list(part.table)
         for slab in part.slabs:
             assert slab.first == following
             shape = slab.shape
@@ -78,7 +78,7 @@ def check(windows: list[Window], chosen: PlanSettings, count: int) -> None:
             assert len(slab.counts) <= shape.rows
             assert 1 <= max(slab.counts) <= shape.samples
             assert shape.rows == 1 if chosen.packed else shape.samples == 1
-            inside = part.samples[slab.first : slab.first + slab.count]
+            inside = samples[slab.first : slab.first + slab.count]
             assert len(inside) == slab.count
             if chosen.packed:
                 assert sum(s.length for s in inside) <= most or slab.count == 1
@@ -87,9 +87,9 @@ def check(windows: list[Window], chosen: PlanSettings, count: int) -> None:
             rest = iter(inside)
             assert all(sum(s.length for s in itertools.islice(rest, n)) <= shape.length for n in slab.counts)
             following += slab.count
-        assert following == len(part.samples)
-        size = sum(chosen.positions.rows(s.length) for s in part.samples) * chosen.bytes_per_row
-        assert size <= chosen.max_shard_bytes or len(part.samples) == 1 or chosen.positions.one_row_per_sample
+        assert following == len(part)
+        size = sum(chosen.positions.rows(s.length) for s in part.table) * chosen.bytes_per_row
+        assert size <= chosen.max_shard_bytes or len(part) == 1 or chosen.positions.one_row_per_sample
     assert len(shapes_used(windows)) <= chosen.max_shapes
 
 
@@ -147,7 +147,7 @@ def test_the_plan_does_not_depend_on_how_the_input_is_iterated(monkeypatch: pyte
         return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
 
     def digests(chunk: int) -> list[str]:
-        monkeypatch.setattr(tokenize_module, "_CHUNK", chunk)
+        monkeypatch.setattr(pipeline, "CHUNK_SAMPLES", chunk)
         stream = tokenize(iter(samples), tokenizer, 150, Wrapping(), InputCounts())
         return [w.digest for w in plan_windows(stream, plan_settings(), window_samples=32)]
 
@@ -187,14 +187,14 @@ def test_one_vector_a_sample_makes_one_part_a_batch_however_large() -> None:
 def test_a_batch_is_cut_into_parts_below_the_shard_limit_between_whole_slabs() -> None:
     chosen = plan_settings(rows=2, samples_per_batch=16, max_shard_bytes=5 * 100 * 128)
     parts = plan([100] * 16, chosen)[0].parts
-    assert [len(part.samples) for part in parts] == [4, 4, 4, 4]
+    assert [len(part) for part in parts] == [4, 4, 4, 4]
 
 
 def test_samples_longer_than_all_of_the_first_window_fit_later() -> None:
     chosen = plan_settings(max_length=1000)
     windows = plan([40] * 16 + [1000, 999, 41] + [40] * 13, chosen, window_samples=16)
     check(windows, chosen, 32)
-    assert {part.samples[0].length for part in windows[1].parts} >= {1000}
+    assert {part.table[0].length for part in windows[1].parts} >= {1000}
     assert windows[0].shapes == windows[1].shapes
 
 

@@ -19,7 +19,6 @@ from jax_extract import UserError, open_activations
 from jax_extract.cli import main
 from jax_extract.devices.processes import Processes
 from jax_extract.extraction.loop import LoopStatistics
-from jax_extract.extraction.schedule import steps, tokens_computed
 from jax_extract.extraction.session import Session
 from jax_extract.inputs.planning.slabs import PlanSettings
 from jax_extract.inputs.planning.windows import plan_windows
@@ -249,34 +248,3 @@ def test_a_thief_whose_loot_is_to_be_written_again_goes_on() -> None:
     session = Rounds(config, Processes(), nothing, Terminal(silent=True), nothing, None, nothing)
     session.compute(nothing, {}, None, lambda: nothing)
     assert next(asked, None) is None
-
-
-def _plan(rows: int, samples: int, hosts: int) -> list:
-    random = np.random.default_rng(1)
-    lengths = random.integers(10, 500, samples)
-    tokenized = [TokenizedSample(i, str(i), np.zeros(n, np.int32), int(n), {}) for i, n in enumerate(lengths)]
-    settings = PlanSettings(rows * 4, rows, 4_096, 16, 512, Positions.parse("last"), 64, 200, 16, hosts)
-    return [part for window in plan_windows(tokenized, settings) for part in window.parts]
-
-
-@pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_every_slab_is_computed_once_by_one_host_that_has_the_whole_part_in_order(hosts: int) -> None:
-    parts = _plan(4, 1_000, hosts)
-    owner: dict[tuple[int, int], int] = {}
-    done: dict[tuple[int, int], int] = {}
-    for step in steps(parts, hosts, 2):
-        assert len(step.work) == hosts
-        assert any(step.work)
-        for host, slabs in enumerate(step.work):
-            assert len(slabs) <= 2
-            for work in slabs:
-                assert work.slab.shape == step.shape
-                assert owner.setdefault(work.part.key, host) == host
-                assert work.slab.first == done.get(work.part.key, 0)
-                done[work.part.key] = work.slab.first + work.slab.count
-    assert done == {part.key: len(part.samples) for part in parts}
-
-
-def test_a_plan_made_for_several_hosts_leaves_them_idle_less_than_one_made_for_a_single_one() -> None:
-    for_one, for_four = _plan(8, 5_000, 1), _plan(8, 5_000, 4)
-    assert tokens_computed(for_four, 4, 4) < 0.97 * tokens_computed(for_one, 4, 4)

@@ -24,7 +24,7 @@ from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.storage.local import Directory
 from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.upload import Uploader
-from jax_extract.store.writer import PartWriter
+from jax_extract.store.writer import PartWriter, RowPiece
 from models.hooks import resolve_hook_points
 
 
@@ -158,7 +158,8 @@ def write_run(root: Path, shard_format: str = "pickle", parts: int = 2) -> Path:
             )
         )
         values = np.random.default_rng(batch).normal(size=(3, 3, 4)).astype(np.float32)
-        part.append({site.key: values + (site.layer or 0) for site in sites}, lengths, lambda: None)
+        pieces = [RowPiece(row, 0, length) for row, length in enumerate(lengths)]
+        part.append({site.key: values + (site.layer or 0) for site in sites}, pieces, lambda: None)
         part.commit()
     writer.close()
     return root

@@ -33,7 +33,7 @@ from jax_extract.store.sidecar import BLOCK_BYTES
 from jax_extract.store.storage.direct import PAGE, DirectDirectory, page_memory
 from jax_extract.store.storage.local import Directory
 from jax_extract.store.storage.opening import open_storage
-from jax_extract.store.writer import PartSink, PartWriter
+from jax_extract.store.writer import PartSink, PartWriter, RowPiece
 
 WIDTH = 64
 LAYERS = (3, 7, 9)
@@ -76,7 +76,7 @@ def _fill(sink: PartSink, sites: Sequence[Site], dtype: str, parts: Sequence[Seq
                 site.key: _values(np.full(len(places), index), places, site.layer or 0, site.width, dtype)[None]
                 for site in sites
             }
-            part.append(rows, [len(places)], lambda: None)
+            part.append(rows, [RowPiece(0, 0, len(places))], lambda: None)
         part.commit()
     sink.close()
 

@@ -15,7 +15,7 @@ from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.sidecar import BLOCK_BYTES, Sidecar
 from jax_extract.store.storage.local import Directory
 from jax_extract.store.storage.verbs import crc32c
-from jax_extract.store.writer import PartWriter
+from jax_extract.store.writer import PartWriter, RowPiece
 
 WIDTH = 1_000  # 4,000 bytes a row: no block of 1 MiB ends with one
 ROWS = (300, 1, 263, 400)
@@ -41,7 +41,8 @@ def _write(root: Path, shard_format: str, values: np.ndarray) -> dict[str, Sidec
             block = np.zeros((2, max(ROWS), WIDTH), np.float32)
             block[0, : kept[0]] = values[start : start + kept[0]]
             block[1, : kept[1]] = values[start + kept[0] : start + sum(kept)]
-            part.append({site.key: block + i for i, site in enumerate(sites)}, kept, lambda: None)
+            pieces = [RowPiece(row, 0, count) for row, count in enumerate(kept)]
+            part.append({site.key: block + i for i, site in enumerate(sites)}, pieces, lambda: None)
         part.commit()
     writer.close()
     records = ledger.committed().values()

@@ -1,10 +1,11 @@
-"""What differs by platform: default dtype, slab size, padding granularity.
+"""What differs by platform: default dtype, slab size, samples a row, padding granularity.
 
 In: the devices that JAX sees. Out: `PlatformDefaults`, and the names that go into the numerics fingerprint.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -15,7 +16,8 @@ class PlatformDefaults:
     """Attributes:
     dtype: compute dtype.
     slab_tokens: most tokens (rows x length) that one device computes at once.
-    packed: samples lie one behind the other in a slab, instead of each in a row of its own.
+    packed: a slab is a single row.
+    samples_a_row: most samples that lie one behind the other in a row; 0 for any number.
     length_multiple: padded lengths are multiples of this.
     compile_tokens: slab tokens that one more shape must save to be worth compiling.
     """
@@ -23,19 +25,22 @@ class PlatformDefaults:
     dtype: str
     slab_tokens: int
     packed: bool
+    samples_a_row: int
     length_multiple: int
     compile_tokens: int
 
 
 # CPU: 4,096 tokens keep a slab's captures small, and matrix products of 2,048 tokens already run at their peak.
 # A compilation takes seconds, in which that many tokens of a small model could be computed.
-CPU = PlatformDefaults("float32", 4_096, True, 16, 1_000)
+CPU = PlatformDefaults("float32", 4_096, True, 0, 16, 1_000)
 # Accelerators: enough tokens to hide the parameter traffic; 128 is the tile of the matrix units.
-ACCELERATOR = PlatformDefaults("bfloat16", 16_384, False, 128, 500_000)
+TPU = PlatformDefaults("bfloat16", 16_384, False, 0, 128, 500_000)
+# cuDNN's attention cannot tell the samples of a row apart.
+GPU = dataclasses.replace(TPU, samples_a_row=1)
 
 
 def platform_defaults() -> PlatformDefaults:
-    return CPU if jax.default_backend() == "cpu" else ACCELERATOR
+    return {"cpu": CPU, "tpu": TPU}.get(jax.default_backend(), GPU)
 
 
 def device_kind() -> str:

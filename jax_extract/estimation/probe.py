@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import time
 import uuid
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,7 +21,6 @@ from jax_extract.devices.processes import Processes
 from jax_extract.extraction.backend import Loadable, Program
 from jax_extract.extraction.loop import run_parts
 from jax_extract.extraction.prepare import Job
-from jax_extract.extraction.schedule import steps
 from jax_extract.inputs.planning.slabs import Shapes, SlabShape
 from jax_extract.inputs.planning.windows import Part
 from jax_extract.store.budget import ByteBudget
@@ -84,11 +82,6 @@ class WriteProbe:
 # ----------------------------------------------------------------------------------------- computing
 
 
-def step_counts(parts: Iterable[Part], hosts: int, devices_of_host: int) -> Counter[SlabShape]:
-    """How many steps of each slab shape these parts take on all devices."""
-    return Counter(step.shape for step in steps(parts, hosts, devices_of_host))
-
-
 def probe_computing(
     job: Job, weights: Loadable, parts: Sequence[Part], planned: Shapes, budget: ByteBudget, processes: Processes
 ) -> ComputeProbe:
@@ -96,7 +89,7 @@ def probe_computing(
     started = time.perf_counter()
     program = job.program(weights, planned)
     load_seconds = time.perf_counter() - started
-    counts = step_counts(parts, program.hosts, program.devices_of_host)
+    counts = job.step_counts(parts).steps
     shapes = sorted(counts, key=lambda shape: (counts[shape] * shape.tokens, shape), reverse=True)
     compile_seconds: list[float] = []
     step_seconds: dict[SlabShape, float] = {}
@@ -119,13 +112,9 @@ def probe_computing(
 def _slabs_of(parts: Iterable[Part], shape: SlabShape) -> list[Part]:
     """Some of the plan's slabs of a shape, each as a part of its own."""
     found = (
-        replace(
-            part,
-            samples=part.samples[slab.first : slab.first + slab.count],
-            slabs=(replace(slab, first=0),),
-        )
+        replace(part, start=max(part.start, slab.first), stop=min(part.stop, slab.first + slab.count))
         for part in parts
-        for slab in part.slabs
+        for slab in (part.arrangement.slabs[i] for i in part.arrangement.slabs_of(part.start, part.stop))
         if slab.shape == shape
     )
     return list(itertools.islice(found, _SLABS))

@@ -25,12 +25,14 @@ class Program(Protocol):
       plan: what is captured.
       hosts, host: how many processes compute together, and which of them this one is.
       devices_of_host: devices of this process; each computes a slab in every step.
+      rows_travel: whether every host gets the captures of all devices, and not of its own alone.
     """
 
     plan: CapturePlan
     hosts: int
     host: int
     devices_of_host: int
+    rows_travel: bool
 
     def compiled(self, shape: SlabShape) -> object:
         """Makes ready for slabs of this shape, where that takes time."""
@@ -51,7 +53,10 @@ class Program(Protocol):
         ...
 
     def on_host(self, captured: Any) -> list[Blocks]:
-        """Waits for what `run` gave: of each device of this host, site -> [rows, positions, width]."""
+        """Waits for what `run` gave: of each device, site -> [rows, positions, width].
+
+        The devices are those of this host; where rows travel, those of the first host, then of the second, and so on.
+        """
         ...
 
 
@@ -115,8 +120,24 @@ class Backend(Protocol):
         """What decides the bits of a row, besides the plan's slab shapes: equal here means equal bytes."""
         ...
 
+    def pair_cost(self, model: OpenModel, plan: CapturePlan) -> float:
+        """Products of attention for one query and one key, over those of a token in the matrices of a block.
+
+        0 where attention computes no pair of two samples, so that it costs the same wherever they lie.
+        """
+        ...
+
+    @property
+    def attention_block(self) -> int:
+        """Attention computes pairs in squares of so many queries and keys, in rows that this divides."""
+        ...
+
     def captured_bytes(self, plan: CapturePlan, model: OpenModel, shape: SlabShape) -> int:
         """Bytes of the captures of one slab of one device, as they reach the host."""
+        ...
+
+    def rows_travel(self, plan: CapturePlan, model: OpenModel, shapes: Iterable[SlabShape]) -> bool:
+        """Whether captures of slabs of these shapes are small enough to bring them to every host; see `Program`."""
         ...
 
     def weights(self, model: OpenModel, plan: CapturePlan) -> Loadable:
@@ -124,12 +145,26 @@ class Backend(Protocol):
         ...
 
     def program(
-        self, model: OpenModel, plan: CapturePlan, weights: Any, shapes: Iterable[SlabShape], first: SlabShape | None
+        self,
+        model: OpenModel,
+        plan: CapturePlan,
+        weights: Any,
+        shapes: Iterable[SlabShape],
+        first: SlabShape | None,
+        rows_travel: bool = False,
     ) -> Program:
         """Loads the weights and meanwhile makes ready for `first`; this is where the real work begins.
 
         Args:
           weights: as `weights` gave them.
           shapes: that a slab may have.
+          rows_travel: see `Program`.
         """
         ...
+
+
+def holds_several_a_row(settings: PlanSettings) -> bool:
+    """Whether rows of a plan with these settings may hold more than one sample."""
+    if settings.version == 1:
+        return settings.packed and settings.rows > 1
+    return settings.samples_a_row != 1

@@ -35,7 +35,7 @@ from jax_extract.extraction.prepare import Job, wrapping_of
 from jax_extract.extraction.session import Session, Windows, keep_in
 from jax_extract.extraction.summary import tell_input, tell_layout, tell_notes, tell_plan, tell_request, tell_result
 from jax_extract.inputs.planning.slabs import PlanSettings, Shapes, SlabShape
-from jax_extract.inputs.planning.windows import WINDOW_SAMPLES, Part, Window
+from jax_extract.inputs.planning.windows import WINDOW_SAMPLES, Part, Window, shapes_of
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.sources import Source, open_source
 from jax_extract.inputs.tokenize import Continued, InputCounts, tokenizer_digest
@@ -248,7 +248,7 @@ class _Extraction:
         """The plan, from the beginning at each call; of a finite input it is made once and kept."""
 
         def read() -> tuple[Iterable[Window], InputCounts]:
-            counts = self.job.new_counts()
+            counts = self.job.new_counts(settings)
             wrapping = wrapping_of(self.config, self._kept)
             windows = self.job.windows(self.source.samples(), settings, wrapping, counts, self.continued)
             return windows, counts
@@ -280,8 +280,8 @@ class _Extraction:
         require_samples(counts, self.source)
         windows = list(windows)
         if found:
-            lengths = (sample.length for window in windows for part in window.parts for sample in part.samples)
-            require_meaning_as_begun(found, self.job.model, max(lengths))
+            longest = max(int(window.arrangement.lengths.max()) for window in windows)
+            require_meaning_as_begun(found, self.job.model, longest)
         if found and self.processes.is_first:  # whose inputs must be these, be it finished or not
             for _ in pending_parts(windows, committed, lambda window: keep_in(found, window, counts)):
                 pass
@@ -290,12 +290,12 @@ class _Extraction:
         if self.config.one_file_per_layer:
             _require_one_window(counts.samples)
         require_rows(parts, self.job)
-        tell_plan(parts, self.job.backend.devices, self.processes.count, self.terminal)
+        tell_plan(parts, self.job.step_counts(parts), self.terminal)
         pending = [part for part in parts if part.key not in committed]
         parties = max(self.processes.count, self.config.num_workers or 1)
-        sizes = [self.job.bytes_stored(part.samples) for part in pending]
+        sizes = [self.job.bytes_stored(part.lengths) for part in pending]
         require_room(self.place, sum(sizes), parties, max(sizes, default=0))
-        shapes = {slab.shape for part in pending for slab in part.slabs}
+        shapes = shapes_of(pending)
         tokens = sum(part.tokens for part in pending)
         return _Plan(read, windows[-1].digest, tokens, windows[0].shapes, shapes)
 
@@ -459,8 +459,7 @@ def require_samples(counts: InputCounts, source: Source) -> None:
 
 
 def require_rows(parts: Iterable[Part], job: Job) -> None:
-    rows = job.plan.positions.rows
-    if not any(rows(sample.length) for part in parts for sample in part.samples):
+    if not any(job.plan.positions.rows_of(part.lengths).any() for part in parts):
         raise UserError(f"no sample is long enough for positions {job.plan.positions}; choose earlier ones")
 
 

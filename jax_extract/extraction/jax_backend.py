@@ -20,11 +20,12 @@ from jax_extract.devices.planner import Decision, ModelCounts, Request, choose_l
 from jax_extract.devices.platform import PlatformDefaults, device_kind, platform_defaults
 from jax_extract.devices.sharding import Layout
 from jax_extract.errors import UserError
-from jax_extract.extraction.program import CaptureProgram, captured_bytes
+from jax_extract.extraction.backend import holds_several_a_row
+from jax_extract.extraction.program import CaptureProgram, captured_bytes, rows_travel
 from jax_extract.inputs.planning.slabs import PlanSettings, SlabShape
-from jax_extract.weights.load import Weights
+from jax_extract.weights.load import Weights, parameter_shapes
 from jax_extract.weights.open_model import OpenModel
-from models.accelerated_attention import attention_backend
+from models.accelerated_attention import LARGEST_BLOCK, attention_backend
 from models.config_fields import TORCH_MEND
 from models.errors import NotComputedHere
 from models.hooks import CapturePlan
@@ -111,15 +112,30 @@ class JaxBackend:
         return dict(self.mesh.shape)
 
     def under(self, model: OpenModel, settings: PlanSettings | None) -> JaxBackend:
-        packed = self.defaults.packed if settings is None else settings.packed
-        samples = (2 if settings is None else settings.rows) if packed else 1
-        return replace(self, numerics=with_attention(self.numerics, self.mesh, model.config, samples))
+        several = self.defaults.samples_a_row != 1 if settings is None else holds_several_a_row(settings)
+        return replace(self, numerics=with_attention(self.numerics, self.mesh, model.config, 1 + several))
 
     def fingerprint(self) -> dict[str, str]:
         return numerics_fingerprint(self.numerics)
 
+    def pair_cost(self, model: OpenModel, plan: CapturePlan) -> float:
+        blocks = plan.blocks_needed(model.config.num_hidden_layers)
+        if self.numerics.attention != "splash" or not blocks:
+            return 0.0
+        structure = parameter_shapes(model.port, model.config, blocks, self.dtype)
+        counts = ModelCounts.of(structure, model.config, blocks)
+        return counts.attention_flops(rows=1, length=1) / counts.product_flops(tokens=1)
+
+    @property
+    def attention_block(self) -> int:
+        return LARGEST_BLOCK if self.numerics.attention == "splash" else 1
+
     def captured_bytes(self, plan: CapturePlan, model: OpenModel, shape: SlabShape) -> int:
         return captured_bytes(plan, model.config, shape, platform_of(self.mesh))
+
+    def rows_travel(self, plan: CapturePlan, model: OpenModel, shapes: Iterable[SlabShape]) -> bool:
+        most = max((self.captured_bytes(plan, model, shape) for shape in shapes), default=0)
+        return self.devices > self.devices_of_host and rows_travel(plan.positions, self.devices * most)
 
     def weights(self, model: OpenModel, plan: CapturePlan) -> Weights:
         blocks = plan.blocks_needed(model.config.num_hidden_layers)
@@ -129,14 +145,19 @@ class JaxBackend:
             raise UserError(f"{refusal}; {TORCH_MEND}") from None
 
     def layout(
-        self, model: OpenModel, plan: CapturePlan, weights: Weights, shapes: Iterable[SlabShape]
+        self,
+        model: OpenModel,
+        plan: CapturePlan,
+        weights: Weights,
+        shapes: Iterable[SlabShape],
+        rows_travel: bool = False,
     ) -> Decision | None:
         """How parameters should lie for slabs of these shapes; None where nothing is known of the device."""
         if (chip := CHIPS.get(device_kind())) is None:
             return None
         shape = max(shapes, key=lambda shape: shape.tokens)  # which takes the most memory
         data, model_axis = (self.mesh.shape[axis] for axis in BATCH_AXES)
-        captures = self.captured_bytes(plan, model, shape)
+        captures = self.captured_bytes(plan, model, shape) * (self.devices if rows_travel else 1)
         counts = self.counts(model, weights)
         return choose_layout(Request(counts, chip, data, model_axis, shape.rows, shape.length, captures))
 
@@ -152,12 +173,13 @@ class JaxBackend:
         weights: Weights,
         shapes: Iterable[SlabShape],
         first: SlabShape | None,
+        rows_travel: bool = False,
     ) -> CaptureProgram:
         """Parameters lie as suits the largest shape."""
-        decision = self.layout(model, plan, weights, shapes)
+        decision = self.layout(model, plan, weights, shapes, rows_travel)
         layout = decision.layout if decision else Layout.GATHERED
         params = weights.shapes(self.mesh, self.dtype, layout)
-        program = CaptureProgram(model.port, model.config, params, plan, self.mesh, self.numerics)
+        program = CaptureProgram(model.port, model.config, params, plan, self.mesh, self.numerics, rows_travel)
         with program.compiling(first):
             program.use(weights.load(self.mesh, self.dtype, layout))
         return program

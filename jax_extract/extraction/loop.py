@@ -1,4 +1,4 @@
-"""The extraction loop: slabs of parts through the compiled program into a sink.
+"""The extraction loop: slabs through the compiled program, their rows into the parts of a sink.
 
 In: parts in plan order, a `Program`, a `PartSink`, a `ByteBudget`. Out: committed parts, and
 `LoopStatistics`. While a step computes, the one before it is copied to the host, and the sink writes the
@@ -20,16 +20,21 @@ import numpy as np
 from jax_extract.devices.exhaustion import refusing_exhaustion
 from jax_extract.extraction.backend import Program
 from jax_extract.extraction.schedule import Step, Work, steps
+from jax_extract.inputs.planning.slabs import SlabShape
 from jax_extract.inputs.planning.windows import Part
 from jax_extract.startup import seconds_since_start
 from jax_extract.store.budget import ByteBudget
-from jax_extract.store.lanes import Countdown
+from jax_extract.store.lanes import Call, Countdown
+from jax_extract.store.ledger import Key
 from jax_extract.store.parts import PartContent
-from jax_extract.store.writer import Blocks, OpenPart, PartSink
+from jax_extract.store.writer import Blocks, OpenPart, PartSink, RowPiece
 from models.positions import Positions
 
 STEPS_IN_FLIGHT = 1  # computed but not yet on the host, besides the one that computes
 STEPS_IN_MEMORY = 3  # room for so many lets all stages work at once: computing, on the way to the host, being written
+
+
+_COUNTS = ("samples", "tokens", "slab_tokens", "idle_tokens", "parts")
 
 
 @dataclass
@@ -37,7 +42,10 @@ class LoopStatistics:
     """What a loop did.
 
     Attributes:
+      steps: in which this host's devices computed, or stood idle while others did.
+      idle_steps: of these, those in which none of this host's devices had a slab.
       tokens, slab_tokens: real tokens of this host's slabs; those with all padding, dummy rows and idle devices.
+      idle_tokens: of these, those of devices without a slab.
       seconds: from first to last step, compiling left out.
       compile_seconds: spent waiting for programs; the first one is compiled while the weights are read.
       first_step_seconds: from the beginning of the process until its first step was on its way; None without one.
@@ -47,8 +55,11 @@ class LoopStatistics:
     """
 
     samples: int = 0
+    steps: int = 0
+    idle_steps: int = 0
     tokens: int = 0
     slab_tokens: int = 0
+    idle_tokens: int = 0
     parts: int = 0
     seconds: float = 0.0
     compile_seconds: float = 0.0
@@ -65,10 +76,24 @@ class LoopStatistics:
         for stage, seconds in other.waited.items():
             self.waited[stage] += seconds
 
+    def add_step(self, shape: SlabShape, work: Sequence[Work], devices: int, stored: Sequence[Part]) -> None:
+        """Takes in a step of this host's devices, and the parts that are complete with it."""
+        self.steps += 1
+        self.idle_steps += not work
+        self.tokens += sum(slab.tokens for slab in work)
+        self.slab_tokens += devices * shape.tokens
+        self.idle_tokens += (devices - len(work)) * shape.tokens
+        self.samples += sum(len(part) for part in stored)
+        self.parts += len(stored)
+
     @classmethod
     def side_by_side(cls, loops: Sequence[Mapping[str, Any]]) -> LoopStatistics:
-        """What loops on several hosts did together, each as a dictionary: counts added up, times of the slowest."""
-        counts = {name: sum(loop[name] for loop in loops) for name in ("samples", "tokens", "slab_tokens", "parts")}
+        """What loops on several hosts did together, each as a dictionary: counts added up, times of the slowest.
+
+        Steps are those of one host; idle ones those of the host that has most of them.
+        """
+        counts = {name: sum(loop[name] for loop in loops) for name in _COUNTS}
+        counts["idle_steps"] = max(loop["idle_steps"] for loop in loops)
         slowest = max(loops, key=lambda loop: loop["seconds"])
         return cls(**{**slowest, **counts})
 
@@ -95,7 +120,7 @@ def run_parts(
       Whatever the computation or the sink raised, after the sink has let go of what was not durable.
     """
     statistics = LoopStatistics()
-    feeder = _Feeder(sink, budget, program.plan.positions)
+    feeder = _Feeder(sink, budget, program.plan.positions, program.host)
     in_flight: deque[tuple[Step, Any]] = deque()
     started = time.perf_counter()
 
@@ -107,16 +132,13 @@ def run_parts(
         # Without room even now, it was the writer that the next step waited for all the time.
         statistics.waited["device" if budget.fits(room) else "writer"] += time.perf_counter() - waiting
         with statistics.waiting("writer"):  # which may want room on the disk before it begins another part
-            feeder.feed(step.work[program.host], blocks, program.bytes_on_host(step.shape))
-        for work in step.work[program.host]:
-            statistics.samples += work.slab.count
-            statistics.tokens += sum(sample.length for row in work.rows for sample in row)
-            statistics.parts += work.is_last
+            stored = feeder.feed(_with_blocks(step, blocks, program), program.bytes_on_host(step.shape))
+        statistics.add_step(step.shape, step.work[program.host], program.devices_of_host, stored)
         statistics.seconds = time.perf_counter() - started - statistics.compile_seconds
         on_progress(statistics)
 
     try:
-        stream = steps(parts, program.hosts, program.devices_of_host)
+        stream = steps(parts, program.hosts, program.devices_of_host, program.rows_travel)
         while True:
             with statistics.waiting("input"):
                 step = next(stream, None)
@@ -134,7 +156,6 @@ def run_parts(
                 captured = program.run(*_pack(step, program))
             statistics.first_step_seconds = statistics.first_step_seconds or seconds_since_start()
             in_flight.append((step, captured))
-            statistics.slab_tokens += program.devices_of_host * step.shape.tokens
             if len(in_flight) > STEPS_IN_FLIGHT:
                 finish_oldest()
         while in_flight:
@@ -149,29 +170,55 @@ def run_parts(
 
 
 class _Feeder:
-    """Hands blocks to the parts they belong to, and gives their bytes back when they are written."""
+    """Hands rows to the parts of this host, and gives the bytes of their blocks back when they are written."""
 
-    def __init__(self, sink: PartSink, budget: ByteBudget, positions: Positions) -> None:
+    def __init__(self, sink: PartSink, budget: ByteBudget, positions: Positions, host: int) -> None:
         self._sink = sink
         self._budget = budget
         self._positions = positions
-        self._open: OpenPart | None = None
+        self._host = host
+        self._open: dict[Key, OpenPart] = {}
 
-    def feed(self, slabs: tuple[Work, ...], blocks: list[Blocks], nbytes: int) -> None:
-        """One step's slabs of this host and its devices' blocks, which together take `nbytes`."""
+    def feed(self, works: Sequence[tuple[Work, Blocks]], nbytes: int) -> list[Part]:
+        """Hands over the slabs of a step, whose blocks take `nbytes`; returns the parts that are complete with it."""
+        mine = [(taker.part, work, block) for work, block in works for taker in work.takers if taker.host == self._host]
         release = partial(self._budget.release, nbytes)
-        if not slabs:
+        if not mine:
             release()
-            return
-        done = Countdown(len(slabs), release)
-        for work, block in zip(slabs, blocks, strict=False):
-            if work.is_first:
-                self._open = self._sink.begin(part_content(work.part, self._positions))
-            assert self._open is not None
-            kept = [sum(self._positions.rows(sample.length) for sample in row) for row in work.rows]
-            self._open.append(block, kept, done)
-            if work.is_last:
-                self._open.commit()
+            return []
+        done = Countdown(len(mine), release)
+        return [part for part, work, block in mine if self._append(part, work, block, done)]
+
+    def _append(self, part: Part, work: Work, block: Blocks, done: Call) -> bool:
+        """Whether the part is complete now; its slabs come in plan order."""
+        if part.key not in self._open:
+            self._open[part.key] = self._sink.begin(part_content(part, self._positions))
+        self._open[part.key].append(block, rows_of_part(part, work, self._positions), done)
+        if part.stop > work.slab.first + work.slab.count:
+            return False
+        self._open.pop(part.key).commit()
+        return True
+
+
+def _with_blocks(step: Step, blocks: Sequence[Blocks], program: Program) -> list[tuple[Work, Blocks]]:
+    """Each slab whose captures came to this host, with them."""
+    hosts = range(program.hosts) if program.rows_travel else [program.host]
+    came = [blocks[i * program.devices_of_host : (i + 1) * program.devices_of_host] for i in range(len(hosts))]
+    return [pair for i, host in enumerate(hosts) for pair in zip(step.work[host], came[i], strict=False)]
+
+
+def rows_of_part(part: Part, work: Work, positions: Positions) -> list[RowPiece]:
+    """Where a part's rows lie in the block of a slab."""
+    slab = work.slab
+    kept = positions.rows_of(work.arrangement.lengths[slab.first : slab.first + slab.count])
+    before = np.concatenate([[0], np.cumsum(kept)])  # rows of the slab's samples before each one
+    ends = np.cumsum(slab.counts)
+    pieces = []
+    for row, (start, end) in enumerate(zip(ends - slab.counts, ends, strict=True)):
+        first, last = max(int(start), part.start - slab.first), min(int(end), part.stop - slab.first)
+        if first < last and before[last] > before[first]:
+            pieces.append(RowPiece(row, int(before[first] - before[start]), int(before[last] - before[first])))
+    return pieces
 
 
 def _pack(step: Step, program: Program) -> tuple[np.ndarray, np.ndarray]:
@@ -179,17 +226,19 @@ def _pack(step: Step, program: Program) -> tuple[np.ndarray, np.ndarray]:
     shape, rows = step.shape, program.devices_of_host * step.shape.rows
     tokens = np.zeros((rows, shape.length), np.int32)
     lengths = np.zeros((rows, shape.samples), np.int32)
-    for place, work in enumerate(step.work[program.host]):
-        for row, samples in enumerate(work.rows, place * shape.rows):
-            ids = np.concatenate([sample.token_ids for sample in samples])
+    for device, work in enumerate(step.work[program.host]):
+        place = work.slab.first
+        for row, count in enumerate(work.slab.counts, device * shape.rows):
+            ids = np.concatenate([work.arrangement.tokens_at(i) for i in range(place, place + count)])
             tokens[row, : len(ids)] = ids
-            lengths[row, : len(samples)] = [sample.length for sample in samples]
+            lengths[row, :count] = work.arrangement.lengths[place : place + count]
+            place += count
     return tokens, lengths
 
 
 def part_content(part: Part, positions: Positions) -> PartContent:
     """What the store is told of a part of the plan."""
-    samples = part.samples
+    samples = list(part.table)
     return PartContent(
         batch=part.batch,
         part=part.part,

@@ -14,6 +14,7 @@ from jax_extract.config import ExtractConfig
 from jax_extract.errors import UserError
 from jax_extract.extraction.loop import STEPS_IN_MEMORY, LoopStatistics, run_parts
 from jax_extract.extraction.prepare import Job, wrapping_of
+from jax_extract.inputs.planning.windows import shapes_of
 from jax_extract.inputs.text import named_texts
 from jax_extract.inputs.wrapping import Kept
 from jax_extract.store.budget import ByteBudget
@@ -65,13 +66,14 @@ def extract(
     )
     config.check()
     job = Job.open(config)
-    counts = job.new_counts()
-    windows = list(job.windows(samples, job.plan_settings(config), wrapping_of(config, Kept.from_now_on()), counts))
+    settings = job.plan_settings(config)
+    counts = job.new_counts(settings)
+    windows = list(job.windows(samples, settings, wrapping_of(config, Kept.from_now_on()), counts))
     if not windows:
         raise UserError("none of the texts has a token; there is nothing to extract")
     sink = MemorySink(job.sites, config.capture_dtype)
-    pending = (part for window in windows for part in window.parts)
-    shapes = {slab.shape for window in windows for part in window.parts for slab in part.slabs}
+    pending = [part for window in windows for part in window.parts]
+    shapes = shapes_of(pending)
     budget = ByteBudget(STEPS_IN_MEMORY * job.bytes_on_host(shapes))
     with Terminal(silent=not progress).progress(counts.tokens) as bar:
 

@@ -1,24 +1,23 @@
 """Which parts are still to be done, and by whom.
 
-In: the plan, the records, and, of several independent workers, which one this is. Out: parts. A worker
-takes every n-th part of the plan, then whatever is still without a record, from where the others come
-last: records are create-only, so a part that is done twice is there once, and a worker that dies is
-missed by nobody.
+In: the plan, the records, and, of several independent workers, which one this is. Out: parts. A worker takes a stretch
+of each window, all of them about as many tokens, then whatever is still without a record, from where the others come
+last: records are create-only, so a part that is done twice is there once, and a worker that dies is missed by nobody.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from jax_extract.errors import UserError
 from jax_extract.inputs.planning.windows import Part, Window
 from jax_extract.store.ledger import Key, Ledger
 from jax_extract.store.survey import survey
-
-_CHUNK = 4_096  # parts among which a worker chooses where to steal
 
 
 @dataclass(frozen=True)
@@ -51,24 +50,21 @@ def pending_parts(
     windows: Iterable[Window],
     committed: Committed,
     keep_plan: Callable[[Window], None],
-    takes: Callable[[int], bool] = lambda _: True,
+    chosen: Callable[[Sequence[Part]], Iterable[Part]] = iter,
 ) -> Iterator[Part]:
     """Parts without a record, in plan order; every window's plan is kept before its first part runs.
 
-    `takes` chooses by a part's number in the whole plan, counted from 0.
+    `chosen` says which parts of a window are wanted, and in which order.
     """
-    numbers = itertools.count()
     for window in windows:
         keep_plan(window)
-        for part, number in zip(window.parts, numbers, strict=False):
-            if part.key in committed:
-                if committed[part.key].plan != part.digest:
-                    raise UserError(
-                        f"part {part.key} is committed under another plan; restore the run's records from a copy, "
-                        "or start anew with --overwrite"
-                    )
-            elif takes(number):
-                yield part
+        for part in window.parts:
+            if part.key in committed and committed[part.key].plan != part.digest:
+                raise UserError(
+                    f"part {part.key} is committed under another plan; restore the run's records from a copy, "
+                    "or start anew with --overwrite"
+                )
+        yield from (part for part in chosen(window.parts) if part.key not in committed)
 
 
 @dataclass(frozen=True)
@@ -78,21 +74,33 @@ class Worker:
     index: int = 0
     count: int = 1
 
-    def owns(self, number: int) -> bool:
-        """Whether a part is of this worker's own stripe, by its number in the plan."""
-        return number % self.count == self.index
+    def own(self, parts: Sequence[Part]) -> Sequence[Part]:
+        """This worker's stretch of a window."""
+        first, last = self._stretches(parts)[self.index]
+        return parts[first:last]
 
-    def steal(self, parts: Iterable[Part], ledger: Ledger) -> Iterator[Part]:
-        """Those of the parts that nobody has committed when their turn comes.
+    def to_steal(self, parts: Sequence[Part], devices: int, is_committed: Callable[[Part], bool]) -> Iterator[Part]:
+        """Parts of a window that nobody has committed when their turn comes.
 
-        Owners come from the front, so thieves come from the back, each from a place of its own.
+        Owners come from the front of their stretches, so thieves come from the back, each into another stretch
+        first, and take as many parts at once, in plan order, as fill a step of so many devices.
         """
-        stream = iter(parts)
-        while left := list(itertools.islice(stream, _CHUNK))[::-1]:
-            start = len(left) * self.index // self.count
-            for part in left[start:] + left[:start]:
-                if not ledger.is_committed(part.key):
-                    yield part
+        stretches = self._stretches(parts)
+        for first, last in [*stretches[self.index + 1 :], *stretches[: self.index + 1]]:
+            end = last
+            while end > first:
+                start = end - 1
+                while start > first and sum(len(part.slabs) for part in parts[start:end]) < devices:
+                    start -= 1
+                yield from (part for part in parts[start:end] if not is_committed(part))
+                end = start
+
+    def _stretches(self, parts: Sequence[Part]) -> list[tuple[int, int]]:
+        """Of each worker, the parts it begins with: all about as many tokens."""
+        tokens = np.cumsum([part.tokens for part in parts])
+        bounds = np.searchsorted(tokens, np.arange(self.count + 1) * tokens[-1] / self.count).tolist()
+        bounds[-1] = len(parts)
+        return list(itertools.pairwise(bounds))
 
 
 def plan_json(window: Window, counts: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,7 +115,7 @@ def plan_json(window: Window, counts: Mapping[str, Any]) -> dict[str, Any]:
                 "batch": part.batch,
                 "part": part.part,
                 "parts_in_batch": part.parts_in_batch,
-                "samples": len(part.samples),
+                "samples": len(part),
                 "tokens": part.tokens,
                 "slabs": [slab.as_json() for slab in part.slabs],
                 "digest": part.digest,

@@ -3,7 +3,8 @@
 In: a port, its configuration and parameters on a mesh, a capture plan. Out: per hook point a global
 array [slots, devices * rows, positions, width], sharded over all devices on its second axis. The body
 is written per device (`shard_map`): each computes its own slab, and only parameters cross devices. On
-several hosts each hands in the slabs of its own devices and reads their captures alone.
+several hosts each hands in the slabs of its own devices and reads their captures alone; where rows travel, every
+device is given the captures of all of them, so that a host can store rows that another one computed.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import ml_dtypes
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from jax_extract.devices.mesh import platform_of
+from jax_extract.devices.mesh import BATCH_AXES, platform_of
 from jax_extract.devices.sharding import BATCH_SPEC, CAPTURE_SPEC, make_gather, named
 from jax_extract.inputs.planning.slabs import SlabShape
 from jax_extract.store.writer import Blocks
@@ -27,7 +29,10 @@ from models.hooks import HOOK_POINTS, CapturePlan, Taps, slots
 from models.layers import Numerics
 from models.packing import Packing
 from models.ports import ModelConfig, Parameters, Port, hook_width
+from models.positions import Positions
 from models.self_attention import WithinRows
+
+MOST_TRAVELLING_BYTES = 256_000_000  # a step: milliseconds on the links of a pod, and on the way into a host
 
 
 class CaptureProgram:
@@ -36,6 +41,7 @@ class CaptureProgram:
     Attributes:
       hosts, host: how many processes the mesh spans, and which of them this one is.
       devices_of_host: this process's devices in the mesh.
+      rows_travel: whether every device is given the captures of all.
     """
 
     def __init__(
@@ -46,9 +52,11 @@ class CaptureProgram:
         plan: CapturePlan,
         mesh: Mesh,
         numerics: Numerics,
+        rows_travel: bool = False,
     ) -> None:
         self.mesh = mesh
         self.plan = plan
+        self.rows_travel = rows_travel
         self._params = params
         owners = [device.process_index for device in mesh.devices.flat]
         self.hosts = len(set(owners))
@@ -56,10 +64,11 @@ class CaptureProgram:
         # A block of rows of the batch belongs to a place in the mesh; ours are numbered in that order.
         self._places = {place: i for i, place in enumerate(i for i, p in enumerate(owners) if p == jax.process_index())}
         self.devices_of_host = len(self._places)
+        self._by_host = np.argsort(owners, kind="stable")
         self._config = config
         self._batch_sharding = named(mesh, BATCH_SPEC)
         specs = jax.tree.map(lambda parameter: parameter.sharding.spec, params)
-        self._jit = capture_function(port, config, plan, mesh, numerics, specs)
+        self._jit = capture_function(port, config, plan, mesh, numerics, specs, rows_travel)
         self._compiled: dict[SlabShape, jax.stages.Compiled] = {}
         self._ahead: dict[SlabShape, Future[jax.stages.Compiled]] = {}
 
@@ -93,7 +102,8 @@ class CaptureProgram:
 
     def bytes_on_host(self, shape: SlabShape) -> int:
         """What the captures of one step take in this host's memory."""
-        return self.devices_of_host * captured_bytes(self.plan, self._config, shape, platform_of(self.mesh))
+        devices = self.devices if self.rows_travel else self.devices_of_host
+        return devices * captured_bytes(self.plan, self._config, shape, platform_of(self.mesh), self.rows_travel)
 
     def run(self, tokens: np.ndarray, lengths: np.ndarray) -> dict[str, Array]:
         """Starts a step and the way of its captures to the host; returns at once.
@@ -105,24 +115,39 @@ class CaptureProgram:
 
         Returns:
           Hook point -> [slots, devices * rows, positions, width]; slots beyond the wanted layers are spare.
+          Where rows travel, every device has the whole of it.
         """
         rows = tokens.shape[0] // self.devices_of_host
         execute = self.compiled(SlabShape(tokens.shape[1], rows, lengths.shape[1]))
         captured = execute(self._params, self._put(tokens, rows), self._put(lengths, rows))
         for array in captured.values():
-            array.copy_to_host_async()
+            for shard in self._wanted(array):
+                shard.copy_to_host_async()
         return captured
 
     def on_host(self, captured: Mapping[str, Array]) -> list[Blocks]:
-        """The captures of this host's devices, in their order: site -> [rows, positions, width]."""
-        blocks: list[dict[tuple[str, int | None], np.ndarray]] = [{} for _ in range(self.devices_of_host)]
+        """Of each device of this host, in their order, site -> [rows, positions, width].
+
+        Where rows travel, of all devices: those of the first host, then those of the second, and so on.
+        """
+        devices = self.devices if self.rows_travel else self.devices_of_host
+        blocks: list[dict[tuple[str, int | None], np.ndarray]] = [{} for _ in range(devices)]
         for hook, layers in self.plan.layers:
-            shards = sorted(captured[hook].addressable_shards, key=lambda shard: shard.index[1].start or 0)
-            for device, shard in enumerate(shards):
-                data = np.asarray(shard.data)
+            data = [np.asarray(shard) for shard in self._wanted(captured[hook])]
+            if self.rows_travel:
+                of_devices = np.split(data[0], devices, axis=1)
+                data = [of_devices[place] for place in self._by_host]
+            for block, of_device in zip(blocks, data, strict=True):
                 for slot, layer in enumerate(layers or (None,)):
-                    blocks[device][hook, layer] = data[slot]
+                    block[hook, layer] = of_device[slot]
         return list(blocks)
+
+    def _wanted(self, array: Array) -> list[Array]:
+        """What of captures is brought to the host: a part of each of its devices, or all, which each of them has."""
+        if self.rows_travel:
+            return [array.addressable_shards[0].data]
+        shards = sorted(array.addressable_shards, key=lambda shard: shard.index[1].start or 0)
+        return [shard.data for shard in shards]
 
     def _put(self, local: np.ndarray, rows: int) -> Array:
         """This host's blocks of rows as its share of the array on the whole mesh."""
@@ -142,21 +167,33 @@ def slab_inputs(mesh: Mesh, shape: SlabShape) -> tuple[jax.ShapeDtypeStruct, jax
     return tokens, jax.ShapeDtypeStruct((rows, shape.samples), np.int32, sharding=sharding)
 
 
-def captured_bytes(plan: CapturePlan, config: ModelConfig, shape: SlabShape, platform: str) -> int:
-    """Bytes of the captures of one slab of one device, as they reach the host."""
+def captured_bytes(
+    plan: CapturePlan, config: ModelConfig, shape: SlabShape, platform: str, rows_travel: bool = False
+) -> int:
+    """Bytes of the captures of one slab of one device, as they reach a host."""
     itemsize = np.dtype(ml_dtypes.bfloat16 if plan.dtype == "bfloat16" else plan.dtype).itemsize
     num_blocks = plan.blocks_needed(config.num_hidden_layers)
+    keeps_spare = _keeps_spare(platform, rows_travel)
     values = sum(
-        (slots(layers, num_blocks) if _keeps_spare(platform) else max(1, len(layers)))
+        (slots(layers, num_blocks) if keeps_spare else max(1, len(layers)))
         * hook_width(config, HOOK_POINTS[hook].width)
         for hook, layers in plan.layers
     )
     return values * shape.rows * plan.positions.slots(shape.length, shape.samples) * itemsize
 
 
-def _keeps_spare(platform: str) -> bool:
+def rows_travel(positions: Positions, step_bytes: int) -> bool:
+    """Whether rows of these positions are few enough to bring those of every device to every host.
+
+    Args:
+      step_bytes: of all captures of one step of all devices, at most.
+    """
+    return positions.kind in ("last", "mean", "first", "at") and step_bytes <= MOST_TRAVELLING_BYTES
+
+
+def _keeps_spare(platform: str, rows_travel: bool) -> bool:
     """On CPU a slot that absorbs unwanted layers comes along: cutting it off would copy everything else."""
-    return platform == "cpu"
+    return platform == "cpu" and not rows_travel
 
 
 def capture_function(
@@ -166,12 +203,13 @@ def capture_function(
     mesh: Mesh,
     numerics: Numerics,
     specs: Mapping[str, Any],
+    rows_travel: bool = False,
 ) -> Any:
-    """The jitted (params, tokens, lengths) -> captures, before compilation."""
+    """The jitted (params, tokens, lengths) -> captures, before compilation; where rows travel, whole on each device."""
     num_blocks = plan.blocks_needed(config.num_hidden_layers)
     widths = {hook: hook_width(config, HOOK_POINTS[hook].width) for hook, _ in plan.layers}
     gather = make_gather(dict(specs))
-    keeps_spare = _keeps_spare(platform_of(mesh))
+    keeps_spare = _keeps_spare(platform_of(mesh), rows_travel)
 
     def one_device(params: Parameters, tokens: Array, lengths: Array) -> dict[str, Array]:
         packing = Packing(lengths, tokens.shape[1])
@@ -180,14 +218,19 @@ def capture_function(
         buffers = taps.buffers
         if keeps_spare:
             return buffers
-        return {hook: buffers[hook][: max(1, len(layers))] for hook, layers in plan.layers}
+        buffers = {hook: buffers[hook][: max(1, len(layers))] for hook, layers in plan.layers}
+        if rows_travel:
+            buffers = {
+                hook: jax.lax.all_gather(buffer, BATCH_AXES, axis=1, tiled=True) for hook, buffer in buffers.items()
+            }
+        return buffers
 
     return jax.jit(
         jax.shard_map(
             one_device,
             mesh=mesh,
             in_specs=(specs, BATCH_SPEC, BATCH_SPEC),
-            out_specs=CAPTURE_SPEC,
-            check_vma=False,  # the gathered parameters are equal on all devices, which it cannot see
+            out_specs=P() if rows_travel else CAPTURE_SPEC,
+            check_vma=False,  # what was gathered is equal on all devices, which it cannot see
         )
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -139,9 +139,16 @@ class Session:
                 if self.spool is not None:
                     keep_in(self.spool, window, counts)
 
-        if steal:
-            return self.worker.steal(pending_parts(plan, committed, keep_plan), self.ledger)
-        return pending_parts(plan, committed, keep_plan, self.worker.owns)
+        if self.worker.count == 1:
+            return pending_parts(plan, committed, keep_plan)
+        if not steal:
+            return pending_parts(plan, committed, keep_plan, self.worker.own)
+
+        def stolen(parts: Sequence[Part]) -> Iterator[Part]:
+            devices = self.job.backend.devices
+            return self.worker.to_steal(parts, devices, lambda part: self.ledger.is_committed(part.key))
+
+        return pending_parts(plan, committed, keep_plan, stolen)
 
     def _round(
         self, parts: Iterable[Part], program: Program, advance: Callable[[LoopStatistics], None]

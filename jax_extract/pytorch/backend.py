@@ -15,6 +15,7 @@ import numpy as np
 
 from jax_extract.devices.platform import PlatformDefaults
 from jax_extract.errors import UserError
+from jax_extract.extraction.backend import holds_several_a_row
 from jax_extract.inputs.planning.slabs import PlanSettings, SlabShape
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
@@ -23,8 +24,8 @@ from models.hooks import HOOK_POINTS, CapturePlan
 from models.ports import Port, hook_width, same_rotations_to
 
 # Nothing is compiled, so that every shape is worth having; a GPU needs more tokens to be busy.
-_CPU = PlatformDefaults("float32", 4_096, False, 16, 0)
-_GPU = PlatformDefaults("bfloat16", 16_384, False, 64, 0)
+_CPU = PlatformDefaults("float32", 4_096, False, 1, 16, 0)
+_GPU = PlatformDefaults("bfloat16", 16_384, False, 1, 64, 0)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class TorchBackend:
         return {"data": 1, "model": 1}
 
     def under(self, model: OpenModel, settings: PlanSettings | None) -> TorchBackend:
-        if settings is not None and settings.packed:
+        if settings is not None and holds_several_a_row(settings):
             raise UserError(
                 "this run packs several samples into a row, which --backend torch does not; resume it with --backend "
                 "jax, or choose another --activations_dir"
@@ -107,10 +108,20 @@ class TorchBackend:
             "numpy": np.__version__,
         }
 
+    def pair_cost(self, model: OpenModel, plan: CapturePlan) -> float:
+        return 0.0
+
+    @property
+    def attention_block(self) -> int:
+        return 1
+
     def captured_bytes(self, plan: CapturePlan, model: OpenModel, shape: SlabShape) -> int:
         from jax_extract.pytorch.program import captured_bytes
 
         return captured_bytes(plan, _widths(plan, model), shape)
+
+    def rows_travel(self, plan: CapturePlan, model: OpenModel, shapes: Iterable[SlabShape]) -> bool:
+        return False
 
     def weights(self, model: OpenModel, plan: CapturePlan) -> Weights | AllWeights:
         if not isinstance(model.family, Port):
@@ -124,6 +135,7 @@ class TorchBackend:
         weights: Any,
         shapes: Iterable[SlabShape],
         first: SlabShape | None,
+        rows_travel: bool = False,
     ) -> Any:
         import torch
 

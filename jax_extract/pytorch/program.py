@@ -38,7 +38,7 @@ class TorchProgram:
     """Runs slabs on one device.
 
     Attributes:
-      plan, hosts, host, devices_of_host: as of every `Program`; there is one device.
+      plan, hosts, host, devices_of_host, rows_travel: as of every `Program`; there is one device.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class TorchProgram:
         same_rotations_to: the longest batch that is rotated as shorter ones are; None where all are.
         """
         self.plan = plan
-        self.hosts, self.host, self.devices_of_host = 1, 0, 1
+        self.hosts, self.host, self.devices_of_host, self.rows_travel = 1, 0, 1, False
         self._model = model
         self._device = device
         self._widths = widths

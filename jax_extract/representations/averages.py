@@ -14,7 +14,7 @@ import numpy as np
 
 from jax_extract.store.lanes import Call
 from jax_extract.store.parts import PartContent, Site
-from jax_extract.store.writer import Blocks, row_pieces
+from jax_extract.store.writer import Blocks, RowPiece, row_pieces
 
 
 def representation_key(site: Site) -> str:
@@ -68,15 +68,16 @@ class _OpenPart:
     ids: np.ndarray
     _at: int = field(default=0)
 
-    def append(self, blocks: Blocks, kept: Sequence[int], done: Call) -> None:
-        ids = self.ids[self._at : self._at + sum(kept)]
+    def append(self, blocks: Blocks, kept: Sequence[RowPiece], done: Call) -> None:
+        count = sum(piece.count for piece in kept)
+        ids = self.ids[self._at : self._at + count]
         order = np.argsort(ids, kind="stable")
         tokens, starts = np.unique(ids[order], return_index=True)
         for key, sums in self.means.sums.items():
-            rows = np.concatenate([p.reshape(-1, sums.shape[1]) for p in row_pieces(blocks[key], kept)])
+            rows = np.concatenate(list(row_pieces(blocks[key], kept)))
             if len(tokens):
                 sums[tokens] += np.add.reduceat(rows[order].astype(np.float64), starts, axis=0)
-        self._at += sum(kept)
+        self._at += count
         done()
 
     def commit(self) -> None:

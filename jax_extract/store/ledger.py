@@ -211,7 +211,7 @@ class Ledger:
             self.storage.write(name, to_json(plan))
         except FileExistsError:
             stored = read_json(self.storage, name)
-            if stored != json.loads(to_json(plan)):
+            if _compared(stored) != _compared(json.loads(to_json(plan))):
                 source = self.run["description"].get("source")
                 raise UserError(
                     f"{self.storage} holds a run over other inputs, of {source}: {input_differences(stored, plan)}; "
@@ -254,6 +254,11 @@ def parse_json(storage: Storage, name: str, data: bytes) -> dict[str, Any]:
         return value
     except (ValueError, RecursionError) as error:
         raise UserError(f"{storage.where(name)} cannot be read ({error}); {_RESTORE}") from None
+
+
+def _compared(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What a window's plan must have in common with another one's: how far the input was read only at its end."""
+    return {key: value for key, value in plan.items() if key != "input" or plan.get("last")}
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:

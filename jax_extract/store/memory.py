@@ -12,7 +12,7 @@ import numpy as np
 
 from jax_extract.store.lanes import Call
 from jax_extract.store.parts import PartContent, Site
-from jax_extract.store.writer import Blocks, row_pieces
+from jax_extract.store.writer import Blocks, RowPiece, row_pieces
 
 
 class MemoryPart:
@@ -26,14 +26,13 @@ class MemoryPart:
     def rows(self, site: Site, start: int, stop: int) -> np.ndarray:
         return self._arrays[site.key][start:stop]
 
-    def append(self, blocks: Blocks, kept: Sequence[int], done: Call) -> None:
+    def append(self, blocks: Blocks, kept: Sequence[RowPiece], done: Call) -> None:
         for key, array in self._arrays.items():
             at = self._filled
-            for piece in row_pieces(blocks[key], kept):
-                rows = piece.reshape(-1, array.shape[1])
+            for rows in row_pieces(blocks[key], kept):
                 array[at : at + len(rows)] = rows
                 at += len(rows)
-        self._filled += sum(kept)
+        self._filled += sum(piece.count for piece in kept)
         done()
 
     def commit(self) -> None:

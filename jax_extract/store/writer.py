@@ -12,7 +12,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,7 +25,16 @@ from jax_extract.store.sidecar import RunningChecksums, Sidecar, StoredArray
 from jax_extract.store.storage.failpoints import step
 from jax_extract.store.storage.verbs import BUCKET_SCHEME, NameTaken, PendingFile, Published
 
-Blocks = Mapping[tuple[str, int | None], np.ndarray]  # site key -> [samples, positions, width]
+Blocks = Mapping[tuple[str, int | None], np.ndarray]  # site key -> [rows, positions, width], of a slab
+
+
+class RowPiece(NamedTuple):
+    """Positions of one row of a block, from `first` on, that are rows of a shard."""
+
+    row: int
+    first: int
+    count: int
+
 
 _DISK_LANES = 16  # while most wait for the disk or for a processor, one copies and the disk is never idle
 _CANCEL_SECONDS = 20.0
@@ -35,8 +44,8 @@ _BUCKET_LANES = 32  # an upload waits for the network, not for a processor
 class OpenPart(Protocol):
     """A part that takes rows."""
 
-    def append(self, blocks: Blocks, kept: Sequence[int], done: Call) -> None:
-        """Further samples: of each, the first `kept[i]` positions of its block are rows of the shard.
+    def append(self, blocks: Blocks, kept: Sequence[RowPiece], done: Call) -> None:
+        """Further rows: those pieces of every block, in this order.
 
         May return before the rows are written; `done` is called when the blocks are not needed any more.
         """
@@ -197,7 +206,7 @@ class _OpenPart:
     def key(self) -> Key:
         return self._content.key
 
-    def append(self, blocks: Blocks, kept: Sequence[int], done: Call) -> None:
+    def append(self, blocks: Blocks, kept: Sequence[RowPiece], done: Call) -> None:
         if self.abandoned:
             done()
             return
@@ -229,7 +238,7 @@ class _OpenPart:
             self.abandoned = True
             self._writer.fail(failure)
 
-    def _append(self, shard: _Shard, block: np.ndarray, kept: Sequence[int], done: Call) -> None:
+    def _append(self, shard: _Shard, block: np.ndarray, kept: Sequence[RowPiece], done: Call) -> None:
         if not self.abandoned:
             shard.append(block, kept)
         done()
@@ -307,11 +316,11 @@ class _Shard:
         assert self._file is not None
         return self._file
 
-    def append(self, block: np.ndarray, kept: Sequence[int]) -> None:
+    def append(self, block: np.ndarray, kept: Sequence[RowPiece]) -> None:
         encoder = self._opened()
         for rows in row_pieces(block, kept):
             if not self._write(encoder, rows.reshape(-1)):
-                self.not_finite += int((~np.isfinite(rows.reshape(-1, self.site.width)).all(axis=1)).sum())
+                self.not_finite += int((~np.isfinite(rows).all(axis=1)).sum())
 
     def _write(self, encoder: ShardEncoder, values: np.ndarray) -> bool:
         """Writes values [n] and says whether all are finite; in pieces that stay in the cache while that is done."""
@@ -369,11 +378,15 @@ class _Shard:
         return self._encoder
 
 
-def row_pieces(block: np.ndarray, kept: Sequence[int]) -> Iterator[np.ndarray]:
-    """The rows of a block [samples, positions, width] that are no padding, as contiguous pieces in order."""
-    if all(rows == block.shape[1] for rows in kept):
-        yield block[: len(kept)]
-        return
-    for i, rows in enumerate(kept):
-        if rows:
-            yield block[i, :rows]
+def row_pieces(block: np.ndarray, kept: Sequence[RowPiece]) -> Iterator[np.ndarray]:
+    """The pieces of a block [rows, positions, width] as contiguous arrays [n, width], as few as there can be."""
+    positions, width = block.shape[1:]
+    flat = block.reshape(-1, width)
+    start = end = 0
+    for piece in kept:
+        first = piece.row * positions + piece.first
+        if first != end and end > start:
+            yield flat[start:end]
+        start, end = (start if first == end else first), first + piece.count
+    if end > start:
+        yield flat[start:end]

@@ -18,8 +18,8 @@ import numpy as np
 
 from jax_extract.errors import UserError, damage_is_told
 from jax_extract.inputs.planning.slabs import Slab
-from jax_extract.inputs.planning.windows import Part
-from jax_extract.inputs.token_table import TokenizedSample
+from jax_extract.inputs.planning.windows import part_digest
+from jax_extract.inputs.token_table import TokenizedSample, TokenTable
 from jax_extract.store.finite import NotFiniteRows
 from jax_extract.store.integrity import (
     NAMED,
@@ -53,12 +53,14 @@ class Layout:
     Attributes:
       dtype: of the stored values, as NumPy has it.
       computed_in: `float32` or `bfloat16`.
+      plan_version: as its settings have it.
     """
 
     sites: tuple[Site, ...]
     positions: Positions
     dtype: np.dtype
     computed_in: str
+    plan_version: int
 
     @classmethod
     def of(cls, ledger: Ledger) -> Layout:
@@ -69,6 +71,7 @@ class Layout:
                 Positions.parse(identity["positions"]),
                 dtype_of(ledger),
                 str(ledger.run["numerics"]["dtype"]),
+                int(identity["plan_settings"].get("version", 1)),
             )
 
 
@@ -257,7 +260,10 @@ class Reading:
     def _disagreements(self, record: Record, sidecar: Sidecar, planned: Planned | None) -> list[str]:
         try:
             with damage_is_told("what its record, its sidecar or the plan says", RESTORE):
-                return [*_disagreements(record, sidecar, self.layout), *_unplanned(sidecar.content, planned)]
+                return [
+                    *_disagreements(record, sidecar, self.layout),
+                    *_unplanned(sidecar.content, planned, self.layout.plan_version),
+                ]
         except UserError as error:
             return [str(error)]
 
@@ -292,7 +298,7 @@ def _disagreements(record: Record, sidecar: Sidecar, layout: Layout) -> Iterator
             return
 
 
-def _unplanned(content: PartContent, planned: Planned | None) -> Iterator[str]:
+def _unplanned(content: PartContent, planned: Planned | None, version: int) -> Iterator[str]:
     """Where samples, their order, names or tokens are other than the plan's, whose digest is over all of them."""
     if planned is None:
         return
@@ -300,14 +306,12 @@ def _unplanned(content: PartContent, planned: Planned | None) -> Iterator[str]:
         yield "the plan does not name it"
         return
     samples = zip(content.sample_indices, content.sample_ids, content.token_ids, content.full_lengths, strict=True)
-    part = Part(
-        content.batch,
-        content.part,
-        content.parts_in_batch,
-        tuple(TokenizedSample(int(index), name, tokens, int(full), {}) for index, name, tokens, full in samples),
-        tuple(map(Slab.from_json, planned[content.key]["slabs"])),
+    table = TokenTable.of(
+        TokenizedSample(int(index), name, tokens, int(full), {}) for index, name, tokens, full in samples
     )
-    if not part.digest == planned[content.key]["digest"] == content.plan:
+    slabs = tuple(map(Slab.from_json, planned[content.key]["slabs"]))
+    digest = part_digest(version, content.key, slabs, table)
+    if not digest == planned[content.key]["digest"] == content.plan:
         yield "its samples or their tokens are not those of the plan"
 
 

@@ -1,57 +1,126 @@
 """The batch plan: which samples are computed together, in which shapes, and where they are stored.
 
-In: tokenised samples and frozen settings. Out: windows of parts, a pure function of the two, so that
-the same command makes the same plan whatever devices it finds. A *batch* is what file names count, a
-*part* the unit of work and commit, a *slab* what one device computes at once. How samples fill slabs is
-decided by `packed` or `padded`; the longest slabs come first.
+In: tokenised samples and frozen settings. Out: windows of parts, a pure function of the two, so that the same command
+makes the same plan whatever devices it finds. A *batch* is what file names count, a *part* the unit of commit, a *slab*
+what one device computes at once. Batches, parts and slabs are all cut from one order of the samples: slabs where
+they leave no device idle (`rows`), batches and parts where the user and the storage want them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from jax_extract.inputs.planning.slabs import FilledSlab, PlanSettings, Shapes, Slab
+import numpy as np
+
+from jax_extract.inputs.planning.lanes import pack_for_all
+from jax_extract.inputs.planning.rows import pack
+from jax_extract.inputs.planning.slabs import FilledSlab, PlanSettings, Shapes, Slab, SlabShape
 from jax_extract.inputs.planning.within_batches.packed import packed_batches, packed_slabs
 from jax_extract.inputs.planning.within_batches.padded import padded_batches, padded_slabs
-from jax_extract.inputs.token_table import TokenizedSample
+from jax_extract.inputs.token_table import TokenizedSample, TokenTable, windows_of
 
 WINDOW_SAMPLES = 65_536
+_CHUNK = 1_024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Arrangement:
+    """A window's samples in the order of the plan, and the slabs that they fill one behind the other.
+
+    Attributes:
+      table: the samples in the order of the input.
+      order: int64 [samples]: which of them comes at each place.
+      slabs: `first` is a place in `order`.
+    """
+
+    table: TokenTable
+    order: np.ndarray
+    slabs: tuple[Slab, ...]
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 [samples], tokens at each place."""
+        return self.table.lengths[self.order]
+
+    @cached_property
+    def bounds(self) -> np.ndarray:
+        """int64 [slabs + 1]: slab i has the places bounds[i] to bounds[i + 1]."""
+        return np.array([*(slab.first for slab in self.slabs), len(self.order)], np.int64)
+
+    def slabs_of(self, start: int, stop: int) -> range:
+        """Numbers of the slabs that hold the samples at these places, or some of them."""
+        first = int(np.searchsorted(self.bounds, start, side="right")) - 1
+        return range(first, int(np.searchsorted(self.bounds, stop, side="left")))
+
+    def tokens_at(self, place: int) -> np.ndarray:
+        """int32 [length] of the sample at a place."""
+        return self.table.tokens_of(self.order[place])
+
+
+@dataclass(frozen=True, eq=False)
 class Part:
-    """The unit of work. `batch` counts from 1, `part` from 1 within its batch."""
+    """The unit of commit: the samples at the places `start` to `stop` of an arrangement, and of their rows the order.
+
+    Attributes:
+      batch: counts from 1.
+      part: counts from 1 within its batch.
+      parts_in_batch: how many there are.
+      version: of the plan.
+    """
 
     batch: int
     part: int
     parts_in_batch: int
-    samples: tuple[TokenizedSample, ...]
-    slabs: tuple[Slab, ...]
+    arrangement: Arrangement
+    start: int
+    stop: int
+    version: int
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over everything that decides the part's rows, but the model."""
-        total = hashlib.sha256(json.dumps([self.key, [slab.as_json() for slab in self.slabs]]).encode())
-        for sample in self.samples:
-            total.update(json.dumps([sample.sample_index, sample.sample_id, sample.full_length]).encode())
-            total.update(sample.token_ids.tobytes())
-        return total.hexdigest()
+        """sha256 over everything that decides the part's rows, but the model; of whole slabs, their other samples too.
+
+        Those of other parts count by where they lie, as far as the part's own digest goes, and by what they are in
+        the digest of the window.
+        """
+        return part_digest(self.version, self.key, self.slabs, self.table)
 
     @property
     def key(self) -> tuple[int, int]:
         return self.batch, self.part
 
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def slabs(self) -> list[Slab]:
+        """Those that hold samples of it, as seen from its first one; the first may begin before that, below 0."""
+        slabs = self.arrangement.slabs
+        numbers = self.arrangement.slabs_of(self.start, self.stop)
+        return [Slab(slabs[i].shape, slabs[i].first - self.start, slabs[i].counts) for i in numbers]
+
+    @property
+    def table(self) -> TokenTable:
+        """Its samples in their order."""
+        return self.arrangement.table.take(self.arrangement.order[self.start : self.stop])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [samples], tokens."""
+        return self.arrangement.lengths[self.start : self.stop]
+
     @property
     def tokens(self) -> int:
-        return sum(sample.length for sample in self.samples)
+        return int(self.lengths.sum())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Window:
     """Up to 65,536 samples, planned together; `digest` chains over all windows up to this one.
 
@@ -59,6 +128,7 @@ class Window:
     """
 
     number: int
+    arrangement: Arrangement
     parts: tuple[Part, ...]
     shapes: Shapes
     digest: str
@@ -68,22 +138,27 @@ class Window:
 def plan_windows(
     samples: Iterable[TokenizedSample], settings: PlanSettings, window_samples: int = WINDOW_SAMPLES
 ) -> Iterator[Window]:
-    """Plans lazily, a window at a time; the slab shapes are those that suit the first window."""
-    shapes: Shapes = ()
-    arrange = packed_batches if settings.packed else padded_batches
-    digest = hashlib.sha256(json.dumps(settings.as_json(), sort_keys=True).encode()).hexdigest()
-    batch = 1
+    """Plans lazily, a window at a time."""
     stream = iter(samples)
-    following = list(itertools.islice(stream, window_samples))
-    for number in itertools.count():
-        window, following = following, list(itertools.islice(stream, window_samples))
-        if not window:
-            return
-        shapes, batches = arrange(window, settings, shapes, more_to_come=bool(following))
-        parts = tuple(part for number, slabs in enumerate(batches, batch) for part in _parts(number, slabs, settings))
-        batch += len(batches)
+    tables = map(TokenTable.of, iter(lambda: list(itertools.islice(stream, _CHUNK)), []))
+    return plan_tables(windows_of(tables, window_samples), settings)
+
+
+def plan_tables(tables: Iterable[tuple[TokenTable, bool]], settings: PlanSettings) -> Iterator[Window]:
+    """The same of whole windows, each with whether it is the last one; what suits the first must do for the others."""
+    arrange = _WholeMesh(settings) if settings.version > 1 else _WithinBatches(settings)
+    digest = hashlib.sha256(json.dumps(settings.as_json(), sort_keys=True).encode()).hexdigest()
+    batches = 0
+    for number, (table, is_last) in enumerate(tables):
+        arrangement, cuts = arrange(table, more_to_come=not is_last)
+        parts = tuple(
+            Part(batch, part, len(bounds) - 1, arrangement, start, stop, settings.version)
+            for batch, bounds in enumerate(cuts, batches + 1)
+            for part, (start, stop) in enumerate(itertools.pairwise(bounds), 1)
+        )
+        batches += len(cuts)
         digest = hashlib.sha256("".join([digest, *(part.digest for part in parts)]).encode()).hexdigest()
-        yield Window(number, parts, shapes, digest, not following)
+        yield Window(number, arrangement, parts, arrange.shapes, digest, is_last)
 
 
 def slabs_of(batches: list[list[TokenizedSample]], settings: PlanSettings) -> tuple[Shapes, list[list[FilledSlab]]]:
@@ -91,25 +166,99 @@ def slabs_of(batches: list[list[TokenizedSample]], settings: PlanSettings) -> tu
     return (packed_slabs if settings.packed else padded_slabs)(batches, settings)
 
 
-def _parts(batch: int, slabs: list[FilledSlab], settings: PlanSettings) -> Iterator[Part]:
-    """A batch in parts whose largest shard stays below the limit, cut between whole slabs."""
-    cuts: list[list[FilledSlab]] = [[]]
-    size = 0
-    for slab in slabs:
-        more = sum(settings.positions.rows(s.length) for row in slab[1] for s in row) * settings.bytes_per_row
-        if cuts[-1] and size + more > settings.max_shard_bytes and not settings.positions.one_row_per_sample:
-            cuts.append([])
+def shapes_of(parts: Iterable[Part]) -> set[SlabShape]:
+    """That slabs of these parts have."""
+    return {slab.shape for part in parts for slab in part.slabs}
+
+
+def part_digest(version: int, key: tuple[int, int], slabs: Sequence[Slab], samples: TokenTable) -> str:
+    """sha256 over a part: its place, where its samples lie in slabs as seen from the first one, and what they are."""
+    total = hashlib.sha256(json.dumps([key, [slab.as_json() for slab in slabs]]).encode())
+    if version == 1:
+        for sample in samples:
+            total.update(json.dumps([sample.sample_index, sample.sample_id, sample.full_length]).encode())
+            total.update(sample.token_ids.tobytes())
+        return total.hexdigest()
+    names = [name.encode("utf-8", "surrogatepass") for name in samples.sample_ids]
+    for numbers in (samples.sample_indices, samples.full_lengths, samples.lengths, [len(name) for name in names]):
+        total.update(np.asarray(numbers, "<i8").tobytes())
+    total.update(b"".join(names))
+    total.update(np.ascontiguousarray(samples.token_ids, "<i4"))
+    return total.hexdigest()
+
+
+Cuts = list[list[int]]  # of each batch, the places where its parts begin, and where the last one ends
+
+
+class _WholeMesh:
+    """Arranges windows of a plan of version 2; what suits the first one must do for those that follow."""
+
+    def __init__(self, settings: PlanSettings) -> None:
+        self.settings = settings
+        self.shapes: Shapes = ()
+
+    def __call__(self, table: TokenTable, more_to_come: bool) -> tuple[Arrangement, Cuts]:
+        if self.shapes:
+            packed = pack(table.lengths, self.settings, self.shapes, more_to_come)
+        else:
+            devices, packed = pack_for_all(table.lengths, self.settings, more_to_come)
+            self.settings = dataclasses.replace(self.settings, devices=devices)
+            self.shapes = packed.shapes
+        arrangement = Arrangement(table, packed.order, packed.slabs)
+        size = self.settings.samples_per_batch
+        batches = [(start, min(start + size, len(table))) for start in range(0, len(table), size)]
+        return arrangement, [_cut(arrangement, start, stop, self.settings) for start, stop in batches]
+
+
+def _cut(arrangement: Arrangement, start: int, stop: int, settings: PlanSettings) -> list[int]:
+    """The parts of a batch: cut between slabs, so that their largest shard stays below the limit.
+
+    Where a part's slabs belong to one host, a part has as many of one shape as the host has devices at most, and a slab
+    that is shared with another batch makes a part of its own, which goes to the host of the other part.
+    """
+    if settings.positions.one_row_per_sample:
+        return [start, stop]
+    cuts, size, count, before = [start], 0, 0, None
+    for number in arrangement.slabs_of(start, stop):
+        slab = arrangement.slabs[number]
+        first, last = max(start, slab.first), min(stop, slab.first + slab.count)
+        more = settings.bytes_per_row * int(settings.positions.rows_of(arrangement.lengths[first:last]).sum())
+        shared = (first, last) != (slab.first, slab.first + slab.count)
+        apart = settings.rows_stay and (count == settings.devices_of_host or shared or before != slab.shape)
+        if first > cuts[-1] and (size + more > settings.max_shard_bytes or apart):
+            cuts.append(first)
+            size = count = 0
+        size, count, before = size + more, count + 1, None if shared else slab.shape
+    return [*cuts, stop]
+
+
+class _WithinBatches:
+    """Arranges windows as runs of version 1 are planned."""
+
+    def __init__(self, settings: PlanSettings) -> None:
+        self.settings = settings
+        self.shapes: Shapes = ()
+
+    def __call__(self, table: TokenTable, more_to_come: bool) -> tuple[Arrangement, Cuts]:
+        settings, samples = self.settings, list(table)
+        place = {id(sample): i for i, sample in enumerate(samples)}
+        arrange = packed_batches if settings.packed else padded_batches
+        self.shapes, batches = arrange(samples, settings, self.shapes, more_to_come)
+        order: list[int] = []
+        slabs: list[Slab] = []
+        cuts: Cuts = []
+        for batch in batches:
+            cuts.append([len(order)])
             size = 0
-        cuts[-1].append(slab)
-        size += more
-    for number, cut in enumerate(cuts, 1):
-        yield _part(batch, number, len(cuts), cut)
-
-
-def _part(batch: int, number: int, parts_in_batch: int, filled: list[FilledSlab]) -> Part:
-    samples: list[TokenizedSample] = []
-    slabs: list[Slab] = []
-    for shape, rows in filled:
-        slabs.append(Slab(shape, len(samples), tuple(map(len, rows))))
-        samples.extend(sample for row in rows for sample in row)
-    return Part(batch, number, parts_in_batch, tuple(samples), tuple(slabs))
+            for shape, rows in batch:
+                members = [sample for row in rows for sample in row]
+                more = sum(settings.positions.rows(s.length) for s in members) * settings.bytes_per_row
+                whole = settings.positions.one_row_per_sample
+                if len(order) > cuts[-1][-1] and size + more > settings.max_shard_bytes and not whole:
+                    cuts[-1].append(len(order))
+                    size = 0
+                slabs.append(Slab(shape, len(order), tuple(map(len, rows))))
+                order += [place[id(sample)] for sample in members]
+                size += more
+            cuts[-1].append(len(order))
+        return Arrangement(table, np.array(order, np.int64), tuple(slabs)), cuts

@@ -3,17 +3,19 @@
 
     python benchmarks/pod_plan.py                          all tables; about half a minute
     python benchmarks/pod_plan.py --lengths FILE           with token lengths of your own, a JSON list, in their place
-    python benchmarks/pod_plan.py --only goals             the tables that docs/decisions/whole-mesh-plan.md promises
+    python benchmarks/pod_plan.py --only goals             the table that docs/decisions/whole-mesh-plan.md promises
 
 Lengths are drawn with replacement, and cut at 8,192 tokens. The built-in distributions are log-normal, with the
 quantiles of real inputs under Qwen2.5's tokenizer: `arc-like` of the 400 + 400 tasks of ARC-AGI-1 as prompts of digits
 and newlines (median 906, mean 1,355), `gsm8k-like` of the 8,792 questions of GSM8K (median 56, mean 60); `web` has a
 heavy tail (median 493, one in sixty is cut).
 
-Every step gives every device one slab of one shape, so that a device sits out where slabs of a shape are no multiple of
-the devices. `real` is the share of computed tokens that are tokens of samples; `padding` and `idle` are what else is
-computed, in slabs and on devices that have none. `useful` is the same share of floating-point operations, of attention
-only the pairs of one sample. They are those of a layer of Qwen2.5-0.5B, with attention in blocks of 512 on TPU.
+Plans and schedules are those of a run: windows, batches, parts, and steps that give every device one slab of one shape.
+A plan is the same whatever the mesh, so the tables of one input show one plan on several. `real` is the share of
+computed tokens that are tokens of samples; `padding` and `idle` are what else is computed, in slabs and on devices that
+have none. `unseen` is the share of the work (products and attention) that goes into pairs of a query and a key it does
+not see, most of them of two samples in a row; `useful` is what tokens of samples and the keys that they see need of it.
+The model is Qwen2.5-0.5B, layers 10 to 23 kept in float32, with attention in blocks of 512 on TPU.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +34,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from jax_extract.inputs.planning.rows import pack
-from jax_extract.inputs.planning.slabs import PlanSettings, Shapes, Slab, SlabShape
-from jax_extract.inputs.planning.stages import attention_pairs
+from jax_extract.devices.platform import CPU, GPU, TPU, PlatformDefaults
+from jax_extract.extraction.accounting import StepCounts
+from jax_extract.extraction.schedule import steps
+from jax_extract.inputs.planning.slabs import PlanSettings
+from jax_extract.inputs.planning.windows import WINDOW_SAMPLES, plan_tables
+from jax_extract.inputs.token_table import TokenTable, windows_of
 from models.positions import Positions
 
 MAX_LENGTH = 8_192
@@ -62,149 +67,103 @@ DISTRIBUTIONS: dict[str, Draw] = {
 
 
 @dataclass(frozen=True)
-class Count:
-    """Of a plan: tokens of samples; tokens computed, of which on devices without a slab; and the shares of FLOPs."""
+class Mesh:
+    """Devices, and on how many hosts they are."""
 
-    shapes: int
-    slabs: int
-    steps: int
-    real: int
-    computed: int
-    idle: int
-    useful: float
-    seconds: float
+    devices: int
+    hosts: int
 
-    @property
-    def cells(self) -> list[str]:
-        padding = self.computed - self.real - self.idle
-        shares = (self.real, padding, self.idle)
-        return [
-            str(self.shapes),
-            f"{self.steps:,}",
-            f"{self.slabs / self.steps:.1f}",
-            *(f"{share / self.computed:.1%}" for share in shares),
-            f"{self.useful:.1%}",
-            f"{self.seconds:.2f}",
-        ]
+    @classmethod
+    def of_tpus(cls, chips: int) -> Mesh:
+        return cls(chips, max(1, chips // 4))
 
 
-COUNTED = ["shapes", "steps", "slabs a step", "real", "padding", "idle", "useful", "plan, s"]
-
-
-def steps_of(slabs: Sequence[Slab], devices: int) -> Iterator[tuple[SlabShape, int]]:
-    """The shape of each step, and how many devices have a slab."""
-    for shape, run in itertools.groupby(slabs, key=lambda slab: slab.shape):
-        left = sum(1 for _ in run)
-        while left > 0:
-            yield shape, min(left, devices)
-            left -= devices
-
-
-def count(lengths: np.ndarray, settings: PlanSettings, shapes: Shapes = ()) -> Count:
-    """Plans samples of these lengths (int64 [samples], tokens), and counts."""
-    started = time.process_time()
-    packed = pack(lengths, settings, shapes)
-    seconds = time.process_time() - started
-    steps = list(steps_of(packed.slabs, settings.devices))
-    rows: dict[int, int] = {}  # computed, by their length
-    for shape, _ in steps:
-        rows[shape.length] = rows.get(shape.length, 0) + settings.devices * shape.rows
-    real, computed = int(lengths.sum()), sum(length * number for length, number in rows.items())
-    # Blockwise attention (0: it computes no pair of two samples) costs the same however samples lie.
-    own = int((lengths * (lengths + 1)).sum()) // 2
-    if settings.pair_cost:
-        pairs = sum(number * attention_pairs(length, settings.attention_block) for length, number in rows.items())
-    else:
-        pairs = own
-    return Count(
-        shapes=len({shape for shape, _ in steps}),
-        slabs=len(packed.slabs),
-        steps=len(steps),
-        real=real,
-        computed=computed,
-        idle=sum((settings.devices - slabs) * shape.tokens for shape, slabs in steps),
-        useful=(real * PRODUCTS + own * PAIR) / (computed * PRODUCTS + pairs * PAIR),
-        seconds=seconds,
-    )
-
-
-def accelerators(devices: int, positions: str = "last") -> PlanSettings:
-    """A run on TPUs with the defaults: 4 chips a host, batches of 8."""
-    hosts = max(1, devices // 4)
+def settings_of(defaults: PlatformDefaults, mesh: Mesh, positions: str = "last") -> PlanSettings:
+    """Those of a run with batches of 8 a device, begun on this mesh."""
+    of_rows = defaults is TPU  # whose attention computes whole rows
     return PlanSettings(
-        samples_per_batch=8 * devices,
+        samples_per_batch=8 * mesh.devices,
         rows=8,
-        slab_tokens=16_384,
-        length_multiple=128,
+        slab_tokens=defaults.slab_tokens,
+        length_multiple=defaults.length_multiple,
         max_length=MAX_LENGTH,
         positions=Positions.parse(positions),
         bytes_per_row=D_MODEL * 4,
-        compile_tokens=500_000,
-        hosts=hosts,
+        compile_tokens=defaults.compile_tokens,
+        hosts=mesh.hosts,
+        packed=defaults.packed,
         version=2,
-        devices=devices,
-        devices_of_host=devices // hosts,
-        pair_cost=PAIR_COST,
-        attention_block=512,
+        devices_of_host=mesh.devices // mesh.hosts,
+        samples_a_row=defaults.samples_a_row,
+        pair_cost=PAIR_COST if of_rows else 0.0,
+        attention_block=512 if of_rows else 1,
+        rows_stay=mesh.hosts > 1 and positions == "all",
     )
 
 
-def gpus(devices: int) -> PlanSettings:
-    """A run on GPUs: attention takes rows of one sample."""
-    return replace(accelerators(devices), hosts=1, devices_of_host=devices, samples_a_row=1)
+def table_of(lengths: np.ndarray) -> TokenTable:
+    """Samples of these lengths (int64 [samples]) whose tokens and names say nothing."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    nothing = [""] * len(lengths)
+    return TokenTable(np.zeros(offsets[-1], np.int32), offsets, np.arange(len(lengths)), lengths, nothing, nothing)
 
 
-def processors(devices: int) -> PlanSettings:
-    """A run on CPU devices of one host: slabs are one row, and attention computes no pair of two samples."""
-    return PlanSettings(
-        samples_per_batch=8 * devices,
-        rows=8,
-        slab_tokens=4_096,
-        length_multiple=16,
-        max_length=MAX_LENGTH,
-        positions=Positions.parse("last"),
-        bytes_per_row=D_MODEL * 4,
-        compile_tokens=1_000,
-        packed=True,
-        version=2,
-        devices=devices,
-        devices_of_host=devices,
-    )
+def row_of(lengths: np.ndarray, settings: PlanSettings, mesh: Mesh) -> list[str]:
+    """What the devices of a mesh compute of samples of these lengths."""
+    started = time.process_time()
+    windows = list(plan_tables(windows_of([table_of(lengths)], WINDOW_SAMPLES), settings))
+    seconds = time.process_time() - started
+    parts = [part for window in windows for part in window.parts]
+    taken = steps(parts, mesh.hosts, mesh.devices // mesh.hosts, rows_travel=not settings.rows_stay)
+    counts = StepCounts.of(taken, mesh.devices, settings.pair_cost)
+    number = counts.steps.total()
+    shares = (counts.real_share, counts.padding_share, counts.idle_share, counts.unseen_share, counts.useful_share)
+    return [
+        f"{len(parts):,}",
+        str(len(counts.steps)),
+        f"{number:,}",
+        f"{counts.slabs / number:.1f}",
+        *(f"{share:.1%}" for share in shares),
+        f"{seconds:.2f}",
+    ]
+
+
+COUNTED = ["parts", "shapes", "steps", "slabs a step", "real", "padding", "idle", "unseen", "useful", "plan, s"]
 
 
 def goals(draws: dict[str, Draw], seed: int) -> Iterator[list[str]]:
     name, draw = next(iter(draws.items()))
-    cases = [
-        (50_000, accelerators(64), "v5e-64"),
-        (5_000, accelerators(64), "v5e-64"),
-        (800, accelerators(64), "v5e-64"),
-        (600, processors(8), "8 CPU devices"),
-    ]
-    yield ["lengths", "samples", "devices", *COUNTED]
-    for samples, settings, devices in cases:
+    yield ["lengths", "samples", "positions", "devices", *COUNTED]
+    pod = Mesh.of_tpus(64)
+    for samples, positions in itertools.product((50_000, 5_000, 800), ("last", "all")):
         lengths = draw(np.random.default_rng(seed), samples)
-        yield [name, f"{samples:,}", devices, *count(lengths, settings).cells]
+        said = [name, f"{samples:,}", positions, "v5e-64"]
+        yield [*said, *row_of(lengths, settings_of(TPU, pod, positions), pod)]
+    host = Mesh(8, 1)
+    lengths = draw(np.random.default_rng(seed), 600)
+    yield [name, "600", "last", "8 CPU devices", *row_of(lengths, settings_of(CPU, host), host)]
+
+
+def _on(
+    defaults: PlatformDefaults, draws: dict[str, Draw], seed: int, samples: Sequence[int], meshes: Sequence[Mesh]
+) -> Iterator[list[str]]:
+    yield ["lengths", "samples", "devices", *COUNTED]
+    for (name, draw), number, mesh in itertools.product(draws.items(), samples, meshes):
+        lengths = draw(np.random.default_rng(seed), number)
+        yield [name, f"{number:,}", str(mesh.devices), *row_of(lengths, settings_of(defaults, mesh), mesh)]
 
 
 def meshes(draws: dict[str, Draw], seed: int) -> Iterator[list[str]]:
-    yield ["lengths", "samples", "TPUs", *COUNTED]
-    for (name, draw), samples, devices in itertools.product(draws.items(), (50_000, 5_000, 800), (1, 4, 8, 64, 256)):
-        lengths = draw(np.random.default_rng(seed), samples)
-        yield [name, f"{samples:,}", str(devices), *count(lengths, accelerators(devices)).cells]
+    chips = [Mesh.of_tpus(chips) for chips in (1, 4, 8, 64, 256)]
+    return _on(TPU, draws, seed, (50_000, 5_000, 800), chips)
 
 
 def one_sample_a_row(draws: dict[str, Draw], seed: int) -> Iterator[list[str]]:
-    yield ["lengths", "samples", "GPUs", *COUNTED]
-    for (name, draw), samples, devices in itertools.product(draws.items(), (50_000, 5_000), (1, 8)):
-        lengths = draw(np.random.default_rng(seed), samples)
-        yield [name, f"{samples:,}", str(devices), *count(lengths, gpus(devices)).cells]
+    return _on(GPU, draws, seed, (50_000, 5_000), (Mesh(1, 1), Mesh(8, 1)))
 
 
 def hosts(draws: dict[str, Draw], seed: int) -> Iterator[list[str]]:
-    yield ["lengths", "samples", "CPU devices", *COUNTED]
-    for (name, draw), samples, devices in itertools.product(draws.items(), (5_000, 600), (1, 8, 64)):
-        lengths = draw(np.random.default_rng(seed), samples)
-        yield [name, f"{samples:,}", str(devices), *count(lengths, processors(devices)).cells]
+    return _on(CPU, draws, seed, (5_000, 600), (Mesh(1, 1), Mesh(8, 1), Mesh(64, 1)))
 
 
 TABLES = {"goals": goals, "meshes": meshes, "one_sample_a_row": one_sample_a_row, "hosts": hosts}

@@ -34,7 +34,7 @@ class PlatformDefaults:
 # A compilation takes seconds, in which that many tokens of a small model could be computed.
 CPU = PlatformDefaults("float32", 4_096, True, 0, 16, 1_000)
 # Accelerators: enough tokens to hide the parameter traffic; 128 is the tile of the matrix units.
-TPU = PlatformDefaults("bfloat16", 16_384, False, 0, 128, 500_000)
+TPU = PlatformDefaults("bfloat16", 16_384, False, 0, 128, 100_000)
 # cuDNN's attention cannot tell the samples of a row apart.
 GPU = dataclasses.replace(TPU, samples_a_row=1)
 

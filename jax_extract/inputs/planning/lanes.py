@@ -16,7 +16,7 @@ from jax_extract.inputs.planning.rows import Packed, pack
 from jax_extract.inputs.planning.slabs import SLAB_OVERHEAD_TOKENS, PlanSettings
 
 _MOST = 256
-_BUSY = 0.9  # of what so many devices compute
+_BUSY = 0.85  # of what so many devices compute, and of what it costs to start slabs
 
 
 def pack_for_all(lengths: np.ndarray, settings: PlanSettings, more_to_come: bool) -> tuple[int, Packed]:

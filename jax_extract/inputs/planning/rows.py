@@ -42,7 +42,7 @@ def pack(lengths: np.ndarray, settings: PlanSettings, shapes: Shapes = (), more_
     """
     by_length = np.argsort(lengths, kind="stable")
     ascending = lengths[by_length]
-    limits = Limits(settings, int(ascending[-1]))
+    limits = Limits(settings, int(ascending[-1]), float(ascending.mean()))
     if shapes:
         chosen = cheapest_of_given(ascending, limits, shapes)
     else:

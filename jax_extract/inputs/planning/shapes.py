@@ -34,6 +34,7 @@ class Trials:
 
     def cost(self, lengths: Lengths) -> int:
         """Tokens that devices compute, and those that compiling is worth."""
+        lengths = lengths if self._given else self._limits.whole_blocks(lengths)
         if lengths not in self._costs:
             stages = stages_of(lengths, self._supply, self._limits, self._given)
             compiling = 0 if self._given else self._limits.settings.compile_tokens * len(stages)

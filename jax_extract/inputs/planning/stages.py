@@ -16,6 +16,8 @@ from jax_extract.inputs.planning.filling import Rows, Supply
 from jax_extract.inputs.planning.slabs import SLAB_OVERHEAD_TOKENS, PlanSettings, Shapes
 
 _MORE_STEPS = 8  # that a stage may have beyond the fewest, in slabs of fewer rows
+# Times the samples that a row holds on average: programs keep room for the most that a row may hold.
+_CROWDED = 4
 _ANY_NUMBER = 2**31
 
 Lengths = tuple[int, ...]  # of rows, descending
@@ -44,10 +46,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Limits:
-    """What slabs may be, where the longest sample has `longest` tokens."""
+    """What slabs may be, where the longest sample has `longest` tokens, and the mean one `mean`."""
 
     settings: PlanSettings
     longest: int
+    mean: float
 
     @cached_property
     def shortest_row(self) -> int:
@@ -66,9 +69,16 @@ class Limits:
         multiple = self.settings.length_multiple
         return max(self.shortest_row, self.tokens // multiple * multiple)
 
-    @property
-    def samples_a_row(self) -> int:
-        return self.settings.samples_a_row or _ANY_NUMBER
+    def samples_a_row(self, length: int) -> int:
+        """Most samples of a row: the number that is given, or a power of two well above what rows hold on average."""
+        return self.settings.samples_a_row or 1 << round(_CROWDED * length / self.mean).bit_length()
+
+    def whole_blocks(self, lengths: Lengths) -> Lengths:
+        """Rows that attention computes in whole blocks: lengths above one are multiples of it, where they may be."""
+        block, most = self.settings.attention_block, max(self.tokens, self.shortest_row)
+        rounded = (-(-length // block) * block if length > block else length for length in lengths)
+        fitting = {round if round <= most else length for round, length in zip(rounded, lengths, strict=True)}
+        return tuple(sorted(fitting, reverse=True))
 
     @property
     def tokens_a_row(self) -> int:
@@ -116,7 +126,7 @@ def stages_of(lengths: Lengths, supply: Supply, limits: Limits, given: Shapes = 
         if supply.longest <= following:
             continue
         shape = fixed.get(length)
-        samples = shape.samples if shape else limits.samples_a_row
+        samples = shape.samples if shape else limits.samples_a_row(length)
         tokens = min(length, limits.tokens_a_row)
         filled = supply.fill(tokens, samples, _ANY_NUMBER, above=following)
         needed = sum(rows.number for rows in filled)
@@ -134,7 +144,7 @@ def _rows(length: int, needed: int, following: int, last: int, limits: Limits) -
     length; 0 where there are no more samples).
     """
     devices = limits.settings.devices
-    held = following if limits.samples_a_row == 1 else length
+    held = following if limits.settings.samples_a_row == 1 else length
     scale = max(last, 1)
     further = limits.row_cost(length) * scale - (limits.row_cost(last) * held if last else 0)
     fewest = -(-needed // (devices * limits.rows(length)))

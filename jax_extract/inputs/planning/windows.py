@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -60,15 +60,18 @@ class Arrangement:
         return self.table.tokens_of(self.order[place])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Part:
     """The unit of commit: the samples at the places `start` to `stop` of an arrangement, and of their rows the order.
+
+    A plan may have a hundred thousand of them, so they hold nothing else.
 
     Attributes:
       batch: counts from 1.
       part: counts from 1 within its batch.
       parts_in_batch: how many there are.
       version: of the plan.
+      sha256: of the digest, 32 bytes; made when it is first asked for, where it is not known.
     """
 
     batch: int
@@ -78,15 +81,19 @@ class Part:
     start: int
     stop: int
     version: int
+    sha256: bytes = field(default=b"", repr=False)
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """sha256 over everything that decides the part's rows, but the model; of whole slabs, their other samples too.
 
         Those of other parts count by where they lie, as far as the part's own digest goes, and by what they are in
         the digest of the window.
         """
-        return part_digest(self.version, self.key, self.slabs, self.table)
+        if not self.sha256:
+            made = part_digest(self.version, self.key, self.slabs, self.table)
+            object.__setattr__(self, "sha256", bytes.fromhex(made))
+        return self.sha256.hex()
 
     @property
     def key(self) -> tuple[int, int]:
@@ -142,21 +149,71 @@ def plan_windows(
 
 
 def plan_tables(tables: Iterable[TokenTable], settings: PlanSettings) -> Iterator[Window]:
-    """The same of windows that are tables; the slab shapes are those that suit the first one."""
-    shapes: Shapes = ()
-    digest = hashlib.sha256(json.dumps(settings.as_json(), sort_keys=True).encode()).hexdigest()
-    batches = 0
-    for number, (table, is_last) in enumerate(_with_end(tables)):
+    """The same of windows that are tables."""
+    return WindowPlanner(settings).plan(tables)
+
+
+class WindowPlanner:
+    """Plans windows one after the other; holds what a window must know of those before it.
+
+    That is how many batches they have, the slab shapes, which are those that suit the first one, and their digest.
+    """
+
+    def __init__(self, settings: PlanSettings) -> None:
+        self._settings = settings
+        self._number = 0
+        self._batches = 0
+        self._shapes: Shapes = ()
+        self._digest = hashlib.sha256(json.dumps(settings.as_json(), sort_keys=True).encode()).hexdigest()
+
+    def plan(self, tables: Iterable[TokenTable]) -> Iterator[Window]:
+        """Lazily; the last table ends the input."""
+        return (self.window(table, is_last) for table, is_last in _with_end(tables))
+
+    def window(self, table: TokenTable, is_last: bool, digests: Sequence[bytes] = ()) -> Window:
+        """The next one.
+
+        Args:
+          digests: of its parts, 32 bytes each, where they are known: then no token is looked at.
+        """
+        settings = self._settings
         arranged = _arranged if settings.version > 1 else _arranged_within_batches
-        arrangement, shapes, cuts = arranged(table, settings, shapes, not is_last)
-        parts = tuple(
-            Part(batch, part, len(bounds) - 1, arrangement, start, stop, settings.version)
-            for batch, bounds in enumerate(cuts, batches + 1)
+        arrangement, self._shapes, cuts = arranged(table, settings, self._shapes, not is_last)
+        places = (
+            (batch, part, len(bounds) - 1, start, stop)
+            for batch, bounds in enumerate(cuts, self._batches + 1)
             for part, (start, stop) in enumerate(itertools.pairwise(bounds), 1)
         )
-        batches += len(cuts)
-        digest = hashlib.sha256("".join([digest, *(part.digest for part in parts)]).encode()).hexdigest()
-        yield Window(number, arrangement, parts, shapes, digest, is_last)
+        known = itertools.chain(digests, itertools.repeat(b""))
+        parts = tuple(
+            Part(batch, part, of, arrangement, start, stop, settings.version, digest)
+            for (batch, part, of, start, stop), digest in zip(places, known, strict=False)
+        )
+        self._batches += len(cuts)
+        self._digest = hashlib.sha256("".join([self._digest, *(part.digest for part in parts)]).encode()).hexdigest()
+        number, self._number = self._number, self._number + 1
+        return Window(number, arrangement, parts, self._shapes, self._digest, is_last)
+
+    def pass_over(self, batches: int, shapes: Shapes, digest: str) -> None:
+        """A window that need not be planned any more.
+
+        Args:
+          batches: in it and in all before it.
+          shapes, digest: as it has them.
+        """
+        self._number += 1
+        self._batches, self._shapes, self._digest = batches, shapes, digest
+
+
+def layout_digest(window: Window) -> str:
+    """sha256 over where a window's samples lie: their order, slabs and parts. With their content it decides digests."""
+    arrangement = window.arrangement
+    total = hashlib.sha256(np.ascontiguousarray(arrangement.order, "<i8"))
+    for slab in arrangement.slabs:
+        total.update(np.array([*slab.shape, slab.first, len(slab.counts), *slab.counts], "<i8"))
+    places = [(p.batch, p.part, p.parts_in_batch, p.start, p.stop) for p in window.parts]
+    total.update(np.array(places, "<i8"))
+    return total.hexdigest()
 
 
 def slabs_of(batches: list[list[TokenizedSample]], settings: PlanSettings) -> tuple[Shapes, list[list[FilledSlab]]]:

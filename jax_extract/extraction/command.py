@@ -31,11 +31,13 @@ from jax_extract.extraction.model_fields import (
 )
 from jax_extract.extraction.pending import Committed, pending_parts
 from jax_extract.extraction.place import Place, keep_config, kept_by
+from jax_extract.extraction.planned_input import PlannedInput
 from jax_extract.extraction.prepare import Job, wrapping_of
+from jax_extract.extraction.resumption import FINGERPRINT, Resumption, drop_kept_windows, fingerprint_of_all
 from jax_extract.extraction.session import Session, Windows, keep_in
 from jax_extract.extraction.summary import tell_input, tell_layout, tell_notes, tell_plan, tell_request, tell_result
 from jax_extract.inputs.planning.slabs import PlanSettings, Shapes, SlabShape
-from jax_extract.inputs.planning.windows import WINDOW_SAMPLES, Part, Window, shapes_of
+from jax_extract.inputs.planning.windows import WINDOW_SAMPLES, Part, shapes_of
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.sources import Source, open_source
 from jax_extract.inputs.tokenize import Continued, InputCounts, tokenizer_digest
@@ -140,13 +142,14 @@ def open_request(
 
 class _Plan(NamedTuple):
     """Attributes:
+    windows: None where nothing is to be computed any more, and nobody has planned.
     digest: of what was planned.
     tokens: that are still to be computed; None where nobody knows.
     shapes: that a slab may have.
     pending: that slabs which are still to be computed have, as far as they are planned.
     """
 
-    windows: Windows
+    windows: Windows | None
     digest: str
     tokens: int | None
     shapes: Shapes
@@ -203,9 +206,16 @@ class _Extraction:
         same = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
         processes.require_equal("model, options or library versions", same, "make them the same on every host")
         committed = self.place.committed(processes, found)
-        windows = self._windows(settings)
+        resumed = self._resumption(found, committed, run["description"])
+        wrapping = wrapping_of(config, self._kept)
+        planned = PlannedInput(
+            self.source, self.job, settings, wrapping, self.continued, resumed.kept, frozenset(resumed.done)
+        )
         with processes.together():
-            plan = self._check_plan(windows, found, committed)
+            if resumed.last_plan:
+                plan = self._nothing_to_do(resumed.last_plan)
+            else:
+                plan = self._check_plan(planned, found, committed)
             budget = host_budget(config, self.job, self.place, plan.pending)
         processes.require_equal("plan", plan.digest, "give every process the same inputs, model and options")
         with processes.together():
@@ -218,10 +228,10 @@ class _Extraction:
             samples = sum(part.samples for part in committed.values())
             terminal.line("resume", f"{plural(samples, 'sample')} committed already")
         spool = self.place.open_spool(ledger, config)
-        session = Session(config, processes, self.job, terminal, ledger, spool, budget)
+        session = Session(config, processes, self.job, terminal, ledger, spool, budget, resumed.keeps)
         if config.explain:
             tell_layout(self.job, self.weights, plan.shapes, terminal)
-        if plan.tokens != 0:
+        if plan.windows and plan.tokens != 0:
             first = max(plan.pending, default=None)
             session.compute(
                 plan.windows, committed, plan.tokens, lambda: self.job.program(self.weights, plan.shapes, first)
@@ -231,8 +241,9 @@ class _Extraction:
             return {}
         metadata = write_metadata(ledger)
         tell_result(metadata, statistics, ledger.storage, terminal)
-        if self.source.finite:
+        if self.source.finite and plan.windows:
             _require_all(ledger, plan.windows)
+        drop_kept_windows(ledger)
         return metadata
 
     @property
@@ -244,41 +255,38 @@ class _Extraction:
     def weights(self) -> Loadable:
         return self.job.weights()
 
-    def _windows(self, settings: PlanSettings) -> Windows:
-        """The plan, from the beginning at each call; of a finite input it is made once and kept."""
+    def _resumption(self, found: Ledger | None, committed: Committed, description: dict[str, Any]) -> Resumption:
+        """What the run that is there spares this session; a new one is told in its description what it reads."""
+        known = found.run["description"].get(FINGERPRINT) if found else ""
+        fingerprint = None if known is None or self.continued else fingerprint_of_all(self.source, self.processes)
+        if found:
+            return Resumption.of(found, committed, fingerprint, self.processes, self.terminal)
+        description[FINGERPRINT] = fingerprint
+        return Resumption(keeps=fingerprint is not None)
 
-        def read() -> tuple[Iterable[Window], InputCounts]:
-            counts = self.job.new_counts(settings)
-            wrapping = wrapping_of(self.config, self._kept)
-            windows = self.job.windows(self.source.samples(), settings, wrapping, counts, self.continued)
-            return windows, counts
+    def _nothing_to_do(self, last_plan: Mapping[str, Any]) -> _Plan:
+        """What is told of a run that is finished; its input was counted when its last window was planned."""
+        counts = self.job.new_counts()
+        for name, value in last_plan["input"].items():
+            setattr(counts, name, value)
+        counts.opened_samples = 0  # told when that was new
+        tell_input(self.source, counts, self.job, self.terminal)
+        return _Plan(None, last_plan["digest"], 0, tuple(SlabShape(*shape) for shape in last_plan["shapes"]), set())
 
-        if not self.source.finite:
-            return read
-        windows, counts = read()
-        kept = list(windows)
-        return lambda: (kept, counts)
-
-    def _check_plan(self, read: Windows, found: Ledger | None, committed: Committed) -> _Plan:
+    def _check_plan(self, planned: PlannedInput, found: Ledger | None, committed: Committed) -> _Plan:
         """Refuses inputs that are not the run's, and what cannot fit the disk.
 
         Of a finite input the plan is complete before the first step; of a stream one window, so that an input
         that cannot be read is refused before anything is written.
         """
-        windows, counts = read()
         if self.config.one_file_per_layer and not self.source.finite:
             _require_one_window(self.config.n_samples)
         if not self.source.finite:
-            tell_input(self.source, counts, self.job, self.terminal)
-            stream = iter(windows)
-            first = list(itertools.islice(stream, 1))
-            require_samples(counts, self.source)
-            tell_notes(counts, self.job, self.terminal)
-            begun = iter([(itertools.chain(first, stream), counts)])
-            shapes = first[0].shapes
-            return _Plan(lambda: next(begun, None) or read(), first[0].digest, None, shapes, set(shapes))
+            return self._check_first_window(planned)
+        every = list(planned.windows())
+        counts = every[-1].counts if every else self.job.new_counts()
         require_samples(counts, self.source)
-        windows = list(windows)
+        windows = [each.window for each in every]
         if found:
             longest = max(int(window.arrangement.lengths.max()) for window in windows)
             require_meaning_as_begun(found, self.job.model, longest)
@@ -297,7 +305,20 @@ class _Extraction:
         require_room(self.place, sum(sizes), parties, max(sizes, default=0))
         shapes = shapes_of(pending)
         tokens = sum(part.tokens for part in pending)
-        return _Plan(read, windows[-1].digest, tokens, windows[0].shapes, shapes)
+        return _Plan(planned.windows, windows[-1].digest, tokens, windows[0].shapes, shapes)
+
+    def _check_first_window(self, planned: PlannedInput) -> _Plan:
+        tell_input(self.source, self.job.new_counts(), self.job, self.terminal)
+        stream = iter(planned.windows())
+        first = next(stream, None)
+        counts = first.counts if first else self.job.new_counts()
+        require_samples(counts, self.source)
+        assert first is not None
+        tell_notes(counts, self.job, self.terminal)
+        begun = iter([itertools.chain([first], stream)])
+        shapes = first.window.shapes
+        again = planned.windows
+        return _Plan(lambda: next(begun, None) or again(), first.window.digest, None, shapes, set(shapes))
 
     def _start(self, run: Mapping[str, Any]) -> Ledger:
         """A new run in the place; with `overwrite` the one that is there goes first."""
@@ -445,7 +466,7 @@ def text_identity(config: ExtractConfig) -> dict[str, Any]:
 def _require_all(ledger: Ledger, windows: Windows) -> None:
     """UserError where a planned part has no record after all; nobody should ever read this."""
     there = set(ledger.names(COMMITS))
-    planned = [part for window in windows()[0] for part in window.parts]
+    planned = [part for each in windows() for part in each.window.parts]
     if left := [part for part in planned if f"{part_name(part.key)}.json" not in there]:
         raise UserError(
             f"{len(left)} of {len(planned)} parts are not in {ledger.storage}, such as {part_name(left[0].key)}; "

@@ -19,6 +19,7 @@ from jax_extract.config import ExtractConfig
 from jax_extract.devices.processes import Processes, leave
 from jax_extract.errors import UserError
 from jax_extract.extraction.backend import Program
+from jax_extract.extraction.kept_windows import Keeper, Planned
 from jax_extract.extraction.loop import LoopStatistics, run_parts
 from jax_extract.extraction.pending import Committed, Worker, parse_committed, pending_parts, plan_json
 from jax_extract.extraction.preemption import on_preemption
@@ -34,7 +35,7 @@ from jax_extract.terminal import Terminal, plural
 
 _SPOOL_SHARE = 0.9  # of the free disk, for parts that are written, uploaded and deleted again
 
-Windows = Callable[[], tuple[Iterable[Window], InputCounts]]  # the plan, from its beginning at each call
+Windows = Callable[[], Iterable[Planned]]  # the plan, from its beginning at each call
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Session:
     """Attributes:
     ledger: the records that decide.
     spool: the local ledger of the same run, where parts are uploaded from there; or None.
+    keeps_tokens: whether windows are kept for the next session too, until the run is whole.
     attempt: names what this session writes.
     statistics: what it has done so far.
     """
@@ -53,6 +55,7 @@ class Session:
     ledger: Ledger
     spool: Ledger | None
     budget: ByteBudget
+    keeps_tokens: bool = False
     attempt: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     statistics: LoopStatistics = field(default_factory=LoopStatistics)
 
@@ -73,7 +76,24 @@ class Session:
         make_program: Callable[[], Program],
     ) -> None:
         """Computes what is pending, `tokens` of it where that is known; `committed` is what was found at the start."""
-        program = make_program()
+        keeper = Keeper(self.ledger, self.attempt) if self.keeps_tokens and self.processes.is_first else None
+        if keeper and tokens is not None:  # all are there: they are kept while the first program is compiled
+            for planned in windows():
+                keeper.keep(planned)
+        try:
+            self._compute(windows, committed, tokens, make_program(), keeper)
+        finally:
+            if keeper and (trouble := keeper.close()):
+                self.terminal.line("note", f"token ids could not be kept, so a restart would tokenise again: {trouble}")
+
+    def _compute(
+        self,
+        windows: Windows,
+        committed: Committed,
+        tokens: int | None,
+        program: Program,
+        keeper: Keeper | None,
+    ) -> None:
         with self.terminal.progress(None if tokens is None else tokens // self.parties) as bar:
 
             def advance(so_far: LoopStatistics) -> None:
@@ -88,7 +108,7 @@ class Session:
                         f"parts were computed and none of them is in {self.ledger.storage}; see jax-extract status "
                         "and give the same command again"
                     )
-                done, again = self._round(self._pending(windows, committed, steal), program, advance)
+                done, again = self._round(self._pending(windows(), committed, steal, keeper), program, advance)
                 seen, before = len(committed), done
                 self.statistics.add(done)
                 if not (again or (self.worker.count > 1 and (done.parts or not steal))):
@@ -127,28 +147,39 @@ class Session:
     def _ledgers(self) -> list[Ledger]:
         return [self.ledger] if self.spool is None else [self.ledger, self.spool]
 
-    def _pending(self, windows: Windows, committed: Committed, steal: bool) -> Iterable[Part]:
-        plan, counts = windows()
+    def _pending(
+        self, windows: Iterable[Planned], committed: Committed, steal: bool, keeper: Keeper | None
+    ) -> Iterable[Part]:
+        """Parts that are to be computed; `keeper` takes the windows of a stream, of which it has none yet."""
+        current: dict[int, Planned] = {}
 
         def keep_plan(window: Window) -> None:
+            planned = current.pop(window.number)
             mend = "give every process the same inputs"
             self.processes.require_equal(f"plan of window {window.number}", window.digest, mend)
             with self.processes.together():
                 if self.processes.is_first:
-                    keep_in(self.ledger, window, counts)
+                    keep_in(self.ledger, window, planned.counts)
                 if self.spool is not None:
-                    keep_in(self.spool, window, counts)
+                    keep_in(self.spool, window, planned.counts)
+            if keeper:
+                keeper.keep(planned)
+
+        def plan() -> Iterator[Window]:
+            for planned in windows:
+                current[planned.window.number] = planned
+                yield planned.window
 
         if self.worker.count == 1:
-            return pending_parts(plan, committed, keep_plan)
+            return pending_parts(plan(), committed, keep_plan)
         if not steal:
-            return pending_parts(plan, committed, keep_plan, self.worker.own)
+            return pending_parts(plan(), committed, keep_plan, self.worker.own)
 
         def stolen(parts: Sequence[Part]) -> Iterator[Part]:
             devices = self.job.backend.devices
             return self.worker.to_steal(parts, devices, lambda part: self.ledger.is_committed(part.key))
 
-        return pending_parts(plan, committed, keep_plan, stolen)
+        return pending_parts(plan(), committed, keep_plan, stolen)
 
     def _round(
         self, parts: Iterable[Part], program: Program, advance: Callable[[LoopStatistics], None]
@@ -207,4 +238,5 @@ class Session:
 
 def keep_in(ledger: Ledger, window: Window, counts: InputCounts) -> None:
     """Stores a window's plan, or checks that it is the one that is stored; UserError."""
-    ledger.keep_plan(window.number, plan_json(window, counts.as_json()))
+    if not ledger.holds_plan(window.number, window.digest, counts.as_json()):
+        ledger.keep_plan(window.number, plan_json(window, counts.as_json()))

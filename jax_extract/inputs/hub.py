@@ -17,7 +17,7 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
@@ -52,6 +52,21 @@ def dataset_samples(
     return open_dataset(name, config_name, split, text_column, revision)()
 
 
+@dataclass(frozen=True)
+class DatasetSamples:
+    """Called, it reads the rows of a split, from the first one at each call.
+
+    Attributes:
+      origin: paths and URLs of the files in which they are, in their order; None where that is not known.
+    """
+
+    read: Callable[[], Iterator[Sample]]
+    origin: tuple[str, ...] | None
+
+    def __call__(self) -> Iterator[Sample]:
+        return self.read()
+
+
 def open_dataset(
     name: str,
     config_name: str | None,
@@ -59,7 +74,7 @@ def open_dataset(
     text_column: str | None,
     revision: str | None = None,
     id_column: str | None = None,
-) -> Callable[[], Iterator[Sample]]:
+) -> DatasetSamples:
     """A function that reads the rows of a split, from the first one at each call.
 
     Args:
@@ -93,7 +108,7 @@ def open_dataset(
             raise UserError(f"Dataset {name} holds ARC tasks and no texts: give its file or folder as --tasks_file.")
         columns = fields.columns(there, f"Dataset {name}, split {chosen},")
         table.require_row(columns)
-    return partial(_samples, table, columns, name, config_name, chosen, fields)
+    return DatasetSamples(partial(_samples, table, columns, name, config_name, chosen, fields), table.origin)
 
 
 def open_rows(
@@ -136,9 +151,10 @@ def _samples(
 
 @dataclass(frozen=True)
 class _Table(ABC):
-    """The rows of a split; `name` begins the errors."""
+    """The rows of a split; `name` begins the errors, `origin` is where they come from."""
 
     name: str
+    origin: tuple[str, ...] | None = field(default=None, kw_only=True)
 
     def columns(self) -> list[str]:
         return list(self._first())
@@ -230,7 +246,8 @@ def _load(name: str, config_name: str | None, revision: str | None) -> Mapping[s
             # A folder remembers that its rows were asked for as tensors, and of which columns.
             loaded = loaded.with_format(None)
             splits: Any = loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
-            return _typed_tables(name, splits)
+            files = tuple(str(file) for file in sorted(path.rglob("*")) if file.is_file())
+            return _typed_tables(name, splits, dict.fromkeys(splits, files))
         # Absolute, because a relative "csv" or "json" would be the library's reader of that name.
         return _tables(name, datasets.load_dataset_builder(str(path.absolute()), config_name))
 
@@ -246,16 +263,28 @@ def _file_table(name: str, path: Path, kind: str) -> _Table:
         raise UserError(f"{path} is empty: give a file that has rows.")
     table = f"Dataset {name}, split train"
     if not typed:
-        return _WrittenTable(table, (_DataFile(str(path), partial(path.open, "rb")),), kind)
+        return _WrittenTable(table, (_DataFile(str(path), partial(path.open, "rb")),), kind, origin=(str(path),))
     import datasets
 
     with _told_in_one_sentence(f"Dataset {path} cannot be opened"):
         loaded = datasets.load_dataset(FILE_BUILDERS[kind], data_files=str(path), streaming=True)
-    return _TypedTable(table, loaded["train"])
+    return _TypedTable(table, loaded["train"], origin=(str(path),))
 
 
-def _typed_tables(name: str, splits: Mapping[Any, Any]) -> dict[str, _Table]:
-    return {str(split): _TypedTable(f"Dataset {name}, split {split}", rows) for split, rows in splits.items()}
+def _typed_tables(
+    name: str, splits: Mapping[Any, Any], origins: Mapping[Any, tuple[str, ...] | None]
+) -> dict[str, _Table]:
+    return {
+        str(split): _TypedTable(f"Dataset {name}, split {split}", rows, origin=origins.get(split))
+        for split, rows in splits.items()
+    }
+
+
+def _origins(builder: Any) -> dict[Any, tuple[str, ...] | None]:
+    """The data files of each split, and the folder's page, which may say how they are read."""
+    page = Path(str(builder.base_path or "")) / "README.md"
+    pages = (str(page),) if page.is_file() else ()
+    return {split: (*map(str, files), *pages) for split, files in (builder.config.data_files or {}).items()}
 
 
 def _tables(name: str, builder: Any) -> dict[str, _Table]:
@@ -271,7 +300,7 @@ def _tables(name: str, builder: Any) -> dict[str, _Table]:
     if isinstance(builder, Csv):
         _read_as_strings(builder)
     splits: Any = builder.as_streaming_dataset()
-    return _typed_tables(name, splits)
+    return _typed_tables(name, splits, _origins(builder))
 
 
 def _differs_only(config: Any, of: type, *names: str) -> bool:
@@ -298,12 +327,14 @@ def _written_tables(name: str, builder: Any, kind: str, delimiter: str | None = 
         for file in [manager.download(url)] if plain else manager.iter_files(manager.download_and_extract(url)):
             yield _DataFile(file, partial(opener, file, "rb", download_config=access))
 
+    origins = _origins(builder)
     return {
         str(split): _WrittenTable(
             f"Dataset {name}, split {split}",
             tuple(itertools.chain.from_iterable(map(data_files, files))),
             kind,
             delimiter,
+            origin=origins.get(split),
         )
         for split, files in builder.config.data_files.items()
     }

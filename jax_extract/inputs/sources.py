@@ -17,16 +17,19 @@ from typing import Any, Literal
 from jax_extract.errors import UserError, user_path
 from jax_extract.inputs.arc import arc_samples, read_tasks
 from jax_extract.inputs.arc_encoders import grid_encoder
-from jax_extract.inputs.arc_files import holds_several, is_pair, is_task
+from jax_extract.inputs.arc_files import all_files, holds_several, is_pair, is_task
 from jax_extract.inputs.arc_task import ArcTask
 from jax_extract.inputs.fields import TEXT_FIELDS, Fields
 from jax_extract.inputs.files import COMPRESSIONS, kind_and_stem, local
+from jax_extract.inputs.fingerprint import fingerprint
 from jax_extract.inputs.hub import open_dataset
 from jax_extract.inputs.rows import json_values
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.text import PARQUET, file_rows, row_samples, text_samples
 
 Samples = Callable[[], Iterator[Sample]]
+
+_LARGEST_STREAM = 1 << 34  # bytes of local files that are looked at before a stream begins
 
 _ROW_KINDS: Mapping[str, Literal["jsonl", "csv", "parquet"]] = {
     ".jsonl": "jsonl",
@@ -51,6 +54,7 @@ class Source:
       tasks: of an ARC source, by id.
       left_out: what held no usable task, by file, line or id.
       notes: what a user should know of how the input was found.
+      fingerprint: of what the samples come from, made by reading bytes; gives None where that is not known.
     """
 
     name: str
@@ -60,6 +64,7 @@ class Source:
     tasks: Mapping[str, ArcTask] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    fingerprint: Callable[[], str | None] = lambda: None
 
 
 def open_source(
@@ -104,12 +109,17 @@ def open_source(
         raise UserError(f"n_samples is {n_samples}: give a number from 1 on, or leave it out.")
     grid_encoder(encoder)
     of_arc = {"n_tasks": n_tasks, "skip_bad_tasks": skip_bad_tasks or None}
+    of_rows = {"n_samples": n_samples, "text_column": text_column, "id_column": id_column, "split": split}
     fields = Fields(text_column, id_column)
     if dataset is not None:
         _refuse(dataset, **of_arc)
-        rows = _first(open_dataset(dataset, dataset_config, split, text_column, id_column=id_column), n_samples)
+        rows = open_dataset(dataset, dataset_config, split, text_column, id_column=id_column)
         name = ":".join(part for part in (dataset, dataset_config, split) if part)
-        return Source(name, "dataset", finite=False, samples=rows)
+        # A local one goes on under the path that its run was begun with, wherever it lies now.
+        options = {"kind": "dataset", "name": None if Path(dataset).expanduser().exists() else dataset, **of_rows}
+        options["dataset_config"] = dataset_config
+        known = partial(fingerprint, options, rows.origin, most=_LARGEST_STREAM)
+        return Source(name, "dataset", finite=False, samples=_first(rows, n_samples), fingerprint=known)
 
     assert tasks_file is not None
     _refuse(tasks_file, dataset_config=dataset_config)
@@ -126,6 +136,7 @@ def open_source(
         tasks = read_tasks(path, split, skip_bad_tasks, id_column)
         arc = partial(arc_samples, tasks, encoder, n_tasks, n_samples, seed)
         arc()  # checks the arguments; nothing is read before the first sample is taken
+        options = {"kind": "arc", **of_arc, **of_rows, "encoder": encoder, "seed": seed}
         return Source(
             tasks_file,
             "arc",
@@ -134,15 +145,19 @@ def open_source(
             tasks=tasks,
             left_out=tuple(tasks.left_out),
             notes=tuple(tasks.notes),
+            fingerprint=lambda: (
+                fingerprint(options, all_files(path), path) if path.is_dir() else fingerprint(options, [path])
+            ),
         )
+    known = partial(fingerprint, {"kind": "rows", **of_rows}, [path])
     if kind in _ROW_KINDS:
         _refuse(tasks_file, split=split, **of_arc)
         samples = _not_empty(tasks_file, partial(row_samples, path, fields))
-        return Source(tasks_file, _ROW_KINDS[kind], finite=True, samples=_first(samples, n_samples))
+        return Source(tasks_file, _ROW_KINDS[kind], True, _first(samples, n_samples), fingerprint=known)
     if kind == ".txt":
         _refuse(tasks_file, split=split, text_column=text_column, id_column=id_column, **of_arc)
         lines = _not_empty(tasks_file, partial(text_samples, path))
-        return Source(tasks_file, "text", finite=True, samples=_first(lines, n_samples))
+        return Source(tasks_file, "text", finite=True, samples=_first(lines, n_samples), fingerprint=known)
     raise UserError(
         f"{tasks_file} ends in {path.suffix!r}: --tasks_file takes a folder of ARC tasks, or a .json, .jsonl, .csv, "
         f".tsv, .parquet or a .txt (all but Parquet also with {', '.join(COMPRESSIONS)}); give other data as --dataset."

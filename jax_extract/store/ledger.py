@@ -5,6 +5,7 @@ part without a record does not exist; everything else about a run follows from t
 
     _run/run.json               what the run is; written once
     _run/plan/NNNNNN.json       the plan of a window; written once
+    _run/tokens/NNNNNN.safetensors  a window's samples as token ids, until the run is whole; see token_files.py
     _run/parts/B_P*.safetensors sidecars: samples, token ids, positions, offsets and checksums of the files
     _run/commits/B_P.json       commit records, written last
     _run/uploaded/B_P.json      where a part has gone whose shards were deleted here after their upload
@@ -26,14 +27,15 @@ from jax_extract.store.storage.verbs import Storage
 
 FORMAT_VERSION = 1
 RUN_FILE = "_run/run.json"
-PLAN, PARTS, COMMITS, UPLOADED, SESSIONS = (
+PLAN, PARTS, COMMITS, UPLOADED, SESSIONS, TOKENS = (
     "_run/plan",
     "_run/parts",
     "_run/commits",
     "_run/uploaded",
     "_run/sessions",
+    "_run/tokens",
 )
-FOLDERS = (COMMITS, UPLOADED, SESSIONS, PLAN, PARTS)  # the records first: so a run is erased
+FOLDERS = (COMMITS, UPLOADED, SESSIONS, TOKENS, PLAN, PARTS)  # the records first: so a run is erased
 
 Key = tuple[int, int]  # (batch, part), both counted from 1
 Record = dict[str, Any]
@@ -203,6 +205,14 @@ class Ledger:
             for name in sorted(stale):
                 self.storage.delete(f"{UPLOADED}/{name}")
             self.storage.sync(UPLOADED)
+
+    def holds_plan(self, number: int, digest: str, counted: Mapping[str, Any]) -> bool:
+        """Whether the plan of a window is stored, by its digest and what was counted of the input."""
+        name = f"{PLAN}/{number:06d}.json"
+        if not self.storage.exists(name):
+            return False
+        stored = read_json(self.storage, name)
+        return (stored.get("digest"), stored.get("input")) == (digest, dict(counted))
 
     def keep_plan(self, number: int, plan: Mapping[str, Any]) -> None:
         """Stores a window's plan, or checks that it is the one that is stored."""

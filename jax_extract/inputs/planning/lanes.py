@@ -13,22 +13,28 @@ import itertools
 import numpy as np
 
 from jax_extract.inputs.planning.rows import Packed, pack
-from jax_extract.inputs.planning.slabs import SLAB_OVERHEAD_TOKENS, PlanSettings
+from jax_extract.inputs.planning.slabs import SLAB_OVERHEAD_TOKENS, PlanSettings, Shapes
 
 _MOST = 256
 _BUSY = 0.85  # of what so many devices compute, and of what it costs to start slabs
 
 
-def pack_for_all(lengths: np.ndarray, settings: PlanSettings, more_to_come: bool) -> tuple[int, Packed]:
-    """Of 256, 128 … 1 devices the most that samples of these lengths (int64) keep busy, and the plan for them."""
+def pack_for_all(
+    lengths: np.ndarray, settings: PlanSettings, shapes: Shapes = (), more_to_come: bool = False
+) -> Packed:
+    """The plan for the most devices, of 256, 128 … 1, that samples of these lengths (int64 [samples]) keep busy.
+
+    Args:
+      shapes, more_to_come: see `pack`.
+    """
     tokens, longest = int(lengths.sum()), settings.padded(int(lengths.max()))
     devices = _MOST
     while True:
         # In a step with the longest sample, every device computes as many tokens.
         if devices == 1 or _BUSY * devices * (longest + SLAB_OVERHEAD_TOKENS) <= tokens:
-            packed = pack(lengths, dataclasses.replace(settings, devices=devices), more_to_come=more_to_come)
+            packed = pack(lengths, dataclasses.replace(settings, devices=devices), shapes, more_to_come)
             if devices == 1 or tokens >= _BUSY * _computed(packed, devices):
-                return devices, packed
+                return packed
         devices //= 2
 
 

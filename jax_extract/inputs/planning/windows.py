@@ -8,18 +8,16 @@ they leave no device idle (`rows`), batches and parts where the user and the sto
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from jax_extract.inputs.planning.lanes import pack_for_all
-from jax_extract.inputs.planning.rows import pack
 from jax_extract.inputs.planning.slabs import FilledSlab, PlanSettings, Shapes, Slab, SlabShape
 from jax_extract.inputs.planning.within_batches.packed import packed_batches, packed_slabs
 from jax_extract.inputs.planning.within_batches.padded import padded_batches, padded_slabs
@@ -63,15 +61,18 @@ class Arrangement:
         return self.table.tokens_of(self.order[place])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Part:
     """The unit of commit: the samples at the places `start` to `stop` of an arrangement, and of their rows the order.
+
+    A plan may have a hundred thousand of them, so they hold nothing else.
 
     Attributes:
       batch: counts from 1.
       part: counts from 1 within its batch.
       parts_in_batch: how many there are.
       version: of the plan.
+      sha256: of the digest, 32 bytes; made when it is first asked for, where it is not known.
     """
 
     batch: int
@@ -81,15 +82,19 @@ class Part:
     start: int
     stop: int
     version: int
+    sha256: bytes = field(default=b"", repr=False)
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """sha256 over everything that decides the part's rows, but the model; of whole slabs, their other samples too.
 
         Those of other parts count by where they lie, as far as the part's own digest goes, and by what they are in
         the digest of the window.
         """
-        return part_digest(self.version, self.key, self.slabs, self.table)
+        if not self.sha256:
+            made = part_digest(self.version, self.key, self.slabs, self.table)
+            object.__setattr__(self, "sha256", bytes.fromhex(made))
+        return self.sha256.hex()
 
     @property
     def key(self) -> tuple[int, int]:
@@ -145,20 +150,71 @@ def plan_windows(
 
 
 def plan_tables(tables: Iterable[tuple[TokenTable, bool]], settings: PlanSettings) -> Iterator[Window]:
-    """The same of whole windows, each with whether it is the last one; what suits the first must do for the others."""
-    arrange = _WholeMesh(settings) if settings.version > 1 else _WithinBatches(settings)
-    digest = hashlib.sha256(json.dumps(settings.as_json(), sort_keys=True).encode()).hexdigest()
-    batches = 0
-    for number, (table, is_last) in enumerate(tables):
-        arrangement, cuts = arrange(table, more_to_come=not is_last)
-        parts = tuple(
-            Part(batch, part, len(bounds) - 1, arrangement, start, stop, settings.version)
-            for batch, bounds in enumerate(cuts, batches + 1)
+    """The same of windows that are tables, each with whether it is the last one."""
+    return WindowPlanner(settings).plan(tables)
+
+
+class WindowPlanner:
+    """Plans windows one after the other; holds what a window must know of those before it.
+
+    That is how many batches they have, the slab shapes, which are those that suit the first one, and their digest.
+    """
+
+    def __init__(self, settings: PlanSettings) -> None:
+        self._settings = settings
+        self._number = 0
+        self._batches = 0
+        self._shapes: Shapes = ()
+        self._digest = hashlib.sha256(json.dumps(settings.as_json(), sort_keys=True).encode()).hexdigest()
+
+    def plan(self, tables: Iterable[tuple[TokenTable, bool]]) -> Iterator[Window]:
+        """Lazily."""
+        return (self.window(table, is_last) for table, is_last in tables)
+
+    def window(self, table: TokenTable, is_last: bool, digests: Sequence[bytes] = ()) -> Window:
+        """The next one.
+
+        Args:
+          digests: of its parts, 32 bytes each, where they are known: then no token is looked at.
+        """
+        settings = self._settings
+        arranged = _arranged if settings.version > 1 else _arranged_within_batches
+        arrangement, self._shapes, cuts = arranged(table, settings, self._shapes, not is_last)
+        places = (
+            (batch, part, len(bounds) - 1, start, stop)
+            for batch, bounds in enumerate(cuts, self._batches + 1)
             for part, (start, stop) in enumerate(itertools.pairwise(bounds), 1)
         )
-        batches += len(cuts)
-        digest = hashlib.sha256("".join([digest, *(part.digest for part in parts)]).encode()).hexdigest()
-        yield Window(number, arrangement, parts, arrange.shapes, digest, is_last)
+        known = itertools.chain(digests, itertools.repeat(b""))
+        parts = tuple(
+            Part(batch, part, of, arrangement, start, stop, settings.version, digest)
+            for (batch, part, of, start, stop), digest in zip(places, known, strict=False)
+        )
+        self._batches += len(cuts)
+        self._digest = hashlib.sha256("".join([self._digest, *(part.digest for part in parts)]).encode()).hexdigest()
+        number, self._number = self._number, self._number + 1
+        return Window(number, arrangement, parts, self._shapes, self._digest, is_last)
+
+    def pass_over(self, batches: int, shapes: Shapes, digest: str) -> None:
+        """A window that need not be planned any more.
+
+        Args:
+          batches: in it and in all before it.
+          shapes, digest: as it has them.
+        """
+        self._number += 1
+        self._batches, self._shapes, self._digest = batches, shapes, digest
+
+
+def layout_digest(window: Window) -> str:
+    """sha256 over where a window's samples lie: their order, slabs and parts. With their content it decides digests."""
+    arrangement = window.arrangement
+    total = hashlib.sha256(np.ascontiguousarray(arrangement.order, "<i8"))
+    for slab in arrangement.slabs:
+        total.update(np.array([*slab.shape, slab.first, len(slab.counts), *slab.counts], "<i8"))
+    places = [(p.batch, p.part, p.parts_in_batch, p.start, p.stop) for p in window.parts]
+    total.update(np.array(places, "<i8"))
+    return total.hexdigest()
 
 
 def slabs_of(batches: list[list[TokenizedSample]], settings: PlanSettings) -> tuple[Shapes, list[list[FilledSlab]]]:
@@ -190,24 +246,14 @@ def part_digest(version: int, key: tuple[int, int], slabs: Sequence[Slab], sampl
 Cuts = list[list[int]]  # of each batch, the places where its parts begin, and where the last one ends
 
 
-class _WholeMesh:
-    """Arranges windows of a plan of version 2; what suits the first one must do for those that follow."""
-
-    def __init__(self, settings: PlanSettings) -> None:
-        self.settings = settings
-        self.shapes: Shapes = ()
-
-    def __call__(self, table: TokenTable, more_to_come: bool) -> tuple[Arrangement, Cuts]:
-        if self.shapes:
-            packed = pack(table.lengths, self.settings, self.shapes, more_to_come)
-        else:
-            devices, packed = pack_for_all(table.lengths, self.settings, more_to_come)
-            self.settings = dataclasses.replace(self.settings, devices=devices)
-            self.shapes = packed.shapes
-        arrangement = Arrangement(table, packed.order, packed.slabs)
-        size = self.settings.samples_per_batch
-        batches = [(start, min(start + size, len(table))) for start in range(0, len(table), size)]
-        return arrangement, [_cut(arrangement, start, stop, self.settings) for start, stop in batches]
+def _arranged(
+    table: TokenTable, settings: PlanSettings, shapes: Shapes, more_to_come: bool
+) -> tuple[Arrangement, Shapes, Cuts]:
+    packed = pack_for_all(table.lengths, settings, shapes, more_to_come)
+    arrangement = Arrangement(table, packed.order, packed.slabs)
+    size = settings.samples_per_batch
+    batches = [(start, min(start + size, len(table))) for start in range(0, len(table), size)]
+    return arrangement, packed.shapes, [_cut(arrangement, start, stop, settings) for start, stop in batches]
 
 
 def _cut(arrangement: Arrangement, start: int, stop: int, settings: PlanSettings) -> list[int]:
@@ -232,33 +278,29 @@ def _cut(arrangement: Arrangement, start: int, stop: int, settings: PlanSettings
     return [*cuts, stop]
 
 
-class _WithinBatches:
-    """Arranges windows as runs of version 1 are planned."""
-
-    def __init__(self, settings: PlanSettings) -> None:
-        self.settings = settings
-        self.shapes: Shapes = ()
-
-    def __call__(self, table: TokenTable, more_to_come: bool) -> tuple[Arrangement, Cuts]:
-        settings, samples = self.settings, list(table)
-        place = {id(sample): i for i, sample in enumerate(samples)}
-        arrange = packed_batches if settings.packed else padded_batches
-        self.shapes, batches = arrange(samples, settings, self.shapes, more_to_come)
-        order: list[int] = []
-        slabs: list[Slab] = []
-        cuts: Cuts = []
-        for batch in batches:
-            cuts.append([len(order)])
-            size = 0
-            for shape, rows in batch:
-                members = [sample for row in rows for sample in row]
-                more = sum(settings.positions.rows(s.length) for s in members) * settings.bytes_per_row
-                whole = settings.positions.one_row_per_sample
-                if len(order) > cuts[-1][-1] and size + more > settings.max_shard_bytes and not whole:
-                    cuts[-1].append(len(order))
-                    size = 0
-                slabs.append(Slab(shape, len(order), tuple(map(len, rows))))
-                order += [place[id(sample)] for sample in members]
-                size += more
-            cuts[-1].append(len(order))
-        return Arrangement(table, np.array(order, np.int64), tuple(slabs)), cuts
+def _arranged_within_batches(
+    table: TokenTable, settings: PlanSettings, shapes: Shapes, more_to_come: bool
+) -> tuple[Arrangement, Shapes, Cuts]:
+    """As runs of version 1 are planned."""
+    samples = list(table)
+    place = {id(sample): i for i, sample in enumerate(samples)}
+    arrange = packed_batches if settings.packed else padded_batches
+    shapes, batches = arrange(samples, settings, shapes, more_to_come)
+    order: list[int] = []
+    slabs: list[Slab] = []
+    cuts: Cuts = []
+    for batch in batches:
+        cuts.append([len(order)])
+        size = 0
+        for shape, rows in batch:
+            members = [sample for row in rows for sample in row]
+            more = sum(settings.positions.rows(s.length) for s in members) * settings.bytes_per_row
+            whole = settings.positions.one_row_per_sample
+            if len(order) > cuts[-1][-1] and size + more > settings.max_shard_bytes and not whole:
+                cuts[-1].append(len(order))
+                size = 0
+            slabs.append(Slab(shape, len(order), tuple(map(len, rows))))
+            order += [place[id(sample)] for sample in members]
+            size += more
+        cuts[-1].append(len(order))
+    return Arrangement(table, np.array(order, np.int64), tuple(slabs)), shapes, cuts

@@ -1,0 +1,223 @@
+"""Windows that are kept until their run is whole, so that the same command need not tokenise its input again.
+
+In: planned windows and the counts of their input. Out: files in `_run/tokens`, written in the background; and from
+them, in a later session, the same windows: planned anew from their lengths, with the digests that they had.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from jax_extract.errors import UserError, damage_is_told
+from jax_extract.inputs.planning.slabs import SlabShape
+from jax_extract.inputs.planning.windows import Window, WindowPlanner, layout_digest
+from jax_extract.inputs.token_table import Texts, TokenTable
+from jax_extract.inputs.tokenize import InputCounts
+from jax_extract.store import token_files
+from jax_extract.store.ledger import Ledger
+from jax_extract.store.token_files import TokenFile
+
+_DIGEST_BYTES = 32
+_AT_ONCE = 16  # a bucket answers each question after a round trip
+
+
+class Planned(NamedTuple):
+    """A window, and what was counted of the input when it was planned."""
+
+    window: Window
+    counts: InputCounts
+
+    @classmethod
+    def now(cls, window: Window, counts: InputCounts) -> Planned:
+        """With what is counted at this moment."""
+        return cls(window, dataclasses.replace(counts, first_empty_samples=[*counts.first_empty_samples]))
+
+
+@dataclass(frozen=True)
+class KeptWindow:
+    """A window in a file."""
+
+    file: TokenFile
+
+    @classmethod
+    def open(cls, ledger: Ledger, number: int) -> KeptWindow | None:
+        """None where there is none of this run; UserError where it is damaged, as far as that shows without tokens."""
+        if (file := TokenFile.open(ledger, number)) is None:
+            return None
+        kept = cls(file)
+        with damage_is_told(file.storage.where(file.name), "remove it and give the same command again"):
+            sizes = {len(kept.table) + 1, len(kept.table.offsets)}
+            sizes |= {len(texts) + 1 for texts in (kept.table.sample_ids, kept.table.meta)}
+            sizes |= {len(kept.table.sample_indices) + 1, len(kept.table.full_lengths) + 1}
+            if len(sizes) != 1 or len(kept.digests) * _DIGEST_BYTES != len(file.array("digests")):
+                raise ValueError("its arrays do not fit each other")
+            kept.counted(InputCounts())
+        return kept
+
+    @cached_property
+    def table(self) -> TokenTable:
+        return _KeptTable(self.file)
+
+    @cached_property
+    def digests(self) -> list[bytes]:
+        """Of the parts, in their order."""
+        data = self.file.array("digests").tobytes()
+        return [data[at : at + _DIGEST_BYTES] for at in range(0, len(data), _DIGEST_BYTES)]
+
+    @property
+    def is_last(self) -> bool:
+        return self.file.said["last"]
+
+    def counted(self, counts: InputCounts) -> InputCounts:
+        """`counts`, filled with those of the window."""
+        for name, value in self.file.said["counts"].items():
+            setattr(counts, name, value)
+        return counts
+
+    @property
+    def digest(self) -> str:
+        """Of the window."""
+        return self.file.said["digest"]
+
+    def planned(self, planner: WindowPlanner, counts: InputCounts) -> Planned | None:
+        """The window, as it was, with `counts` filled; None where another version of the planner laid it out."""
+        window = planner.window(self.table, self.is_last, self.digests)
+        if (window.digest, layout_digest(window)) != (self.digest, self.file.said["layout"]):
+            return None
+        return Planned(window, self.counted(counts))
+
+    def pass_over(self, planner: WindowPlanner) -> None:
+        """For the windows behind it, where nothing of it is to be done any more."""
+        shapes = tuple(SlabShape(*shape) for shape in self.file.said["shapes"])
+        planner.pass_over(self.file.said["batches"], shapes, self.digest)
+
+
+class _KeptTable(TokenTable):
+    """A table whose token ids are read when they are first asked for."""
+
+    def __init__(self, file: TokenFile) -> None:
+        names = Texts(file.array("id_bytes"), file.array("id_offsets"))
+        meta = Texts(file.array("meta_bytes"), file.array("meta_offsets"))
+        arrays = {name: file.array(name) for name in ("offsets", "sample_indices", "full_lengths")}
+        self.__dict__.update(arrays, sample_ids=names, meta=meta, _file=file)
+
+    @cached_property
+    def token_ids(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._file.array("token_ids")
+
+
+def keep(ledger: Ledger, planned: Planned, attempt: str) -> None:
+    """Writes a window's file, unless there is one."""
+    window = planned.window
+    table = window.arrangement.table
+    names, meta = (_as_texts(texts) for texts in (table.sample_ids, table.meta))
+    arrays = {
+        "offsets": table.offsets,
+        "sample_indices": table.sample_indices,
+        "full_lengths": table.full_lengths,
+        "id_offsets": names.offsets,
+        "meta_offsets": meta.offsets,
+        "token_ids": table.token_ids,
+        "id_bytes": names.data,
+        "meta_bytes": meta.data,
+        "digests": np.frombuffer(b"".join(part.sha256 for part in window.parts), np.uint8),
+    }
+    said = {
+        "last": window.is_last,
+        "digest": window.digest,
+        "layout": layout_digest(window),
+        "batches": window.parts[-1].batch,
+        "shapes": window.shapes,
+        "counts": dataclasses.asdict(planned.counts),
+    }
+    token_files.write(ledger, window.number, arrays, said, attempt)
+
+
+def _as_texts(texts: Sequence[str]) -> Texts:
+    return texts if isinstance(texts, Texts) else Texts.of(texts)
+
+
+def kept_windows(ledger: Ledger) -> tuple[list[KeptWindow], str]:
+    """The windows that are kept from the first one on, without a gap; and what was damaged, which is removed."""
+    there = set(token_files.names(ledger.storage))
+    count = next(number for number in itertools.count() if token_files.file_name(number) not in there)
+    found: list[KeptWindow] = []
+    for number, window in enumerate(_opened(ledger, count)):
+        if isinstance(window, KeptWindow):
+            found.append(window)
+            continue
+        ledger.storage.delete(token_files.file_name(number))  # its name is wanted
+        return found, str(window or "")
+    return found, ""
+
+
+def kept_windows_of(ledger: Ledger, count: int) -> list[KeptWindow]:
+    """The same where another process has found so many; UserError where they are not here."""
+    found = [window for window in _opened(ledger, count) if isinstance(window, KeptWindow)]
+    if len(found) < count:
+        raise UserError(f"{ledger.storage.where(token_files.file_name(len(found)))} is there on the first host alone")
+    return found
+
+
+def _opened(ledger: Ledger, count: int) -> list[KeptWindow | str | None]:
+    """Each window, or what is wrong with it, or None where it is not there."""
+
+    def one(number: int) -> KeptWindow | str | None:
+        try:
+            return KeptWindow.open(ledger, number)
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="jax_extract-kept") as pool:
+        return list(pool.map(one, range(count)))
+
+
+class Keeper:
+    """Keeps windows in a thread of its own; where one cannot be kept, that is told when it ends, and no other is."""
+
+    def __init__(self, ledger: Ledger, attempt: str) -> None:
+        self._ledger = ledger
+        self._attempt = attempt
+        self._waiting: deque[Planned] = deque()
+        self._changed = threading.Condition()
+        self._ends = False
+        self._trouble = ""
+        self._thread = threading.Thread(target=self._work, name="jax_extract-keeper", daemon=True)
+        self._thread.start()
+
+    def keep(self, planned: Planned) -> None:
+        """Returns at once."""
+        with self._changed:
+            self._waiting.append(planned)
+            self._changed.notify()
+
+    def close(self) -> str:
+        """Ends when the file that is being written is there; says why one could not be kept, where that was so."""
+        with self._changed:
+            self._ends = True
+            self._changed.notify()
+        self._thread.join()
+        return self._trouble
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._ends)
+                if self._ends:
+                    return
+                planned = self._waiting.popleft()
+            try:
+                keep(self._ledger, planned, self._attempt)
+            except Exception as error:  # noqa: BLE001 (the run does without; whatever it is, the run's own files will show it)
+                self._trouble = self._trouble or str(error) or type(error).__name__
+                return

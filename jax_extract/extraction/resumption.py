@@ -1,0 +1,93 @@
+"""What a run that is there spares the session that goes on with it: reading, tokenising, planning.
+
+In: the run, its records, a source. Out: `Resumption`. The bytes that the samples come from must be those that the run
+was begun with, as their fingerprint says on every process; where they are not, or nobody knows, nothing is spared: the
+input is read, and compared with the plan that is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jax_extract.devices.processes import Processes
+from jax_extract.extraction.kept_windows import KeptWindow, kept_windows, kept_windows_of
+from jax_extract.extraction.pending import Committed
+from jax_extract.inputs.sources import Source
+from jax_extract.store import token_files
+from jax_extract.store.ledger import COMMITS, Ledger, part_name
+from jax_extract.terminal import Terminal
+
+FINGERPRINT = "input_fingerprint"  # in the description of a run
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """Attributes:
+    kept: windows that need not be tokenised, from the first one on.
+    done: numbers of windows all of whose parts are committed.
+    last_plan: that of the last window, where all parts of the whole plan are committed; else None.
+    keeps: whether a session of this run may keep windows for the next one.
+    """
+
+    kept: Sequence[KeptWindow] = ()
+    done: Collection[int] = ()
+    last_plan: Mapping[str, Any] | None = None
+    keeps: bool = False
+
+    @classmethod
+    def of(
+        cls, found: Ledger, committed: Committed, fingerprint: str | None, processes: Processes, terminal: Terminal
+    ) -> Resumption:
+        """`fingerprint`: of the input now, as all processes have it."""
+        if fingerprint is None or fingerprint != found.run["description"].get(FINGERPRINT):
+            return cls()
+        windows: list[KeptWindow] = []
+
+        def look() -> dict[str, Any]:
+            plans = found.plans()
+            done = [plan["window"] for plan in plans if _is_committed(plan, committed)]
+            if plans and plans[-1]["last"] and done == list(range(len(plans))):
+                return {"last": {**plans[-1], "parts": []}}
+            kept, damaged = kept_windows(found)
+            if damaged:
+                terminal.line("note", f"{damaged}; the input is tokenised again")
+            windows.extend(kept)
+            return {"kept": len(kept), "done": done}
+
+        said = processes.of_first(look)
+        if last := said.get("last"):
+            return cls(last_plan=last, keeps=True)
+        with processes.together():
+            if not processes.is_first:
+                windows = kept_windows_of(found, said["kept"])
+        return cls(windows, said["done"], keeps=True)
+
+
+def _is_committed(plan: Mapping[str, Any], committed: Committed) -> bool:
+    """Whether all parts of a window are committed, as they are planned."""
+    records = ((committed.get((part["batch"], part["part"])), part["digest"]) for part in plan["parts"])
+    return all(record is not None and record.plan == digest for record, digest in records)
+
+
+def fingerprint_of_all(source: Source, processes: Processes) -> str | None:
+    """Of the bytes that a source reads, where every process has the same; None where that cannot be known."""
+    found = set(processes.of_all(source.fingerprint()))
+    return found.pop() if len(found) == 1 else None
+
+
+def drop_kept_windows(ledger: Ledger) -> None:
+    """Removes what is kept of windows when the run is whole: its sidecars hold the same."""
+    if token_files.names(ledger.storage) and _is_whole(ledger):
+        token_files.remove_all(ledger.storage)
+
+
+def _is_whole(ledger: Ledger) -> bool:
+    """Whether every part of the whole plan has a record."""
+    plans = ledger.plans()
+    if not plans or not plans[-1]["last"]:
+        return False
+    there = set(ledger.names(COMMITS))
+    parts = (part for plan in plans for part in plan["parts"])
+    return all(f"{part_name((part['batch'], part['part']))}.json" in there for part in parts)

@@ -245,7 +245,7 @@ def test_an_extraction_stores_parameters_as_was_decided_and_writes_the_same_shar
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4_000:]
-    assert done.stdout.split() == ["gathered", "replicated", "gathered_both"]
+    assert done.stdout.split() == ["replicated", "replicated", "gathered_both"]
     assert len(shards(tmp_path / "unknown")) > 2
     assert shards(tmp_path / "unknown") == shards(tmp_path / "large") == shards(tmp_path / "small")
 
@@ -273,4 +273,8 @@ def test_an_extraction_on_devices_of_which_nothing_is_known_says_so(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     said = told(capsys, tmp_path)
-    assert "gathered" in said and f"this is {device_kind()} " in said and "jax-extract compile --explain" in said
+    assert (
+        "replicated: the devices of a process share one copy" in said
+        and f"this is {device_kind()} " in said
+        and "jax-extract compile --explain" in said
+    )

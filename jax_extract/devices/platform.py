@@ -39,8 +39,15 @@ TPU = PlatformDefaults("bfloat16", 16_384, False, 0, 128, 100_000)
 GPU = dataclasses.replace(TPU, samples_a_row=1)
 
 
+# CPU devices of a process share its memory, and 0.1 MB a token is what a model of half a billion parameters takes.
+_CPU_TOKENS_AT_ONCE, _CPU_TOKENS_LEAST = 65_536, 256
+
+
 def platform_defaults() -> PlatformDefaults:
-    return {"cpu": CPU, "tpu": TPU}.get(jax.default_backend(), GPU)
+    if jax.default_backend() == "cpu":
+        share = max(_CPU_TOKENS_LEAST, _CPU_TOKENS_AT_ONCE // jax.local_device_count())
+        return dataclasses.replace(CPU, slab_tokens=min(CPU.slab_tokens, share))
+    return TPU if jax.default_backend() == "tpu" else GPU
 
 
 def device_kind() -> str:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from jax_extract.devices.chips import CHIPS
 from jax_extract.devices.exhaustion import refusing_exhaustion
+from jax_extract.devices.memory import require_parameters
 from jax_extract.devices.mesh import BATCH_AXES, make_mesh, parse_mesh_shape, platform_of
 from jax_extract.devices.planner import Decision, ModelCounts, Request, choose_layout
 from jax_extract.devices.platform import PlatformDefaults, device_kind, platform_defaults
@@ -161,6 +162,11 @@ class JaxBackend:
         counts = self.counts(model, weights)
         return choose_layout(Request(counts, chip, data, model_axis, shape.rows, shape.length, captures))
 
+    @property
+    def uncounted_layout(self) -> Layout:
+        """On devices of which no figures are kept; the CPU devices of a process share one copy of what is whole."""
+        return Layout.REPLICATED if platform_of(self.mesh) == "cpu" else Layout.GATHERED
+
     def counts(self, model: OpenModel, weights: Weights) -> ModelCounts:
         """What the planner knows of the model."""
         return ModelCounts.of(weights.structure(self.dtype), model.config, weights.num_blocks)
@@ -177,8 +183,10 @@ class JaxBackend:
     ) -> CaptureProgram:
         """Parameters lie as suits the largest shape."""
         decision = self.layout(model, plan, weights, shapes, rows_travel)
-        layout = decision.layout if decision else Layout.GATHERED
+        layout = decision.layout if decision else self.uncounted_layout
         params = weights.shapes(self.mesh, self.dtype, layout)
+        if platform_of(self.mesh) == "cpu":
+            require_parameters(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)))
         program = CaptureProgram(model.port, model.config, params, plan, self.mesh, self.numerics, rows_travel)
         with program.compiling(first):
             program.use(weights.load(self.mesh, self.dtype, layout))

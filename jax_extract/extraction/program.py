@@ -21,6 +21,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jax_extract.devices.memory import require_room
 from jax_extract.devices.mesh import BATCH_AXES, platform_of
 from jax_extract.devices.sharding import BATCH_SPEC, CAPTURE_SPEC, make_gather, named
 from jax_extract.inputs.planning.slabs import SlabShape
@@ -77,10 +78,14 @@ class CaptureProgram:
         return self.mesh.size
 
     def compiled(self, shape: SlabShape) -> jax.stages.Compiled:
-        """The executable for slabs of this shape on every device."""
+        """The executable for slabs of this shape on every device; UserError where a step has too little memory."""
         if shape not in self._compiled:
             ahead = self._ahead.pop(shape, None)
-            self._compiled[shape] = ahead.result() if ahead else self._compile(shape)
+            compiled = ahead.result() if ahead else self._compile(shape)
+            require_room(
+                compiled, shape.tokens, [d for d in self.mesh.devices.flat if d.process_index == jax.process_index()]
+            )
+            self._compiled[shape] = compiled
         return self._compiled[shape]
 
     @contextmanager

@@ -164,6 +164,12 @@ def idle_text(counts: StepCounts, samples: int, fewer: str = "") -> str:
     )
 
 
+_UNCOUNTED = {
+    Layout.REPLICATED: "the devices of a process share one copy",
+    Layout.GATHERED: "cut over the model axis, if it has more than one place",
+}
+
+
 def tell_layout(job: Job, weights: Any, shapes: Shapes, terminal: Terminal) -> None:
     """How parameters will lie on the mesh, and what was counted for it."""
     backend = job.backend
@@ -171,11 +177,11 @@ def tell_layout(job: Job, weights: Any, shapes: Shapes, terminal: Terminal) -> N
         terminal.line("layout", f"whole on {backend.device_kind}")
         return
     if (decision := backend.layout(job.model, job.plan, weights, shapes)) is None:
+        layout = backend.uncounted_layout
         terminal.line(
             "layout",
-            f"{Layout.GATHERED.value}: cut over the model axis, if it has more than one place; nothing was counted, "
-            f"because only TPU chips are known here and this is {device_kind()} (jax-extract compile --explain counts "
-            "for TPU slices)",
+            f"{layout.value}: {_UNCOUNTED[layout]}; nothing was counted, because only TPU chips are known here and "
+            f"this is {device_kind()} (jax-extract compile --explain counts for TPU slices)",
         )
         return
     terminal.line("layout", f"{decision.layout.value}: {decision.reason}")

@@ -309,7 +309,7 @@ class _Inference:
         structure = weights.structure(self._backend.dtype)
         stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(structure))
         if (chip := CHIPS.get(device_kind())) is None:  # as an extraction has them
-            return Layout.GATHERED
+            return self._backend.uncounted_layout
         fits = stored <= _SHARE_OF_MEMORY * chip.memory_bytes
         return Layout.REPLICATED if fits else Layout.GATHERED_BOTH
 

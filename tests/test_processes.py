@@ -18,6 +18,7 @@ from small_run import make_model, run_cli, run_here, started, texts, write_jsonl
 from jax_extract import UserError, open_activations
 from jax_extract.cli import main
 from jax_extract.devices.processes import Processes
+from jax_extract.extraction.kept_windows import Planned
 from jax_extract.extraction.loop import LoopStatistics
 from jax_extract.extraction.session import Session
 from jax_extract.inputs.planning.slabs import PlanSettings
@@ -221,7 +222,8 @@ def test_hosts_whose_streams_diverge_are_refused_before_the_window_is_kept(tmp_p
     theirs = windows[1].digest
     nothing: Any = SimpleNamespace(worker_id=None, num_workers=None)
     session = Session(nothing, Two(2), nothing, nothing, ledger, None, nothing)
-    pending = session._pending(lambda: (windows, InputCounts()), {}, steal=False)
+    planned = [Planned(window, InputCounts()) for window in windows]
+    pending = session._pending(planned, {}, steal=False, keeper=None)
     with pytest.raises(UserError, match="do not have the same plan of window 1; give every process the same inputs"):
         list(pending)
     assert [plan["digest"] for plan in ledger.plans()] == [windows[0].digest]

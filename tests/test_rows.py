@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.pod_plan import DISTRIBUTIONS, accelerators, count, gpus, processors
 from jax_extract.inputs.planning.rows import Packed, pack
 from jax_extract.inputs.planning.slabs import PlanSettings, Shapes
 from models.positions import Positions
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+from pod_plan import DISTRIBUTIONS, accelerators, count, gpus, processors
 
 MAX_LENGTH = 1_024
 

@@ -25,7 +25,11 @@ class Rows(NamedTuple):
 
 
 class Supply:
-    """Samples that are in no row yet, by length."""
+    """Samples that are in no row yet, by length.
+
+    Attributes:
+      tokens: of all of them.
+    """
 
     def __init__(self, lengths: np.ndarray) -> None:
         """`lengths`: int64 [samples], tokens; at least 1 each."""
@@ -33,8 +37,8 @@ class Supply:
         self._sizes = [0, *values.tolist()]  # ascending; place 0 stands for "none"
         self._all = [1, *counts.tolist()]
         # Of each number of tokens, the last place whose samples are not longer.
-        self._fitting = (np.searchsorted(values, np.arange(int(values[-1]) + 1), side="right")).tolist()
-        self.all_tokens = int(lengths.sum())
+        self._fitting = np.searchsorted(values, np.arange(int(values[-1]) + 1), side="right").tolist()
+        self._all_tokens = int(lengths.sum())
         self.restore()
 
     def restore(self) -> None:
@@ -43,7 +47,7 @@ class Supply:
         # Of each place, itself while it has samples, else one before it that may have: a path that is cut short
         # whenever it is walked.
         self._before = list(range(len(self._sizes)))
-        self.tokens = self.all_tokens
+        self.tokens = self._all_tokens
 
     @property
     def longest(self) -> int:
@@ -64,6 +68,9 @@ class Supply:
         Args:
           tokens: most tokens of a row; a longer sample has a row to itself.
           samples: most samples of a row.
+
+        Returns:
+          The rows in order, the longest first samples first.
         """
         sizes, left, before, fitting = self._sizes, self._left, self._before, self._fitting
         filled: list[Rows] = []

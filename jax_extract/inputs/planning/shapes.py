@@ -19,9 +19,9 @@ _EXACT_LENGTHS = 512  # where samples have more, they are tried in coarse units
 _UNITS = 256  # of the longest sample
 _PROPOSED = 64  # lengths among which dynamic programming chooses
 _MOST_TIMES = 16  # the longest sample in a row, and rows a device, that are looked at singly
-_STARTS = 3
+_STARTS = 3  # from which single lengths are changed
 _TRIALS_OF_A_START = 150
-_EXACT_TRIALS = 12
+_EXACT_TRIALS = 12  # of what was cheapest in coarse units
 
 
 class Trials:
@@ -45,6 +45,7 @@ class Trials:
         return len(self._costs)
 
     def best(self, number: int) -> list[Lengths]:
+        """The cheapest that were tried."""
         return sorted(self._costs, key=lambda lengths: (self._costs[lengths], lengths))[:number]
 
 
@@ -75,7 +76,7 @@ def cheapest_of_given(lengths: np.ndarray, limits: Limits, shapes: Shapes) -> Le
 
 
 def _coarse(lengths: np.ndarray, limits: Limits) -> np.ndarray:
-    """The lengths in units so large that they have few values; their sum stays what it is."""
+    """The lengths in units so large that they have few values; their sum stays nearly what it is."""
     settings = limits.settings
     if settings.samples_a_row == 1:  # nothing else matters
         return -(-lengths // settings.length_multiple) * settings.length_multiple
@@ -87,8 +88,10 @@ def _coarse(lengths: np.ndarray, limits: Limits) -> np.ndarray:
 
 
 def _single(tokens: int, limits: Limits) -> Iterator[Lengths]:
-    """Rows of one length: those that hold the longest sample a few times, and those that share samples out evenly over
-    few rows a device."""
+    """Rows of one length.
+
+    Those that hold the longest sample a few times, and those that share samples out evenly over few rows a device.
+    """
     settings = limits.settings
     yield (limits.longest_row,)
     for times in range(1, 1 + min(limits.longest_row // limits.longest, _MOST_TIMES)):
@@ -149,12 +152,11 @@ def _changes(lengths: Lengths, limits: Limits, most: int) -> Iterator[Lengths]:
     for i in range(1, len(lengths)):
         yield lengths[:i] + lengths[i + 1 :]
     for i, length in enumerate(lengths):
+        least = limits.shortest_row if i == 0 else multiple
         step = multiple
         while step <= max(length // 4, multiple):
             for other in (length + step, length - step):
-                if (
-                    limits.shortest_row if i == 0 else multiple
-                ) <= other <= limits.longest_row and other not in lengths:
+                if least <= other <= limits.longest_row and other not in lengths:
                     yield _descending(*lengths[:i], other, *lengths[i + 1 :])
             step *= 2
     if len(lengths) < most:

@@ -83,11 +83,9 @@ class Limits:
     @property
     def tokens_a_row(self) -> int:
         """Most tokens of several samples in a row: as many as a shard has rows for."""
-        return (
-            _ANY_NUMBER
-            if self.settings.positions.one_row_per_sample
-            else self.settings.max_shard_bytes // self.settings.bytes_per_row
-        )
+        if self.settings.positions.one_row_per_sample:
+            return _ANY_NUMBER
+        return self.settings.max_shard_bytes // self.settings.bytes_per_row
 
     def rows(self, length: int) -> int:
         """Most rows of a slab."""
@@ -138,10 +136,13 @@ def stages_of(lengths: Lengths, supply: Supply, limits: Limits, given: Shapes = 
 
 
 def _rows(length: int, needed: int, following: int, last: int, limits: Limits) -> int:
-    """Rows of a slab, so that the rows that are needed fill steps of all devices.
+    """Rows of a slab, such that those that are needed fill steps of all devices.
 
-    Further rows cost what they hold less than rows of the last stage would for the same samples (`last`: their
-    length; 0 where there are no more samples).
+    Args:
+      length, needed: of the stage's rows.
+      following: length of the next stage's.
+      last: length of the last stage's, which would otherwise take the samples that further rows of this stage take; 0
+        where no samples are left for them.
     """
     devices = limits.settings.devices
     held = following if limits.settings.samples_a_row == 1 else length

@@ -48,5 +48,5 @@ class Shape:
 
 
 def padding_waste(tokens: int, computed: int) -> float:
-    """The share of computed tokens that are not real ones."""
+    """The share of computed tokens that are not real ones; of one device, which is never idle, padding within rows."""
     return 1 - tokens / computed

@@ -239,8 +239,9 @@ def stages_text(statistics: LoopStatistics) -> str:
 
 def hosts_text(statistics: LoopStatistics) -> str:
     """Whether a host of a program sat out steps in which others computed; of the one that sat out most."""
-    share = statistics.idle_steps / statistics.steps if statistics.steps else 0.0
+    if not statistics.idle_steps:
+        return f"{plural(statistics.steps, 'step')}; every host had slabs to compute in each"
     return (
-        f"of {plural(statistics.steps, 'step')} no host had nothing to compute in more than {statistics.idle_steps} "
-        f"({share_text(share)})"
+        f"{plural(statistics.steps, 'step')}; the host that sat out most had nothing to compute in "
+        f"{statistics.idle_steps} of them ({share_text(statistics.idle_steps / statistics.steps)})"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from jax_extract.extraction.command import extract_to_directory
 from jax_extract.extraction.prepare import Job
 from jax_extract.inputs.contexts import ContextCounts, ContextForm, join
 from jax_extract.inputs.samples import Sample
-from jax_extract.inputs.token_table import TokenizedSample
+from jax_extract.inputs.token_table import TokenizedSample, TokenTable
 from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.inputs.wrapping import Wrapping
 from jax_extract.store.documents import Documents, Piece, pieces_of
@@ -48,9 +49,9 @@ def joined(texts: Sequence[Sequence[int]], form: ContextForm) -> tuple[list[Toke
     def stream() -> Any:
         for document in documents(texts):
             read.add(document, str(document.token_ids))
-            yield document
+            yield TokenTable.of([document])
 
-    return list(join(stream(), form, counts, read)), counts
+    return list(itertools.chain.from_iterable(join(stream(), form, counts, read))), counts
 
 
 def expected(texts: Sequence[Sequence[int]], form: ContextForm) -> list[list[int]]:
@@ -127,10 +128,12 @@ def test_a_stream_without_end_is_joined_as_it_comes() -> None:
     def endless() -> Any:
         number = 0
         while True:
-            yield TokenizedSample(number, f"d{number}", np.full(7, number, np.int32), 7, {"row": number})
+            row = TokenizedSample(number, f"d{number}", np.full(7, number, np.int32), 7, {"row": number})
+            yield TokenTable.of([row])
             number += 1
 
-    contexts = join(endless(), ContextForm(16, None, None), ContextCounts(), read)
+    tables = join(endless(), ContextForm(16, None, None), ContextCounts(), read)
+    contexts = itertools.chain.from_iterable(tables)
     first = [next(contexts) for _ in range(100)]
     assert first[99].sample_id == "context:000100"
     assert first[0].meta["pieces"][2] == {"document": "d2", "first": 0, "tokens": 2, "at": 14, "meta": {"row": 2}}
@@ -269,8 +272,9 @@ def test_a_plan_of_contexts_holds_no_more_tokens_than_a_window_may(
     monkeypatch.setattr("jax_extract.extraction.prepare._WINDOW_TOKENS", 64)
     config = ExtractConfig(model_path=str(folder / "model"), context_tokens=16, **EMBEDDINGS)
     job = Job.open(config)
-    counts = job.new_counts()
+    settings = job.plan_settings(config)
+    counts = job.new_counts(settings)
     samples = [Sample(name, text) for name, text in TEXTS.items()]
-    windows = list(job.windows(samples, job.plan_settings(config), Wrapping(), counts))
+    windows = list(job.windows(samples, settings, Wrapping(), counts))
     assert [sum(len(part) for part in window.parts) for window in windows] == [4, 3]
     assert isinstance(counts, ContextCounts) and (counts.samples, counts.documents) == (7, 4)

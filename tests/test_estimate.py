@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from jax_extract.devices.processes import Processes
 from jax_extract.estimation import command as estimate
 from jax_extract.estimation import probe
 from jax_extract.estimation.command import Estimate, Output, Work, estimate_command, output_of, tell
+from jax_extract.estimation.figures import ReadProbe
 from jax_extract.estimation.probe import ComputeProbe, WriteProbe, probe_writing
 from jax_extract.extraction.loop import LoopStatistics
 from jax_extract.inputs.planning.slabs import PlanSettings, SlabShape
@@ -204,7 +204,7 @@ def test_a_run_that_cannot_fit_is_refused_at_once_with_the_sentence_of_the_run(
 
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jax_extract.extraction.prepare.plan_windows", partial(plan_windows, window_samples=16))
+    monkeypatch.setattr("jax_extract.extraction.prepare.WINDOW_SAMPLES", 16)
 
 
 def _stream(model: Path, tasks: Path, directory: Path, **options: Any) -> ExtractConfig:
@@ -249,11 +249,16 @@ def test_of_a_stream_of_unknown_length_a_million_tokens_are_told(
 # ---------------------------------------------------------------------------------------- seconds
 
 
-def _found(writes: dict[str, WriteProbe], workers: int = 1, writers: int = 1, **config: Any) -> Estimate:
+READ = ReadProbe(60.0, 500_000, at_once=True)
+
+
+def _found(
+    writes: dict[str, WriteProbe], workers: int = 1, writers: int = 1, reading: ReadProbe = READ, **config: Any
+) -> Estimate:
     sites = {Site("after_block", layer, 896): 40_000_000_000 for layer in range(10)}
     output = Output(1_000, 500_000, 500_000, 10, 399_000_000_000, sites, 100, 200_000_000, 30, 400_000_000_000)
     work = Work(output, {LONG: 1_000, SHORT: 400, OTHER: 100}, "run", 0, 8)
-    return Estimate(ExtractConfig(**config), work, COMPUTE, writes, workers, writers, None)
+    return Estimate(ExtractConfig(**config), work, reading, COMPUTE, writes, workers, writers, None)
 
 
 def test_steps_of_shapes_that_were_not_tried_cost_by_the_token() -> None:
@@ -267,18 +272,20 @@ def test_steps_of_shapes_that_were_not_tried_cost_by_the_token() -> None:
 def test_the_longer_of_computing_and_writing_decides_and_what_helps_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     slow = _found({"here": WriteProbe(20e6, 0.01)}, positions="all")
     assert slow.writing_seconds == 400e9 / 20e6 + 130 * 0.01
-    assert slow.bound_by_writing
-    assert slow.seconds == 5 + 3 * 10 + slow.writing_seconds
+    assert slow.bound == "writing"
+    assert slow.seconds == 60 + 5 + 3 * 10 + slow.writing_seconds
     tell(slow, Terminal())
     said = capsys.readouterr().out
-    assert "bound    by writing: computing takes 43 min, writing 5.6 h; --capture_dtype bfloat16 halves it" in said
+    assert "read     60 s to read, tokenise and plan the input before the first step: 8,333 tokens/s" in said
+    stages = "computing takes 43 min, writing takes 5.6 h, reading takes 60 s"
+    assert f"bound    by writing: {stages}; --capture_dtype bfloat16 halves it" in said
     assert "--positions last keeps 0.2% of the rows" in said
     assert said.splitlines()[-1] == "estimate 5.6 h, 400 GB in 130 files"
     fast = _found({"here": WriteProbe(1e9, 0.01)}, positions="all")
-    assert not fast.bound_by_writing
-    assert fast.seconds == 5 + 3 * 10 + fast.computing_seconds
+    assert fast.bound == "computing"
+    assert fast.seconds == 60 + 5 + 3 * 10 + fast.computing_seconds
     tell(fast, Terminal())
-    assert "bound    by computing: it takes 43 min, writing 6.7 min" in capsys.readouterr().out
+    assert "bound    by computing: computing takes 43 min, writing takes 6.7 min" in capsys.readouterr().out
     half = _found({"here": WriteProbe(20e6, 0.01)}, capture_dtype="bfloat16", positions="all")
     tell(half, Terminal())
     assert "--capture_dtype" not in capsys.readouterr().out
@@ -361,7 +368,7 @@ def _timed(monkeypatch: pytest.MonkeyPatch, seconds: list[float]) -> list[int]:
 
 
 def test_the_first_step_is_not_timed_unless_it_takes_all_the_time_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    part = Part(1, 1, 1, (), ())
+    part: Any = "a slab"
     given = _timed(monkeypatch, [0.5, 4.0])
     words: Any = (_Program(), [part], ByteBudget(1), Processes())
     assert probe._time_steps(*words) == (0.4, 10)

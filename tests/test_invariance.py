@@ -27,6 +27,7 @@ from jax_extract.terminal import Terminal
 
 FAMILY = "qwen2"  # hidden 56, 7 heads, 1 key/value head, 100 gate_up rows: not all of it shards on 8
 LAYERS = range(4)
+ON_DEVICES = 2  # sequences a device
 LENGTHS = (1, 40, 7, 1, 23, 61, 2, 33, 16, 1, 90, 48, 17)  # 13: no batch size below divides them
 TEXTS = {f"s{i}": text_of(ids) for i, ids in enumerate(random_ids(LENGTHS))}
 
@@ -88,14 +89,14 @@ def test_rows_do_not_depend_on_the_slab_size(
     assert_same(rows_of(open_activations(tmp_path / "run")), alone)
 
 
-@pytest.fixture(scope="module", params=[(8, ("8,1", "1,8", "2,4"), 2), (64, ("8,8",), 1)], ids=["8", "64"])
+@pytest.fixture(scope="module", params=[(8, ("8,1", "1,8", "2,4")), (64, ("8,8",))], ids=["8", "64"])
 def on_devices(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """What a process with so many devices wrote: its folder, and mesh -> facts."""
-    devices, meshes, batch_size = request.param
+    devices, meshes = request.param
     out = tmp_path_factory.mktemp(f"devices_{devices}")
     (out / "texts.json").write_text(json.dumps(TEXTS))
     worker = Path(__file__).with_name("mesh_worker.py")
-    command = [str(worker), str(tiny_folder(FAMILY)), str(out / "texts.json"), str(out), str(batch_size), *meshes]
+    command = [str(worker), str(tiny_folder(FAMILY)), str(out / "texts.json"), str(out), str(ON_DEVICES), *meshes]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", *command]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -106,15 +107,21 @@ def on_devices(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return out, facts
 
 
-def test_rows_do_not_depend_on_the_mesh(on_devices: tuple[Path, dict[str, Any]], alone: dict[str, Rows]) -> None:
+def test_rows_are_byte_for_byte_those_of_one_device_on_every_mesh(
+    on_devices: tuple[Path, dict[str, Any]], alone: dict[str, Rows]
+) -> None:
     out, facts = on_devices
+    on_one = extracted(batch_size=ON_DEVICES)
+    assert_same(on_one, alone)
     for mesh in facts:
         got: dict[str, Rows] = {}
         with np.load(out / f"rows_{mesh.replace(',', 'x')}.npz") as stored:
             for key, rows in stored.items():
                 name, hook, layer = key.split("|")
                 got.setdefault(name, {})[hook, None if layer == "None" else int(layer)] = rows
-        assert_same(got, alone)
+        for name, sites in on_one.items():
+            for site, rows in sites.items():
+                assert rows.tobytes() == got[name][site].tobytes(), (mesh, name, site)
 
 
 def test_no_two_devices_hold_the_same_captured_rows(on_devices: tuple[Path, dict[str, Any]]) -> None:

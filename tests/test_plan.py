@@ -11,12 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jax_extract.inputs import tokenize as tokenize_module
 from jax_extract.inputs.planning.slabs import PlanSettings, SlabShape
 from jax_extract.inputs.planning.windows import Window, plan_windows
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.token_table import TokenizedSample
 from jax_extract.inputs.tokenize import InputCounts, tokenize
+from jax_extract.inputs.tokenizing import pipeline
 from jax_extract.inputs.wrapping import Wrapping
 from models.positions import Positions
 
@@ -147,7 +147,7 @@ def test_the_plan_does_not_depend_on_how_the_input_is_iterated(monkeypatch: pyte
         return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
 
     def digests(chunk: int) -> list[str]:
-        monkeypatch.setattr(tokenize_module, "_CHUNK", chunk)
+        monkeypatch.setattr(pipeline, "CHUNK_SAMPLES", chunk)
         stream = tokenize(iter(samples), tokenizer, 150, Wrapping(), InputCounts())
         return [w.digest for w in plan_windows(stream, plan_settings(), window_samples=32)]
 

@@ -1,7 +1,8 @@
 """What crosses devices, read from the text of a compiled program (XLA's HLO).
 
 In: the text. Out: `Collective`s with their bytes a step, loops counted as often as they run. One collective that the
-compiler has spread over several fusions, to overlap it with computing, has one channel, and counts once.
+compiler has spread over several fusions, to overlap it with computing, has one channel in all of them, and counts once.
+Several collectives of one computation may have one channel too, and each counts.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -64,8 +66,9 @@ def collectives(text: str) -> list[Collective]:
     """
     computations = dict(_computations(text))
     times = _times_of(computations)
-    found: dict[str, Collective] = {}
+    found: dict[object, Collective] = {}
     for name, lines in computations.items():
+        alike: Counter[object] = Counter()  # of this computation
         for line in lines:
             if not (match := _INSTRUCTION.match(line)):
                 continue
@@ -73,8 +76,10 @@ def collectives(text: str) -> list[Collective]:
             shape, size = _result(match[1])
             groups = _GROUPS.search(line)
             group = (len(groups[1].split(",")) if groups[1] else int(groups[2])) if groups else 1
-            key = channel[1] if channel else f"{name} {line}"
-            found[key] = Collective(match[2], shape, size, group, times(name))
+            collective = Collective(match[2], shape, size, group, times(name))
+            known = (channel[1], match[2], shape, group) if channel else (name, line)
+            found[known, alike[known]] = collective
+            alike[known] += 1
     return list(found.values())
 
 

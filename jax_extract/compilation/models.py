@@ -1,17 +1,20 @@
-"""The model of a compilation: its configuration alone, no weights.
+"""The model of a compilation: its configuration and tokenizer, no weights.
 
-In: what `--model_path` names: a folder or .gguf file, a hub id, or one of the known models by name. Out: a port and its
-configuration.
+In: what `--model_path` names: a folder or .gguf file, a hub id, or one of the known models by name. Out: an `OpenModel`
+whose tensors cannot be read.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jax_extract.errors import UserError, user_path
+from jax_extract.weights.checkpoint import folder_tokenizer, is_hub_id
+from jax_extract.weights.open_model import OpenModel
 from jax_extract.weights.text_part import text_config
 from models.gemma_jax_with_hooks import GemmaConfig
 from models.gpt2_jax_with_hooks import GPT2Config
@@ -21,6 +24,7 @@ from models.ports import ModelConfig, Port
 from models.qwen2_jax_with_hooks import Qwen2Config
 from models.registry import PORTS, port_for
 
+TOKENIZER_FILES = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
 KNOWN: Mapping[str, Callable[[], ModelConfig]] = {
     "qwen2.5-0.5b": Qwen2Config.qwen2_5_0_5b,
     "qwen2.5-1.5b": Qwen2Config.qwen2_5_1_5b,
@@ -51,30 +55,81 @@ KNOWN: Mapping[str, Callable[[], ModelConfig]] = {
 }
 
 
-def open_config(model_path: str, revision: str | None = None) -> tuple[Port, Any]:
+@dataclass(frozen=True)
+class WithoutWeights:
+    """What there is of a checkpoint (`weights.checkpoint`) where only configuration and tokenizer are wanted.
+
+    Attributes:
+      source: as the user gave it.
+      config: of config.json.
+      make_tokenizer: gives the tokenizer; UserError where there is none.
+    """
+
+    source: str
+    config: Mapping[str, Any]
+    make_tokenizer: Callable[[], Any]
+    adapter: None = None
+
+    def tokenizer(self) -> Any:
+        return self.make_tokenizer()
+
+
+def open_model(model_path: str, revision: str | None = None) -> OpenModel:
     """UserError where it names no model, or one that no port computes."""
-    if model_path.lower() in KNOWN:
+    if model_path.lower() in KNOWN and not user_path(model_path, "--model_path").exists():
         known = KNOWN[model_path.lower()]()
-        return PORTS[known.model_type], known
-    config = text_config(_hugging_face_config(model_path, revision))
+        alone: Any = WithoutWeights(model_path, {}, lambda: _no_tokenizer(model_path))
+        return OpenModel(alone, PORTS[known.model_type], known)
+    found: Any = _found(model_path, revision)
+    config = text_config(dict(found.config))
     port = port_for(config)
-    return port, port.config(config)
+    return OpenModel(found, port, port.config(config))
 
 
-def _hugging_face_config(model_path: str, revision: str | None) -> dict[str, Any]:
+def open_config(model_path: str, revision: str | None = None) -> tuple[Port, Any]:
+    """The same: its port and configuration."""
+    model = open_model(model_path, revision)
+    return model.port, model.config
+
+
+def _found(model_path: str, revision: str | None) -> WithoutWeights:
     path = user_path(model_path, "--model_path") if model_path else Path()
     if model_path and path.is_dir() and (path / "config.json").is_file():
-        return _read(path / "config.json")
+        return WithoutWeights(model_path, _read(path / "config.json"), lambda: folder_tokenizer(path))
     if model_path and path.exists():
         from jax_extract.weights.opening import open_checkpoint
 
-        return open_checkpoint(model_path, revision).config
-    if model_path.count("/") == 1:
-        return _read(_from_hub(model_path, revision))
+        checkpoint = open_checkpoint(model_path, revision)
+        return WithoutWeights(model_path, checkpoint.config, checkpoint.tokenizer)
+    if is_hub_id(model_path):
+        config = _read(_from_hub(model_path, revision))
+        return WithoutWeights(model_path, config, lambda: _tokenizer_of_hub(model_path, revision))
     raise UserError(
         f"model {model_path!r} was not found; give a folder with config.json, a .gguf file, a hub id OWNER/NAME, or "
         f"one of: {', '.join(KNOWN)}"
     )
+
+
+def _no_tokenizer(name: str) -> Any:
+    raise UserError(
+        f"{name} is known by its shape alone, without a tokenizer; give the model's folder or hub id as --model_path, "
+        "or token counts as --lengths"
+    )
+
+
+def _tokenizer_of_hub(repo_id: str, revision: str | None) -> Any:
+    """Its files alone, from the local cache where the hub cannot be reached."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(repo_id, revision=revision, allow_patterns=TOKENIZER_FILES, etag_timeout=5)
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+        raise UserError(
+            f"the tokenizer of {repo_id!r} could not be had from the hub; give a folder that holds it as --model_path, "
+            "or token counts as --lengths"
+        ) from None
+    return folder_tokenizer(Path(folder))
 
 
 def _from_hub(repo_id: str, revision: str | None) -> Path:

@@ -28,13 +28,18 @@ from models.ports import Port
 
 @dataclass(frozen=True)
 class Subject:
-    """What is compiled, but for its slab shape and layout."""
+    """What is compiled, but for its slab shape and layout.
+
+    Attributes:
+      rows_travel: whether every device is given the captures of all; see `extraction.program`.
+    """
 
     port: Port
     config: Any
     plan: CapturePlan
     mesh: Mesh
     dtype: str
+    rows_travel: bool = False
 
     @property
     def blocks(self) -> int:
@@ -61,7 +66,8 @@ class Compiled:
     captures: what the step gives.
     temporaries, code: what computing takes besides.
     moved: what crosses devices.
-    foreign: kinds of collectives whose result is no parameter; empty where only parameters cross devices.
+    foreign: collectives whose result is neither a parameter nor a capture that travels; empty where nothing else
+      crosses devices.
     output_shards, unique_shards: of all captures: how many there are, how many hold different rows.
     work: products that the program counts over those that its rows need; None where the compiler does not count them.
     """
@@ -86,7 +92,9 @@ def compile_program(subject: Subject, layout: Layout, shape: SlabShape) -> Compi
     """None where the compiler finds that it does not fit the chip's memory."""
     params = laid_out(subject.structure, subject.mesh, layout)
     specs = jax.tree.map(lambda parameter: parameter.sharding.spec, params)
-    function = capture_function(subject.port, subject.config, subject.plan, subject.mesh, subject.numerics, specs)
+    function = capture_function(
+        subject.port, subject.config, subject.plan, subject.mesh, subject.numerics, specs, subject.rows_travel
+    )
     lowered = function.lower(params, *slab_inputs(subject.mesh, shape))
     try:
         compiled = lowered.compile()
@@ -97,6 +105,7 @@ def compile_program(subject: Subject, layout: Layout, shape: SlabShape) -> Compi
     memory = compiled.memory_analysis()
     text = compiled.as_text()
     moved = tuple(collectives(text))
+    travelling = jax.tree.leaves(lowered.out_info) if subject.rows_travel else []
     shards = _shard_indices(lowered.out_info, compiled.output_shardings)
     return Compiled(
         shape=shape,
@@ -105,7 +114,7 @@ def compile_program(subject: Subject, layout: Layout, shape: SlabShape) -> Compi
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
         moved=moved,
-        foreign=foreign_collectives(moved, subject.structure),
+        foreign=foreign_collectives(moved, [*jax.tree.leaves(subject.structure), *travelling]),
         output_shards=len(shards),
         unique_shards=len(set(shards)),
         work=_work(compiled, text, subject, shape),
@@ -123,10 +132,10 @@ def _shard_indices(outputs: Any, shardings: Any) -> list[str]:
     ]
 
 
-def foreign_collectives(moved: Sequence[Collective], structure: Any) -> tuple[str, ...]:
-    """Collectives that are no gathers of a parameter, or of one layer of it."""
-    shapes = {_plain(value.shape) for value in jax.tree.leaves(structure)}
-    shapes |= {_plain(value.shape[1:]) for value in jax.tree.leaves(structure)}
+def foreign_collectives(moved: Sequence[Collective], known: Any) -> tuple[str, ...]:
+    """Collectives that are no gathers of a known value, or of one layer of it; `known` is a tree of shaped values."""
+    shapes = {_plain(value.shape) for value in jax.tree.leaves(known)}
+    shapes |= {_plain(value.shape[1:]) for value in jax.tree.leaves(known)}
     strange = [c for c in moved if c.kind != "all-gather" or _plain(c.shape) not in shapes]
     return tuple(sorted({f"{c.kind} of {c.shape}" for c in strange}))
 

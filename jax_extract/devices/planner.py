@@ -17,6 +17,7 @@ import jax
 from jax_extract.devices.chips import Chip
 from jax_extract.devices.mesh import DATA, MODEL
 from jax_extract.devices.sharding import STACKED, Layout, cut_over, dotted
+from models.accelerated_attention import computed_pairs
 from models.ports import ModelConfig
 
 SHARE_OF_PEAK = 0.5  # what real products reach of the published peak; stated with every figure that follows from it
@@ -99,12 +100,16 @@ class ModelCounts:
         """Of the matrices: 2 m k n for [m, k] times [k, n], over all blocks."""
         return 2.0 * tokens * self.blocks * self.block_values
 
-    def attention_flops(self, rows: int, length: int) -> float:
-        """Of causal attention: query t meets t + 1 keys, once for the logits and once for the mix."""
-        return 2.0 * 2.0 * self.blocks * self.query_width * rows * length * (length + 1) / 2
+    def pair_flops(self, pairs: float) -> float:
+        """Of so many pairs of a query and a key: once for the logits and once for the mix, over all blocks."""
+        return 2.0 * 2.0 * self.blocks * self.query_width * pairs
 
-    def flops(self, rows: int, length: int) -> float:
-        return self.product_flops(rows * length) + self.attention_flops(rows, length)
+    def attention_flops(self, rows: int, length: int, block: int = 1) -> float:
+        """Of causal attention over whole rows, whosever the pairs are; `block` as `computed_pairs` takes it."""
+        return self.pair_flops(rows * computed_pairs(length, block))
+
+    def flops(self, rows: int, length: int, block: int = 1) -> float:
+        return self.product_flops(rows * length) + self.attention_flops(rows, length, block)
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,7 @@ class Request:
       data, model: places of the mesh.
       rows, length: of one device's slab.
       capture_bytes: of one device and step.
+      attention_block: attention computes pairs in squares of so many queries and keys.
     """
 
     counts: ModelCounts
@@ -124,6 +130,12 @@ class Request:
     rows: int
     length: int
     capture_bytes: int
+    attention_block: int = 1
+
+    @property
+    def flops(self) -> float:
+        """Of one device and step."""
+        return self.counts.flops(self.rows, self.length, self.attention_block)
 
     @property
     def tokens(self) -> int:
@@ -229,7 +241,7 @@ def layout_cost(layout: Layout, request: Request, share_of_peak: float = SHARE_O
         stored=stored,
         memory=memory,
         moved=sum(arriving),
-        compute_seconds=counts.flops(request.rows, request.length) / (share_of_peak * chip.peak_flops),
+        compute_seconds=request.flops / (share_of_peak * chip.peak_flops),
         # What was gathered is written and read once more.
         memory_seconds=(
             counts.blocks * (counts.block_values * counts.value_bytes + 2 * block.gathered)
@@ -278,7 +290,7 @@ def tensor_cost(request: Request, share_of_peak: float = SHARE_OF_PEAK) -> Layou
         stored=stored,
         memory=memory,
         moved=moved,
-        compute_seconds=counts.flops(request.rows, request.length) / (share_of_peak * chip.peak_flops),
+        compute_seconds=request.flops / (share_of_peak * chip.peak_flops),
         memory_seconds=(counts.blocks * counts.block_values * counts.value_bytes / m + _activation_traffic(request))
         / chip.memory_bytes_per_second,
         moving_seconds=0.0,

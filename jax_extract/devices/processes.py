@@ -32,6 +32,7 @@ HEARTBEAT_SECONDS = 30  # without one a process is given up; they come from a th
 _TOLD_AFTER_SECONDS = 10.0
 _FOUND_SECONDS = 12.0  # in which a process that is gone is found, where a collective has failed
 _MESSAGE_BYTES = 2_048
+_LEAST_GATHERED_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,19 @@ class Processes:
     def of_all(self, value: Any) -> list[Any]:
         """What each process says, a small plain JSON value, in their order."""
         return [value] if self.count == 1 else [json.loads(text) for text in self._gather(json.dumps(value))]
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """What each process gives, up to 1 GB, in their order."""
+        if self.count == 1:
+            return [data]
+        from jax.experimental.multihost_utils import process_allgather
+
+        sizes = np.asarray(process_allgather(np.array([len(data)], np.int32))).ravel().tolist()
+        # A program is compiled for each size: powers of two are few.
+        padded = np.zeros(1 << max(_LEAST_GATHERED_BITS, (max(sizes) - 1).bit_length()), np.uint8)
+        padded[: len(data)] = np.frombuffer(data, np.uint8)
+        gathered = np.asarray(process_allgather(padded), np.uint8)
+        return [row[:size].tobytes() for row, size in zip(gathered, sizes, strict=True)]
 
     def meet(self) -> None:
         """Waits for all processes."""

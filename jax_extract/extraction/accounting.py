@@ -1,8 +1,8 @@
 """What the devices of a plan compute, and which share of it is of use.
 
 In: steps. Out: `StepCounts`: real tokens, padding within rows, devices without a slab, and the pairs that attention
-computes of two different samples. The one place that counts them: the plan's line, metadata.json, `estimate`,
-`compile` and the benchmarks all show these figures.
+computes of two different samples. The one place that counts them and gives them their names: the plan's line, `done`,
+`estimate` and `compile` all show these figures, and metadata.json has what they are made of.
 """
 
 from __future__ import annotations
@@ -10,10 +10,33 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from jax_extract.extraction.schedule import Step
 from jax_extract.inputs.planning.slabs import SlabShape
 from models.accelerated_attention import attention_block, computed_pairs, seen_pairs
+
+
+class TokenShares(NamedTuple):
+    """Of the tokens that all devices compute; together they are 1.
+
+    Attributes:
+      real: of samples.
+      padding: within rows: what no sample fills, rows without a sample included.
+      idle: of devices that have no slab in a step, while others have one.
+    """
+
+    real: float
+    padding: float
+    idle: float
+
+    @classmethod
+    def of(cls, tokens: int, slab_tokens: int, idle_tokens: int) -> TokenShares:
+        """From counts: real ones, all, and those of idle devices."""
+        if not slab_tokens:
+            return cls(1.0, 0.0, 0.0)
+        real, idle = tokens / slab_tokens, idle_tokens / slab_tokens
+        return cls(real, 1 - real - idle, idle)
 
 
 @dataclass
@@ -68,18 +91,20 @@ class StepCounts:
             self.computed_pairs = self.seen_pairs
 
     @property
+    def shares(self) -> TokenShares:
+        return TokenShares.of(self.tokens, self.slab_tokens, self.idle_tokens)
+
+    @property
     def real_share(self) -> float:
-        """Of the computed tokens."""
-        return self.tokens / self.slab_tokens if self.slab_tokens else 1.0
+        return self.shares.real
 
     @property
     def idle_share(self) -> float:
-        return self.idle_tokens / self.slab_tokens if self.slab_tokens else 0.0
+        return self.shares.idle
 
     @property
     def padding_share(self) -> float:
-        """Within the rows of slabs, rows without a sample included."""
-        return 1 - self.real_share - self.idle_share
+        return self.shares.padding
 
     @property
     def useful_share(self) -> float:

@@ -33,7 +33,7 @@ from jax_extract.extraction.pending import Committed, pending_parts
 from jax_extract.extraction.place import Place, keep_config, kept_by
 from jax_extract.extraction.planned_input import PlannedInput
 from jax_extract.extraction.prepare import Job, wrapping_of
-from jax_extract.extraction.resumption import FINGERPRINT, Resumption, drop_kept_windows, fingerprint_of_all
+from jax_extract.extraction.resumption import FINGERPRINT, Resumption, drop_kept_windows
 from jax_extract.extraction.session import Session, Windows, keep_in
 from jax_extract.extraction.summary import tell_input, tell_layout, tell_notes, tell_plan, tell_request, tell_result
 from jax_extract.inputs.planning.slabs import PlanSettings, Shapes, SlabShape
@@ -206,20 +206,12 @@ class _Extraction:
         same = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
         processes.require_equal("model, options or library versions", same, "make them the same on every host")
         committed = self.place.committed(processes, found)
-        known = found.run["description"].get(FINGERPRINT) if found else ""
-        fingerprint = None if known is None or self.continued else fingerprint_of_all(self.source, processes)
-        resumed = Resumption.of(found, committed, fingerprint, processes, terminal) if found else Resumption()
+        source = dataclasses.replace(self.source, fingerprint=lambda: None) if self.continued else self.source
+        resumed = Resumption.of(source, found, committed, processes, terminal)
         if not found:
-            run["description"][FINGERPRINT] = fingerprint
-        wrapping = wrapping_of(config, self._kept)
-        planned = PlannedInput(
-            self.source, self.job, settings, wrapping, self.continued, resumed.kept, frozenset(resumed.done)
-        )
+            run["description"][FINGERPRINT] = resumed.fingerprint
         with processes.together():
-            if resumed.last_plan:
-                plan = self._nothing_to_do(resumed.last_plan)
-            else:
-                plan = self._check_plan(planned, found, committed)
+            plan = self._check_plan(settings, resumed, found, committed)
             budget = host_budget(config, self.job, self.place, plan.pending)
         processes.require_equal("plan", plan.digest, "give every process the same inputs, model and options")
         with processes.together():
@@ -232,8 +224,7 @@ class _Extraction:
             samples = sum(part.samples for part in committed.values())
             terminal.line("resume", f"{plural(samples, 'sample')} committed already")
         spool = self.place.open_spool(ledger, config)
-        keeps = resumed.keeps if found else fingerprint is not None
-        session = Session(config, processes, self.job, terminal, ledger, spool, budget, keeps)
+        session = Session(config, processes, self.job, terminal, ledger, spool, budget, resumed.keeps)
         if config.explain:
             tell_layout(self.job, self.weights, plan.shapes, terminal)
         if plan.windows and plan.tokens != 0:
@@ -269,7 +260,9 @@ class _Extraction:
         tell_input(self.source, counts, self.job, self.terminal)
         return _Plan(None, last_plan["digest"], 0, tuple(SlabShape(*shape) for shape in last_plan["shapes"]), set())
 
-    def _check_plan(self, planned: PlannedInput, found: Ledger | None, committed: Committed) -> _Plan:
+    def _check_plan(
+        self, settings: PlanSettings, resumed: Resumption, found: Ledger | None, committed: Committed
+    ) -> _Plan:
         """Refuses inputs that are not the run's, and what cannot fit the disk.
 
         Of a finite input the plan is complete before the first step; of a stream one window, so that an input
@@ -277,6 +270,10 @@ class _Extraction:
         """
         if self.config.one_file_per_layer and not self.source.finite:
             _require_one_window(self.config.n_samples)
+        if resumed.last_plan:
+            return self._nothing_to_do(resumed.last_plan)
+        wrapping = wrapping_of(self.config, self._kept)
+        planned = PlannedInput(self.source, self.job, settings, wrapping, self.continued, resumed.kept, resumed.done)
         if not self.source.finite:
             return self._check_first_window(planned)
         every = list(planned.windows())

@@ -43,6 +43,7 @@ class LoopStatistics:
 
     Attributes:
       steps: in which this host's devices computed, or stood idle while others did.
+      idle_steps: of these, those in which none of this host's devices had a slab.
       tokens, slab_tokens: real tokens of this host's slabs; those with all padding, dummy rows and idle devices.
       idle_tokens: of these, those of devices without a slab.
       seconds: from first to last step, compiling left out.
@@ -55,6 +56,7 @@ class LoopStatistics:
 
     samples: int = 0
     steps: int = 0
+    idle_steps: int = 0
     tokens: int = 0
     slab_tokens: int = 0
     idle_tokens: int = 0
@@ -77,6 +79,7 @@ class LoopStatistics:
     def add_step(self, shape: SlabShape, work: Sequence[Work], devices: int, stored: Sequence[Part]) -> None:
         """Takes in a step of this host's devices, and the parts that are complete with it."""
         self.steps += 1
+        self.idle_steps += not work
         self.tokens += sum(slab.tokens for slab in work)
         self.slab_tokens += devices * shape.tokens
         self.idle_tokens += (devices - len(work)) * shape.tokens
@@ -85,8 +88,12 @@ class LoopStatistics:
 
     @classmethod
     def side_by_side(cls, loops: Sequence[Mapping[str, Any]]) -> LoopStatistics:
-        """What loops on several hosts did together, each as a dictionary: counts added up, times of the slowest."""
+        """What loops on several hosts did together, each as a dictionary: counts added up, times of the slowest.
+
+        Steps are those of one host; idle ones those of the host that has most of them.
+        """
         counts = {name: sum(loop[name] for loop in loops) for name in _COUNTS}
+        counts["idle_steps"] = max(loop["idle_steps"] for loop in loops)
         slowest = max(loops, key=lambda loop: loop["seconds"])
         return cls(**{**slowest, **counts})
 

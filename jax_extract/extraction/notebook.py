@@ -66,8 +66,9 @@ def extract(
     )
     config.check()
     job = Job.open(config)
-    counts = job.new_counts()
-    windows = list(job.windows(samples, job.plan_settings(config), wrapping_of(config, Kept.from_now_on()), counts))
+    settings = job.plan_settings(config)
+    counts = job.new_counts(settings)
+    windows = list(job.windows(samples, settings, wrapping_of(config, Kept.from_now_on()), counts))
     if not windows:
         raise UserError("none of the texts has a token; there is nothing to extract")
     sink = MemorySink(job.sites, config.capture_dtype)

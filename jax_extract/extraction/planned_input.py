@@ -49,12 +49,12 @@ class PlannedInput:
         if not self.kept or not self.kept[-1].is_last:
             return None
         planner = WindowPlanner(self.settings)
-        found = [kept.planned(planner, self.job.new_counts()) for kept in self.kept]
+        found = [kept.planned(planner, self.job.new_counts(self.settings)) for kept in self.kept]
         return None if None in found else [planned for planned in found if planned]
 
     def _from_source(self) -> Iterator[Planned]:
         """Each with what was counted when it was planned: the input is read on before a window is given."""
-        counts = self.job.new_counts()
+        counts = self.job.new_counts(self.settings)
         windows = self.job.windows(self.source.samples(), self.settings, self.wrapping, counts, self.continued)
         if not self.source.finite:
             return (Planned.now(window, counts) for window in windows)
@@ -65,10 +65,11 @@ class PlannedInput:
         planner = WindowPlanner(self.settings)
         given = 0
         for number, kept in enumerate(self.kept):
-            if number in self.done:
+            if number and number in self.done:
                 kept.pass_over(planner)
-            elif planned := kept.planned(planner, self.job.new_counts()):
-                yield planned
+            elif planned := kept.planned(planner, self.job.new_counts(self.settings)):
+                if number not in self.done:
+                    yield planned
             else:
                 break
             given += 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import itertools
 import platform
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,11 +25,13 @@ from jax_extract.extraction.capture import capture_plan, sequence_limit, sites_o
 from jax_extract.extraction.jax_backend import JaxBackend
 from jax_extract.extraction.schedule import steps
 from jax_extract.inputs.contexts import ContextCounts, ContextForm, join
-from jax_extract.inputs.planning.slabs import WHOLE_INPUT, PlanSettings, SlabShape
-from jax_extract.inputs.planning.windows import WINDOW_SAMPLES, Part, Window, plan_windows, shapes_of
+from jax_extract.inputs.planning.slabs import SINCE_VERSION_2, WHOLE_INPUT, PlanSettings, SlabShape
+from jax_extract.inputs.planning.windows import WINDOW_SAMPLES, Part, Window, plan_tables, shapes_of
 from jax_extract.inputs.samples import Sample
-from jax_extract.inputs.token_table import TokenizedSample
-from jax_extract.inputs.tokenize import Continued, InputCounts, tokenize
+from jax_extract.inputs.token_table import TokenizedSample, TokenTable, windows_of
+from jax_extract.inputs.tokenize import Continued, tokenized_tables
+from jax_extract.inputs.tokenizing.counts import InputCounts
+from jax_extract.inputs.tokenizing.share import Share
 from jax_extract.inputs.wrapping import Kept, Wrapping
 from jax_extract.store.parts import Site
 from jax_extract.weights.open_model import OpenModel
@@ -107,7 +110,7 @@ class Job:
         frozen = frozen or {}
         same_rows = frozen.get("rows") == config.batch_size
         batches = WHOLE_INPUT // config.batch_size if config.one_file_per_layer else self.backend.devices
-        return PlanSettings(
+        settings = PlanSettings(
             samples_per_batch=frozen["samples_per_batch"] if same_rows else config.batch_size * batches,
             rows=config.batch_size,
             slab_tokens=config.slab_tokens or frozen.get("slab_tokens") or defaults.slab_tokens,
@@ -119,6 +122,23 @@ class Job:
             positions=self.plan.positions,
             bytes_per_row=max(site.width for site in self.sites) * self.value_bytes,
         )
+        if frozen and "version" not in frozen:
+            return settings
+        return dataclasses.replace(settings, **{**self._whole_mesh(settings), **_of_version_2(frozen)})
+
+    def _whole_mesh(self, settings: PlanSettings) -> dict[str, Any]:
+        """What a new plan knows of the devices that it is made for."""
+        backend = self.backend
+        # A row of a usual sample or two; how rows lie in the end is not known yet.
+        slab = SlabShape(settings.slab_tokens, 1, settings.rows)
+        return {
+            "version": 2,
+            "devices_of_host": backend.devices_of_host,
+            "samples_a_row": backend.defaults.samples_a_row,
+            "pair_cost": backend.pair_cost(self.model, self.plan),
+            "attention_block": backend.attention_block,
+            "rows_stay": settings.hosts > 1 and not backend.rows_travel(self.plan, self.model, [slab]),
+        }
 
     def step_counts(self, parts: Sequence[Part]) -> StepCounts:
         """What all devices compute of these parts."""
@@ -131,14 +151,30 @@ class Job:
     def tokenized(
         self, samples: Iterable[Sample], wrapping: Wrapping, counts: InputCounts, continued: Continued | None = None
     ) -> Iterator[TokenizedSample]:
-        """Samples as the model sees them, lazily; `counts` tells afterwards what the input was."""
+        """Samples as the model sees them, one by one; see `tables`."""
+        return itertools.chain.from_iterable(self.tables(samples, wrapping, counts, continued))
+
+    def tables(
+        self,
+        samples: Iterable[Sample],
+        wrapping: Wrapping,
+        counts: InputCounts,
+        continued: Continued | None = None,
+        share: Share | None = None,
+    ) -> Iterator[TokenTable]:
+        """Samples as the model sees them, lazily; `counts` tells afterwards what the input was.
+
+        Args:
+          share: see `tokenized_tables`.
+        """
         tokenizer, vocabulary = self.model.tokenizer, self.model.config.vocab_size
         if self.contexts is None:
-            return tokenize(samples, tokenizer, self.prompt_length, wrapping, counts, vocabulary, continued)
+            most = self.prompt_length
+            return tokenized_tables(samples, tokenizer, most, wrapping, counts, vocabulary, continued, share)
         assert isinstance(counts, ContextCounts)
-        read = InputCounts()
+        read = InputCounts(chained=counts.chained)
         bare = dataclasses.replace(wrapping, add_special_tokens=False)  # contexts have theirs
-        documents = tokenize(samples, tokenizer, _UNCUT, bare, read, vocabulary)
+        documents = tokenized_tables(samples, tokenizer, _UNCUT, bare, read, vocabulary, share=share)
         return join(documents, self.contexts, counts, read)
 
     def windows(
@@ -148,18 +184,19 @@ class Job:
         wrapping: Wrapping,
         counts: InputCounts,
         continued: Continued | None = None,
+        share: Share | None = None,
     ) -> Iterator[Window]:
         """Tokenises and plans, lazily; `continued` gives a sample with what follows its prompt."""
-        tokenized = self.tokenized(samples, wrapping, counts, continued)
-        if self.contexts is None:
-            return plan_windows(tokenized, settings)
-        # All are long, and nothing is gained by sorting many of them.
-        most = max(1, _WINDOW_TOKENS // self.contexts.tokens)
-        return plan_windows(tokenized, settings, window_samples=min(WINDOW_SAMPLES, most))
+        most = WINDOW_SAMPLES
+        if self.contexts is not None:  # all are long, and nothing is gained by sorting many of them
+            most = min(most, max(1, _WINDOW_TOKENS // self.contexts.tokens))
+        tables = self.tables(samples, wrapping, counts, continued, share)
+        return plan_tables(windows_of(tables, most), settings)
 
-    def new_counts(self) -> InputCounts:
-        """For `tokenized` to fill."""
-        return InputCounts() if self.contexts is None else ContextCounts()
+    def new_counts(self, settings: PlanSettings | None = None) -> InputCounts:
+        """For `tables` to fill, and for `windows` with these settings."""
+        chained = settings is not None and settings.version == 1
+        return InputCounts(chained=chained) if self.contexts is None else ContextCounts(chained=chained)
 
     def weights(self) -> Loadable:
         """The tensors that will be loaded, checked by name and shape."""
@@ -198,6 +235,10 @@ class Job:
             "packages": {name: importlib.metadata.version(name) for name in (*_PACKAGES, *self.backend.packages)},
             "python": platform.python_version(),
         }
+
+
+def _of_version_2(frozen: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: frozen[name] for name in SINCE_VERSION_2 if name in frozen}
 
 
 def wrapping_of(config: ExtractConfig, kept: Kept) -> Wrapping:

@@ -8,16 +8,19 @@ is cut. What is left at the end is a shorter context.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from jax_extract.errors import UserError
-from jax_extract.inputs.token_table import TokenizedSample
-from jax_extract.inputs.tokenize import InputCounts
+from jax_extract.inputs.columns import Texts, joined, offsets_of
+from jax_extract.inputs.token_table import TokenTable
+from jax_extract.inputs.tokenizing.counts import InputCounts
 
 Token = Literal["bos", "eos", "none"]
 _COUNTED_HERE = ("samples", "tokens", "longest_sample")
@@ -72,10 +75,11 @@ class ContextCounts(InputCounts):
     documents: int = 0
     added_tokens: int = 0
 
-    def add_context(self, context: TokenizedSample, added: int) -> None:
-        self.samples += 1
-        self.tokens += context.length
-        self.longest_sample = max(self.longest_sample, context.length)
+    def add_contexts(self, contexts: TokenTable, added: int) -> None:
+        """`added`: how many of their tokens are of no document."""
+        self.samples += len(contexts)
+        self.tokens += len(contexts.token_ids)
+        self.longest_sample = max(self.longest_sample, int(contexts.lengths.max(initial=0)))
         self.added_tokens += added
 
     def follow(self, documents: InputCounts) -> None:
@@ -87,9 +91,9 @@ class ContextCounts(InputCounts):
 
 
 def join(
-    documents: Iterable[TokenizedSample], form: ContextForm, counts: ContextCounts, read: InputCounts
-) -> Iterator[TokenizedSample]:
-    """Joins documents lazily; one context is in memory at a time, and the document that is being cut up.
+    documents: Iterable[TokenTable], form: ContextForm, counts: ContextCounts, read: InputCounts
+) -> Iterator[TokenTable]:
+    """Joins documents lazily: what a table of them fills is given before the next is read.
 
     A start or separator is left out where the next token of the document is the same token.
 
@@ -101,81 +105,124 @@ def join(
       Contexts `context:000001` and so on, with `pieces` in `meta`: for each piece of a document its id, where in the
       document it begins, how many tokens it has, where in the context they begin, and the document's own `meta`.
     """
-    context = _Context(form)
-    number = 0
-    for document in documents:
-        at = 0
-        while at < document.length:
-            at += context.take(document, at)
-            if context.length == form.tokens:
-                made = context.finish(number)
-                counts.add_context(made, context.added)
-                counts.follow(read)
-                yield made
-                number, context = number + 1, _Context(form)
-    if context.length:
-        made = context.finish(number)
-        counts.add_context(made, context.added)
+    joiner = _Joiner(form)
+    for table in documents:
+        made, added = joiner.take(table)
+        counts.add_contexts(made, added)
         counts.follow(read)
-        yield made
+        if len(made):
+            yield made
+    made, added = joiner.rest()
+    counts.add_contexts(made, added)
     counts.follow(read)
+    if len(made):
+        yield made
 
 
-class _Context:
-    """One that is being filled."""
+class _Joiner:
+    """What is held is of the context that is being filled."""
 
     def __init__(self, form: ContextForm) -> None:
-        self.length = self.added = 0
         self._form = form
-        self._ids = np.empty(form.tokens, np.int32)
-        self._pieces = _Pieces()
+        self._made = 0  # contexts
+        self._length = self._added = 0
+        self._ids = np.zeros(0, np.int32)
+        self._pieces = array("q")  # document, first, tokens and at of each
+        self._names: Sequence[str] = Texts.of(())  # of their documents
+        self._meta: Sequence[str] = Texts.of(())
 
-    def take(self, document: TokenizedSample, at: int) -> int:
-        """Takes as many of the document's tokens from `at` on as there is room for; says how many."""
-        if not self.length:
-            self._add(self._form.start, document.token_ids[at])
-        elif at == 0:
-            self._add(self._form.separator, document.token_ids[at])
-        count = min(self._form.tokens - self.length, document.length - at)
-        if count:
-            self._ids[self.length : self.length + count] = document.token_ids[at : at + count]
-            self._pieces.add(document, at, count, self.length)
-            self.length += count
-        return count
+    def take(self, documents: TokenTable) -> tuple[TokenTable, int]:
+        """The contexts that become whole with these, and how many of their tokens are of no document."""
+        whole, ids = self._form.tokens, documents.token_ids
+        ends: list[int] = []  # pieces up to the end of each context
+        places, between = array("q"), array("q")  # of what is put before which of the documents' tokens
+        added = 0
+        for row, (start, end) in enumerate(itertools.pairwise(documents.offsets.tolist()), len(self._names)):
+            at = start
+            while at < end:
+                put = self._form.separator if self._length else self._form.start
+                if put is not None and (at == start or not self._length) and put != ids[at]:
+                    places.append(at)
+                    between.append(put)
+                    self._length += 1
+                    self._added += 1
+                if count := min(whole - self._length, end - at):
+                    self._pieces.extend((row, at - start, count, self._length))
+                    self._length += count
+                    at += count
+                if self._length == whole:
+                    ends.append(len(self._pieces) // 4)
+                    added += self._added
+                    self._length = self._added = 0
+        filled = np.insert(ids, np.array(places, np.int64), np.array(between, np.int32)) if places else ids
+        self._ids = np.concatenate([self._ids, filled])
+        self._names = joined([self._names, documents.sample_ids])
+        self._meta = joined([self._meta, documents.meta])
+        return self._give([whole] * len(ends), ends), added
 
-    def _add(self, token: int | None, following: int) -> None:
-        if token is not None and token != following:
-            self._ids[self.length] = token
-            self.length += 1
-            self.added += 1
+    def rest(self) -> tuple[TokenTable, int]:
+        """The last context, which is shorter, as a table of one; an empty one where nothing is left."""
+        ends = [len(self._pieces) // 4] if self._length else []
+        return self._give([self._length] * len(ends), ends), self._added
 
-    def finish(self, number: int) -> TokenizedSample:
-        name = f"context:{number + 1:06d}"
-        return TokenizedSample(number, name, self._ids[: self.length], self.length, self._pieces)
+    def _give(self, lengths: list[int], ends: list[int]) -> TokenTable:
+        """The first contexts of what is held, with so many tokens, and pieces up to these ends."""
+        offsets, tokens, count = offsets_of(np.array(lengths, np.int64)), sum(lengths), len(ends)
+        pieces = np.array(self._pieces, np.int64).reshape(-1, 4)
+        given, kept = np.split(pieces, ends[-1:] or [0])
+        numbers = range(self._made, self._made + count)
+        table = TokenTable(
+            self._ids[:tokens].copy(),
+            offsets,
+            np.array(numbers, np.int64),
+            np.diff(offsets),
+            Texts.of(f"context:{number + 1:06d}" for number in numbers),
+            Pieces(given, np.array([0, *ends], np.int64), self._names, self._meta),
+        )
+        first = int(kept[0, 0]) if len(kept) else len(self._names)
+        self._pieces = array("q", (kept - [first, 0, 0, 0]).ravel().tolist())
+        self._names, self._meta = self._names[first:], self._meta[first:]
+        self._ids = self._ids[tokens:].copy()
+        self._made += count
+        return table
 
 
-class _Pieces(Mapping[str, Any]):
-    """The `meta` of a context, written out when it is asked for: a plan keeps many contexts of many short texts."""
+@dataclass(frozen=True, eq=False)
+class Pieces(Sequence[str]):
+    """The `meta` of contexts, written out when it is asked for: a plan keeps many contexts of many short texts.
 
-    def __init__(self) -> None:
-        self._documents: list[tuple[str, Mapping[str, Any]]] = []
-        self._places = array("q")  # first, tokens and at of each
+    Attributes:
+      places: int64 [pieces, 4]: of each its document, `first`, `tokens` and `at`.
+      offsets: int64 [contexts + 1]: context i has the pieces offsets[i] to offsets[i + 1].
+      names: of documents.
+      meta: of documents, as JSON; empty where there is none.
+    """
 
-    def add(self, document: TokenizedSample, first: int, tokens: int, at: int) -> None:
-        self._documents.append((document.sample_id, document.meta))
-        self._places.extend((first, tokens, at))
-
-    def __getitem__(self, key: str) -> list[dict[str, Any]]:
-        if key != "pieces":
-            raise KeyError(key)
-        places = np.frombuffer(self._places, np.int64).reshape(-1, 3).tolist()
-        return [
-            {"document": name, "first": first, "tokens": tokens, "at": at, **({"meta": dict(meta)} if meta else {})}
-            for (name, meta), (first, tokens, at) in zip(self._documents, places, strict=True)
-        ]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(("pieces",))
+    places: np.ndarray
+    offsets: np.ndarray
+    names: Sequence[str]
+    meta: Sequence[str]
 
     def __len__(self) -> int:
-        return 1
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            first, last, _ = index.indices(len(self))
+            return dataclasses.replace(self, offsets=self.offsets[first : max(first, last) + 1])
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return json.dumps(
+            {
+                "pieces": [
+                    {
+                        **{"document": self.names[document], "first": first, "tokens": tokens, "at": at},
+                        **({"meta": json.loads(meta)} if (meta := self.meta[document]) else {}),
+                    }
+                    for document, first, tokens, at in self._of(index)
+                ]
+            }
+        )
+
+    def _of(self, index: int) -> list[list[int]]:
+        return self.places[self.offsets[index] : self.offsets[index + 1]].tolist()

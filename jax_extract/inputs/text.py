@@ -1,8 +1,8 @@
 """Samples from files of rows and of lines: JSON, JSONL, CSV, TSV and Parquet with a text field, and plain text.
 
 In: a file, compressed or not.
-Out: one `Sample` for each row, or each line that is not blank, lazily, in the file's order; memory grows by the
-ids alone (those that rows have must be unique). A wrong row is a UserError with the file and its place.
+Out: one `Sample` for each row, or each line that is not blank, lazily, in the file's order; memory grows by eight
+bytes an id (those that rows have must be unique). A wrong row is a UserError with the file and its place.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from jax_extract.inputs.fields import Fields, checked_id, checked_text
 from jax_extract.inputs.files import kind_and_stem, lines, local
 from jax_extract.inputs.rows import PlacedRow, rows_of
 from jax_extract.inputs.samples import Sample
+from jax_extract.inputs.tokenizing.names import Names
 
 PARQUET = ".parquet"
 
 Needed = Callable[[Collection[str]], Sequence[str]]
 
 _ROWS_AT_ONCE = 1_024  # of a Parquet file
+_RECENT = 65_536  # ids
 
 
 def jsonl_samples(path: Path, text_column: str | None = None) -> Iterator[Sample]:
@@ -55,13 +57,24 @@ def row_samples(path: Path, fields: Fields) -> Iterator[Sample]:
     """
     kind, stem = kind_and_stem(path)
     unit = "row" if kind in (PARQUET, ".json") else "line"
-    seen: set[str] = set()
+    recent: set[str] = set()  # told with its place; older ones by their ids alone
+    older = Names()
+
+    def check_recent() -> None:
+        names = list(recent)
+        if (repeated := older.first_repeated(names)) is not None:
+            raise UserError(f"{path} repeats the id {names[repeated]!r}: give each {unit} its own, or none.")
+        recent.clear()
+
     for number, where, row in file_rows(path, lambda columns: fields.columns(columns, f"{path},")):
         sample = fields.sample(row, where, f"{stem}:{number}", {unit: number})
-        if sample.sample_id in seen:
+        if sample.sample_id in recent:
             raise UserError(f"{where}, repeats the id {sample.sample_id!r}: give each {unit} its own, or none.")
-        seen.add(sample.sample_id)
+        recent.add(sample.sample_id)
+        if len(recent) == _RECENT:
+            check_recent()
         yield sample
+    check_recent()
 
 
 def file_rows(path: Path, needed: Needed | None = None) -> Iterator[PlacedRow]:

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from jax_extract.inputs.columns import Texts, joined, json_column, offsets_of
+
 
 @dataclass(frozen=True, eq=False)
 class TokenizedSample:
@@ -43,36 +45,6 @@ class TokenizedSample:
 
 
 @dataclass(frozen=True, eq=False)
-class Texts(Sequence[str]):
-    """Many short texts in one piece of memory.
-
-    Attributes:
-      data: uint8 [bytes], UTF-8 one behind the other; lone surrogates are encoded as they are.
-      offsets: int64 [texts + 1].
-    """
-
-    data: np.ndarray
-    offsets: np.ndarray
-
-    @classmethod
-    def of(cls, texts: Iterable[str]) -> Texts:
-        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
-        offsets = np.zeros(len(encoded) + 1, np.int64)
-        np.cumsum([len(text) for text in encoded], out=offsets[1:])
-        return cls(np.frombuffer(b"".join(encoded), np.uint8), offsets)
-
-    def take(self, indices: np.ndarray) -> Texts:
-        """Those at these places."""
-        return Texts(*_take(self.data, self.offsets, indices))
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: Any) -> Any:
-        return bytes(self.data[self.offsets[index] : self.offsets[index + 1]]).decode("utf-8", "surrogatepass")
-
-
-@dataclass(frozen=True, eq=False)
 class TokenTable:
     """Samples in the order of the input.
 
@@ -95,15 +67,63 @@ class TokenTable:
     @classmethod
     def of(cls, samples: Iterable[TokenizedSample]) -> TokenTable:
         samples = list(samples)
-        offsets = np.zeros(len(samples) + 1, np.int64)
-        np.cumsum([sample.length for sample in samples], out=offsets[1:])
         return cls(
             np.concatenate([sample.token_ids for sample in samples] or [np.zeros(0)]).astype(np.int32, copy=False),
-            offsets,
+            offsets_of(np.array([sample.length for sample in samples], np.int64)),
             np.array([sample.sample_index for sample in samples], np.int64),
             np.array([sample.full_length for sample in samples], np.int64),
             Texts.of(sample.sample_id for sample in samples),
-            Texts.of(json.dumps(dict(sample.meta)) if sample.meta else "" for sample in samples),
+            json_column([sample.meta for sample in samples]),
+        )
+
+    @classmethod
+    def joined(cls, tables: Sequence[TokenTable]) -> TokenTable:
+        """Tables one behind the other, in new memory."""
+        return cls(
+            np.concatenate([np.zeros(0, np.int32), *(table.token_ids for table in tables)]),
+            offsets_of(np.concatenate([np.zeros(0, np.int64), *(table.lengths for table in tables)])),
+            np.concatenate([np.zeros(0, np.int64), *(table.sample_indices for table in tables)]),
+            np.concatenate([np.zeros(0, np.int64), *(table.full_lengths for table in tables)]),
+            joined([table.sample_ids for table in tables]),
+            joined([table.meta for table in tables]),
+        )
+
+    def between(self, first: int, last: int) -> TokenTable:
+        """Samples `first` to `last` (without `last`), in the memory of this table."""
+        offsets = self.offsets[first : last + 1]
+        return TokenTable(
+            self.token_ids[offsets[0] : offsets[-1]],
+            offsets - offsets[0],
+            self.sample_indices[first:last],
+            self.full_lengths[first:last],
+            self.sample_ids[first:last],
+            self.meta[first:last],
+        )
+
+    def with_tokens(self) -> TokenTable:
+        """Without the samples that have no token; the token ids are in the memory of this table."""
+        there = np.flatnonzero(self.lengths)
+        return TokenTable(
+            self.token_ids,
+            np.append(self.offsets[there], self.offsets[-1]),
+            self.sample_indices[there],
+            self.full_lengths[there],
+            Texts.of(self.sample_ids[i] for i in there.tolist()),
+            Texts.of(self.meta[i] for i in there.tolist()),
+        )
+
+    def take(self, indices: np.ndarray) -> TokenTable:
+        """The samples at these places, in this order, in new memory."""
+        starts, ends = self.offsets[indices], self.offsets[indices + 1]
+        pieces = [self.token_ids[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
+        places = indices.tolist()
+        return TokenTable(
+            np.concatenate([np.zeros(0, np.int32), *pieces]),
+            offsets_of(ends - starts),
+            self.sample_indices[indices],
+            self.full_lengths[indices],
+            [self.sample_ids[i] for i in places],
+            [self.meta[i] for i in places],
         )
 
     def __len__(self) -> int:
@@ -122,15 +142,6 @@ class TokenTable:
     def __iter__(self) -> Iterator[TokenizedSample]:
         return (self[i] for i in range(len(self)))
 
-    def take(self, indices: np.ndarray) -> TokenTable:
-        """The samples at these places, in this order."""
-        token_ids, offsets = _take(self.token_ids, self.offsets, indices)
-        names, meta = (
-            texts.take(indices) if isinstance(texts, Texts) else [texts[i] for i in indices]
-            for texts in (self.sample_ids, self.meta)
-        )
-        return TokenTable(token_ids, offsets, self.sample_indices[indices], self.full_lengths[indices], names, meta)
-
     def tokens_of(self, index: int) -> np.ndarray:
         """int32 [length] of one sample."""
         return self.token_ids[self.offsets[index] : self.offsets[index + 1]]
@@ -141,10 +152,22 @@ class TokenTable:
         return np.diff(self.offsets)
 
 
-def _take(data: np.ndarray, offsets: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The pieces of `data` at these places, one behind the other, and their offsets."""
-    starts, ends = offsets[indices], offsets[np.asarray(indices) + 1]
-    taken = np.zeros(len(starts) + 1, np.int64)
-    np.cumsum(ends - starts, out=taken[1:])
-    pieces = [data[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
-    return np.concatenate(pieces) if pieces else data[:0], taken
+def windows_of(tables: Iterable[TokenTable], most: int) -> Iterator[tuple[TokenTable, bool]]:
+    """Tables joined, and cut after every `most` samples; with each whether the input ends with it.
+
+    No more is read than what shows whether it does. An empty input gives nothing.
+    """
+    waiting: list[TokenTable] = []
+    count = 0
+    for table in tables:
+        if not len(table):
+            continue
+        waiting.append(table)
+        count += len(table)
+        while count > most:
+            cut = len(waiting[-1]) - (count - most)
+            head, rest = waiting[-1].between(0, cut), waiting[-1].between(cut, len(waiting[-1]))
+            yield TokenTable.joined([*waiting[:-1], head]), False
+            waiting, count = [rest], len(rest)
+    if waiting:
+        yield TokenTable.joined(waiting), True

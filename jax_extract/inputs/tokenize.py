@@ -2,82 +2,91 @@
 
 A sample that is tokenized already is taken as it is.
 
-In: `Sample`s and a transformers tokenizer. Out: `TokenizedSample`s in input order, and counts of what
-was cut or left out.
+In: `Sample`s and a transformers tokenizer. Out: `TokenTable`s in input order, a chunk each, and counts of what was cut
+or left out.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import hashlib
-import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from jax_extract.errors import UserError
-from jax_extract.inputs.chat import ChatTemplate, first_line
+from jax_extract.inputs.columns import Texts, json_column, offsets_of
 from jax_extract.inputs.samples import Sample
-from jax_extract.inputs.token_table import TokenizedSample
+from jax_extract.inputs.token_table import TokenizedSample, TokenTable
+from jax_extract.inputs.tokenizing.ahead import ahead
+from jax_extract.inputs.tokenizing.counts import InputCounts
+from jax_extract.inputs.tokenizing.encoder import Encoded, Encoder, are_texts
+from jax_extract.inputs.tokenizing.names import Names
+from jax_extract.inputs.tokenizing.pipeline import Chunk, chunks_of, encoded_chunks
+from jax_extract.inputs.tokenizing.share import Share, exchanged
 from jax_extract.inputs.wrapping import Wrapping
 
-_EMPTY_NAMED = 20  # how many samples without a token are named; the rest are counted
-_LARGEST_TOKEN = 2**31 - 1
-_CHUNK = 256  # texts handed to the tokenizer at once, so that it can use all cores
+__all__ = ["Continued", "InputCounts", "MissingTokenizer", "tokenize", "tokenized_tables", "tokenizer_digest"]
 
+_AHEAD = 4  # chunks of each process
 
 Continued = Callable[[TokenizedSample], TokenizedSample]
 
 
-@dataclass
-class InputCounts:
-    """What happened to the input on its way; filled while the samples are read.
+def tokenized_tables(
+    samples: Iterable[Sample],
+    tokenizer: Any,
+    max_length: int,
+    wrapping: Wrapping,
+    counts: InputCounts,
+    vocab_size: int | None = None,
+    continued: Continued | None = None,
+    share: Share | None = None,
+) -> Iterator[TokenTable]:
+    """Tokenises lazily, a chunk at a time; texts without a single token are left out and named in `counts`.
 
-    `dataset_hash` chains sha256 over the ids and texts in input order. `opened_samples` are texts that began with
-    `opening`, which the tokenizer puts before every text, and got no second one. `clock_text` is what the chat template
-    was told when it asked for the time. `closed_samples` are conversations in which the assistant has the last word, so
-    that nothing is asked at their end.
+    Args:
+      max_length: tokens of a text; longer ones are cut.
+      counts: of what has been given so far; filled before a table is.
+      continued: gives a sample with what follows its text.
+      share: of this process, where several make the same tables together; all must then take them to the same point.
+
+    Raises:
+      UserError: two samples with one id; a chat template asked for that the tokenizer lacks, or that lacks what is
+        asked of it; a conversation without a chat template; a token that is not among the `vocab_size` of the model.
     """
-
-    samples: int = 0
-    tokens: int = 0
-    truncated_samples: int = 0
-    truncated_tokens: int = 0
-    longest_sample: int = 0
-    empty_samples: int = 0
-    first_empty_samples: list[str] = field(default_factory=list)
-    dataset_hash: str = ""
-    opened_samples: int = 0
-    opening: str = ""
-    clock_text: str | None = None
-    closed_samples: int = 0
-
-    def as_json(self) -> dict[str, Any]:
-        """What a plan keeps of them: what is newer than the first plans, only where there is any of it."""
-        said = dataclasses.asdict(self)
-        del said["opening"], said["clock_text"], said["closed_samples"]
-        if not self.opened_samples:
-            del said["opened_samples"]
-        return said
-
-    def add(self, sample: TokenizedSample, text: str) -> None:
-        """`text` is whatever the source gave."""
-        chained = f"{self.dataset_hash}\n{sample.sample_id}\n{text}"
-        self.dataset_hash = hashlib.sha256(chained.encode("utf-8", "surrogatepass")).hexdigest()
-        self.samples += 1
-        self.tokens += sample.length
-        self.truncated_samples += sample.truncated
-        self.truncated_tokens += sample.full_length - sample.length
-        self.longest_sample = max(self.longest_sample, sample.full_length)
-
-    def leave_out(self, sample_id: str) -> None:
-        self.empty_samples += 1
-        if len(self.first_empty_samples) < _EMPTY_NAMED:
-            self.first_empty_samples.append(sample_id)
+    encoder = Encoder(tokenizer, wrapping, max_length)
+    names = Names()
+    first = 0
+    with contextlib.closing(_encoded(samples, encoder, share)) as chunks:
+        for chunk, encoded in chunks:
+            ids = [sample.sample_id for sample in chunk]
+            lengths = np.minimum(encoded.full_lengths, max_length)
+            _require_sound(chunk, encoded, lengths, names.first_repeated(ids), encoder, vocab_size)
+            table = TokenTable(
+                encoded.token_ids,
+                offsets_of(lengths),
+                np.arange(first, first + len(chunk)),
+                encoded.full_lengths,
+                Texts.of(ids),
+                json_column([sample.meta for sample in chunk]),
+            )
+            first += len(chunk)
+            contents = [s.text for s in chunk] if are_texts(chunk) else [_content(s) for s in chunk]
+            counts.take(encoded)
+            if not lengths.all():
+                for place in np.flatnonzero(lengths == 0).tolist():
+                    counts.leave_out(ids[place])
+                there = np.flatnonzero(lengths).tolist()
+                ids, contents = [ids[i] for i in there], [contents[i] for i in there]
+                table = table.with_tokens()
+            if continued:
+                table = TokenTable.of(map(continued, table))
+            counts.add_samples(table.lengths, table.full_lengths, ids, contents)
+            if len(table):
+                yield table
 
 
 def tokenize(
@@ -89,44 +98,55 @@ def tokenize(
     vocab_size: int | None = None,
     continued: Continued | None = None,
 ) -> Iterator[TokenizedSample]:
-    """Tokenises lazily; texts without a single token are left out and named in `counts`.
+    """The samples of `tokenized_tables` one by one, for those who want few or look at each."""
+    for table in tokenized_tables(samples, tokenizer, max_length, wrapping, counts, vocab_size, continued):
+        yield from table
 
-    Args:
-      max_length: of a text; longer ones are cut.
-      continued: gives a sample with what follows its text.
 
-    Raises:
-      UserError: two samples with one id; a chat template asked for that the tokenizer lacks, or that lacks what is
-        asked of it; a conversation without a chat template; a token that is not among the `vocab_size` of the model.
-    """
-    encoder = _Encoder(tokenizer, wrapping, counts)
-    seen: set[str] = set()
-    numbered = enumerate(samples)
-    while chunk := list(itertools.islice(numbered, _CHUNK)):
-        for (index, sample), token_ids in zip(chunk, encoder.encode([s for _, s in chunk]), strict=True):
-            if sample.sample_id in seen:
-                raise UserError(f"sample id {sample.sample_id!r} occurs twice in the input; ids must be unique")
-            seen.add(sample.sample_id)
-            if not len(token_ids):
-                counts.leave_out(sample.sample_id)
-                continue
-            kept = np.asarray(token_ids[:max_length], np.int32)
-            if vocab_size is not None and kept.max() >= vocab_size:
-                token = int(kept.max())
-                mend = (
-                    "use the tokenizer that was saved with these weights"
-                    if sample.token_ids is None
-                    else "use data that were tokenized for this model"
-                )
-                raise UserError(
-                    f"sample {sample.sample_id!r} has the token id {token}{encoder.name_of(token)} but the model knows "
-                    f"0 to {vocab_size - 1}; {mend}"
-                )
-            tokenized = TokenizedSample(index, sample.sample_id, kept, len(token_ids), sample.meta)
-            if continued:
-                tokenized = continued(tokenized)
-            counts.add(tokenized, _content(sample))
-            yield tokenized
+def _encoded(
+    samples: Iterable[Sample], encoder: Encoder, share: Share | None
+) -> Generator[tuple[Chunk, Encoded], None, None]:
+    chunks = chunks_of(samples)
+    if share is None or share.count == 1:
+        with contextlib.closing(encoded_chunks(chunks, encoder)) as alone:
+            for chunk, encoded in alone:
+                assert encoded is not None, "all chunks are this process's own"
+                yield chunk, encoded
+        return
+    # The exchange is this thread's: what processes do together they do in one order. What comes before it is not.
+    with contextlib.closing(ahead(encoded_chunks(chunks, encoder, share.owns), _AHEAD * share.count)) as under_way:
+        yield from exchanged(under_way, share)
+
+
+def _require_sound(
+    chunk: Chunk,
+    encoded: Encoded,
+    lengths: np.ndarray,
+    repeated: int | None,
+    encoder: Encoder,
+    vocab_size: int | None,
+) -> None:
+    """UserError of the first sample whose id was there before, or that has a token which the model does not know."""
+    wrong = None
+    if vocab_size is not None and encoded.token_ids.max(initial=0) >= vocab_size:
+        ends = np.cumsum(lengths)
+        wrong = int(np.searchsorted(ends, np.argmax(encoded.token_ids >= vocab_size), side="right"))
+    if repeated is not None and (wrong is None or repeated <= wrong):
+        raise UserError(f"sample id {chunk[repeated].sample_id!r} occurs twice in the input; ids must be unique")
+    if wrong is None:
+        return
+    sample = chunk[wrong]
+    end = int(lengths[: wrong + 1].sum())
+    token = int(encoded.token_ids[end - int(lengths[wrong]) : end].max())
+    mend = (
+        "use the tokenizer that was saved with these weights"
+        if sample.token_ids is None
+        else "use data that were tokenized for this model"
+    )
+    raise UserError(
+        f"sample {sample.sample_id!r} has the token id {token}{encoder.name_of(token)} but the model knows "
+        f"0 to {int(vocab_size or 0) - 1}; {mend}"
+    )
 
 
 class MissingTokenizer:
@@ -142,112 +162,6 @@ class MissingTokenizer:
         if name.startswith("__"):  # asked by Python itself
             raise AttributeError(name)
         raise UserError(self.reason)
-
-
-class _Encoder:
-    """What a tokenizer makes of samples under a wrapping."""
-
-    def __init__(self, tokenizer: Any, wrapping: Wrapping, counts: InputCounts) -> None:
-        self._tokenizer = tokenizer
-        self._wrapping = wrapping
-        self._counts = counts
-        self._template = ChatTemplate(tokenizer, wrapping) if wrapping.chat_template else None
-        # A chat template writes the special tokens itself.
-        asked = wrapping.add_special_tokens
-        self._adds = not wrapping.chat_template if asked is None else asked
-        self._opens_once = asked is None and wrapping.kept.one_opening and self._adds
-
-    def encode(self, samples: Sequence[Sample]) -> list[list[int] | np.ndarray]:
-        """Token ids of each."""
-        given = {i: self._as_given(sample) for i, sample in enumerate(samples) if sample.token_ids is not None}
-        given |= {i: np.zeros(0, np.int64) for i, sample in enumerate(samples) if sample.turns == ()}
-        texts = [self._text(sample) for i, sample in enumerate(samples) if i not in given]
-        try:
-            encoded = iter(self._encode_texts(texts) if texts else ())
-        except UserError:
-            raise
-        except Exception as error:  # noqa: BLE001 (a vocabulary without an unknown token fails in its library's own way)
-            raise UserError(
-                f"this model's tokenizer fails on a text from {samples[0].sample_id!r} to {samples[-1].sample_id!r} "
-                f"({first_line(error)}); give texts of its vocabulary"
-            ) from None
-        if self._template is not None:
-            self._counts.clock_text = self._template.clock_text
-            self._counts.closed_samples = self._template.closed_samples
-        return [given[i] if i in given else next(encoded) for i in range(len(samples))]
-
-    def name_of(self, token: int) -> str:
-        """` ('<call>')`, where the tokenizer has a name for it."""
-        try:
-            name = self._tokenizer.convert_ids_to_tokens(token)
-        except Exception:  # noqa: BLE001 (each tokenizer has its own way to say that it has none)
-            return ""
-        return f" ({name!r:.60})" if isinstance(name, str) else ""
-
-    def _text(self, sample: Sample) -> str:
-        if self._template is not None:
-            return self._template.text_of(sample)
-        if sample.turns is not None:
-            raise UserError(
-                f"sample {sample.sample_id!r} is a conversation, which needs the chat template; add "
-                "--chat_template True"
-            )
-        return sample.text
-
-    def _as_given(self, sample: Sample) -> np.ndarray:
-        """int64 [tokens] of a sample that is tokenized already."""
-        where = f"sample {sample.sample_id!r} is tokenized already"
-        if self._template is not None:
-            raise UserError(f"{where}, and a chat template is for texts; leave --chat_template out")
-        if self._wrapping.add_special_tokens:
-            raise UserError(f"{where}, and special tokens are added only to texts; leave --add_special_tokens out")
-        ids = np.asarray(sample.token_ids if sample.token_ids else np.zeros(0, np.int64))
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise UserError(
-                f"{where}, but not as whole numbers ({str(sample.token_ids)[:60]}); give a list of token ids"
-            )
-        if len(ids) and not 0 <= ids.min() <= ids.max() <= _LARGEST_TOKEN:
-            wrong = ids.min() if ids.min() < 0 else ids.max()
-            raise UserError(f"{where} and has the token id {wrong}; token ids are from 0 to {_LARGEST_TOKEN}")
-        return ids
-
-    # ---------------------------------------------------------------------------------- special tokens
-
-    def _encode_texts(self, texts: list[str]) -> list[list[int]]:
-        encoded = self._plain(texts, self._adds)
-        opening = self._opening
-        if opening and (begun := [i for i, text in enumerate(texts) if text.startswith(opening)]):
-            for i, own in zip(begun, self._plain([texts[i] for i in begun], False), strict=True):
-                encoded[i] = self._once(encoded[i], own)
-        return encoded
-
-    def _plain(self, texts: list[str], special: bool) -> list[list[int]]:
-        return self._tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
-
-    @cached_property
-    def _opening(self) -> str:
-        """The token that the tokenizer puts before every text, where one may be there already."""
-        if not self._opens_once:
-            return ""
-        try:
-            around = self._plain([""], True)[0]
-        except Exception:  # noqa: BLE001 (a tokenizer that fails on no text at all puts nothing around others)
-            return ""
-        if not around:
-            return ""
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        name = (backend.id_to_token if backend else self._tokenizer.convert_ids_to_tokens)(around[0])
-        return name if isinstance(name, str) else ""
-
-    def _once(self, encoded: list[int], own: list[int]) -> list[int]:
-        """`encoded` is `own` between what the tokenizer adds; without what of that is there already."""
-        before = next((i for i in range(1, len(encoded)) if encoded[i : i + len(own)] == own), 0)
-        opening, closing = encoded[:before], encoded[before + len(own) :]
-        if not opening or own[:before] != opening:
-            return encoded
-        self._counts.opened_samples += 1
-        self._counts.opening = self._opening
-        return own if closing and own[-len(closing) :] == closing else [*own, *closing]
 
 
 def _content(sample: Sample) -> str:

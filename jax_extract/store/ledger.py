@@ -207,12 +207,12 @@ class Ledger:
             self.storage.sync(UPLOADED)
 
     def holds_plan(self, number: int, digest: str, counted: Mapping[str, Any]) -> bool:
-        """Whether the plan of a window is stored, by its digest and what was counted of the input."""
+        """Whether the plan of a window is stored, by its digest and, of the last one, what was counted of the input."""
         name = f"{PLAN}/{number:06d}.json"
         if not self.storage.exists(name):
             return False
         stored = read_json(self.storage, name)
-        return (stored.get("digest"), stored.get("input")) == (digest, dict(counted))
+        return stored.get("digest") == digest and (not stored.get("last", True) or stored.get("input") == dict(counted))
 
     def keep_plan(self, number: int, plan: Mapping[str, Any]) -> None:
         """Stores a window's plan, or checks that it is the one that is stored."""
@@ -221,7 +221,7 @@ class Ledger:
             self.storage.write(name, to_json(plan))
         except FileExistsError:
             stored = read_json(self.storage, name)
-            if stored != json.loads(to_json(plan)):
+            if _compared(stored) != _compared(json.loads(to_json(plan))):
                 source = self.run["description"].get("source")
                 raise UserError(
                     f"{self.storage} holds a run over other inputs, of {source}: {input_differences(stored, plan)}; "
@@ -264,6 +264,11 @@ def parse_json(storage: Storage, name: str, data: bytes) -> dict[str, Any]:
         return value
     except (ValueError, RecursionError) as error:
         raise UserError(f"{storage.where(name)} cannot be read ({error}); {_RESTORE}") from None
+
+
+def _compared(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What a window's plan must have in common with another one's: how far the input was read only at its end."""
+    return {key: value for key, value in plan.items() if key != "input" or plan.get("last")}
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:

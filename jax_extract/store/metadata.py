@@ -6,7 +6,7 @@ anew at any time, and nothing that decides anything reads it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jax_extract.errors import damage_is_told
@@ -61,7 +61,8 @@ def _metadata(ledger: Ledger, records: Mapping[Key, Record]) -> dict[str, Any]:
         "total_bytes": sum(file["bytes"] for record in records.values() for file in record["files"]),
         "not_finite_rows": sum(record.get("not_finite_rows", 0) for record in records.values()),
         "tokens_per_second": _throughput(sessions),
-        "padding_waste": _waste(sessions),
+        "padding_waste": _share(sessions, _padding),
+        "idle_devices": _share(sessions, _idle),
         "format_version": ledger.run["format_version"],
         **identity,
         "plan_fingerprint": plan.get("digest"),
@@ -79,6 +80,17 @@ def _throughput(sessions: list[dict[str, Any]]) -> float | None:
     return sum(session["tokens"] for session in sessions) / seconds if seconds else None
 
 
-def _waste(sessions: list[dict[str, Any]]) -> float | None:
+def _share(sessions: list[dict[str, Any]], wanted: Callable[[dict[str, Any]], int]) -> float | None:
+    """Of the tokens that devices computed."""
     computed = sum(session["slab_tokens"] for session in sessions)
-    return 1 - sum(session["tokens"] for session in sessions) / computed if computed else None
+    return sum(map(wanted, sessions)) / computed if computed else None
+
+
+def _padding(session: dict[str, Any]) -> int:
+    """Tokens within rows that are of no sample."""
+    return session["slab_tokens"] - session["tokens"] - _idle(session)
+
+
+def _idle(session: dict[str, Any]) -> int:
+    """Tokens of devices without a slab; sessions of versions that did not count them have these in the padding."""
+    return session.get("idle_tokens", 0)

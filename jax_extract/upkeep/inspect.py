@@ -124,7 +124,9 @@ def _inspect_run(run: Run, path: str) -> None:
         if place.startswith(BUCKET_SCHEME) and not path.startswith(BUCKET_SCHEME):
             print(f"  {plural(parts, 'part')} uploaded and deleted here; read from {place}")
     if meta["tokens_per_second"]:
-        print(f"  {meta['tokens_per_second']:,.0f} tokens/s, padding {share_text(meta['padding_waste'])}")
+        idle = f", idle devices {share_text(meta['idle_devices'])}" if meta["idle_devices"] else ""
+        padding = share_text(meta["padding_waste"])
+        print(f"  {meta['tokens_per_second']:,.0f} tokens/s, padding within rows {padding}{idle}")
     print()
     _table([(site, statistics(b.activations for b in run.batches(site.layer, site.hook))) for site in run.sites])
 

@@ -103,12 +103,15 @@ class GgufTokenizer:
 
     Attributes:
       backend_tokenizer: what computes the token ids, as the transformers tokenizer has it.
+      encodes_as_backend: it alone makes token ids of texts, so that other processes may.
       chat_template: the model's own, or None.
 
     Raises:
       UserError: another tokenizer model than "gpt2" (byte-level BPE), another pre-tokeniser than the known ones, or
         metadata that is missing or inconsistent.
     """
+
+    encodes_as_backend = True
 
     def __init__(self, fields: Mapping[str, Any], model_max_length: int) -> None:
         self.model_max_length = model_max_length

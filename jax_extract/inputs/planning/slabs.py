@@ -79,8 +79,8 @@ class PlanSettings:
       max_shard_bytes: size of one shard's array at which a batch is cut into parts.
       version: 1 of runs whose slabs hold samples of one batch alone (`within_batches`); 2 since slabs are filled
         whatever batch a sample is stored in (`rows`). What follows is read by version 2 alone.
-      devices, devices_of_host: of the mesh that starts the run, and of each of its hosts: as many slabs of a shape
-        are computed at once.
+      devices: for which slabs come in whole steps: `lanes` finds it, from the samples and not from the machine.
+      devices_of_host: of the mesh that starts the run; as many slabs make a part at most where `rows_stay`.
       samples_a_row: most samples of a row; 0 for any number.
       pair_cost: what attention costs for one query and one key, where a token's products cost 1; 0 where it
         computes no pair of two samples, so that the plan cannot change it.
@@ -126,15 +126,15 @@ class PlanSettings:
 
     def as_json(self) -> dict[str, Any]:
         said = {**dataclasses.asdict(self), "positions": str(self.positions)}
+        del said["devices"]
         if self.version == 1:  # as such runs have it
-            for name in _SINCE_VERSION_2:
+            for name in SINCE_VERSION_2:
                 del said[name]
         return said
 
 
-_SINCE_VERSION_2 = (
+SINCE_VERSION_2 = (
     "version",
-    "devices",
     "devices_of_host",
     "samples_a_row",
     "pair_cost",

@@ -8,6 +8,7 @@ they leave no device idle (`rows`), batches and parts where the user and the sto
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -17,13 +18,15 @@ from functools import cached_property
 
 import numpy as np
 
+from jax_extract.inputs.planning.lanes import pack_for_all
 from jax_extract.inputs.planning.rows import pack
 from jax_extract.inputs.planning.slabs import FilledSlab, PlanSettings, Shapes, Slab, SlabShape
 from jax_extract.inputs.planning.within_batches.packed import packed_batches, packed_slabs
 from jax_extract.inputs.planning.within_batches.padded import padded_batches, padded_slabs
-from jax_extract.inputs.token_table import TokenizedSample, TokenTable
+from jax_extract.inputs.token_table import TokenizedSample, TokenTable, windows_of
 
 WINDOW_SAMPLES = 65_536
+_CHUNK = 1_024
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,31 +147,25 @@ def plan_windows(
 ) -> Iterator[Window]:
     """Plans lazily, a window at a time."""
     stream = iter(samples)
-    windows = iter(lambda: list(itertools.islice(stream, window_samples)), [])
-    return plan_tables(map(TokenTable.of, windows), settings)
+    tables = map(TokenTable.of, iter(lambda: list(itertools.islice(stream, _CHUNK)), []))
+    return plan_tables(windows_of(tables, window_samples), settings)
 
 
-def plan_tables(tables: Iterable[TokenTable], settings: PlanSettings) -> Iterator[Window]:
-    """The same of windows that are tables."""
-    return WindowPlanner(settings).plan(tables)
+def plan_tables(tables: Iterable[tuple[TokenTable, bool]], settings: PlanSettings) -> Iterator[Window]:
+    """The same of whole windows, each with whether it is the last one."""
+    planner = WindowPlanner(settings)
+    return (planner.window(table, is_last) for table, is_last in tables)
 
 
 class WindowPlanner:
-    """Plans windows one after the other; holds what a window must know of those before it.
-
-    That is how many batches they have, the slab shapes, which are those that suit the first one, and their digest.
-    """
+    """Plans windows one after the other; what suits the first one must do for the others."""
 
     def __init__(self, settings: PlanSettings) -> None:
-        self._settings = settings
+        self._version = settings.version
+        self._arrange = _WholeMesh(settings) if settings.version > 1 else _WithinBatches(settings)
         self._number = 0
-        self._batches = 0
-        self._shapes: Shapes = ()
+        self._batches = 0  # of all windows so far
         self._digest = hashlib.sha256(json.dumps(settings.as_json(), sort_keys=True).encode()).hexdigest()
-
-    def plan(self, tables: Iterable[TokenTable]) -> Iterator[Window]:
-        """Lazily; the last table ends the input."""
-        return (self.window(table, is_last) for table, is_last in _with_end(tables))
 
     def window(self, table: TokenTable, is_last: bool, digests: Sequence[bytes] = ()) -> Window:
         """The next one.
@@ -176,9 +173,7 @@ class WindowPlanner:
         Args:
           digests: of its parts, 32 bytes each, where they are known: then no token is looked at.
         """
-        settings = self._settings
-        arranged = _arranged if settings.version > 1 else _arranged_within_batches
-        arrangement, self._shapes, cuts = arranged(table, settings, self._shapes, not is_last)
+        arrangement, cuts = self._arrange(table, more_to_come=not is_last)
         places = (
             (batch, part, len(bounds) - 1, start, stop)
             for batch, bounds in enumerate(cuts, self._batches + 1)
@@ -186,23 +181,23 @@ class WindowPlanner:
         )
         known = itertools.chain(digests, itertools.repeat(b""))
         parts = tuple(
-            Part(batch, part, of, arrangement, start, stop, settings.version, digest)
+            Part(batch, part, of, arrangement, start, stop, self._version, digest)
             for (batch, part, of, start, stop), digest in zip(places, known, strict=False)
         )
-        self._batches += len(cuts)
-        self._digest = hashlib.sha256("".join([self._digest, *(part.digest for part in parts)]).encode()).hexdigest()
-        number, self._number = self._number, self._number + 1
-        return Window(number, arrangement, parts, self._shapes, self._digest, is_last)
+        digest = hashlib.sha256("".join([self._digest, *(part.digest for part in parts)]).encode()).hexdigest()
+        number = self._number
+        self.pass_over(self._batches + len(cuts), digest)
+        return Window(number, arrangement, parts, self._arrange.shapes, digest, is_last)
 
-    def pass_over(self, batches: int, shapes: Shapes, digest: str) -> None:
-        """A window that need not be planned any more.
+    def pass_over(self, batches: int, digest: str) -> None:
+        """A window after the first that need not be planned.
 
         Args:
           batches: in it and in all before it.
-          shapes, digest: as it has them.
+          digest: its own.
         """
         self._number += 1
-        self._batches, self._shapes, self._digest = batches, shapes, digest
+        self._batches, self._digest = batches, digest
 
 
 def layout_digest(window: Window) -> str:
@@ -242,28 +237,27 @@ def part_digest(version: int, key: tuple[int, int], slabs: Sequence[Slab], sampl
     return total.hexdigest()
 
 
-def _with_end(tables: Iterable[TokenTable]) -> Iterator[tuple[TokenTable, bool]]:
-    """Each with whether it is the last one; the next one is made before its turn."""
-    stream = iter(tables)
-    if (table := next(stream, None)) is None:
-        return
-    for following in stream:
-        yield table, False
-        table = following
-    yield table, True
-
-
 Cuts = list[list[int]]  # of each batch, the places where its parts begin, and where the last one ends
 
 
-def _arranged(
-    table: TokenTable, settings: PlanSettings, shapes: Shapes, more_to_come: bool
-) -> tuple[Arrangement, Shapes, Cuts]:
-    packed = pack(table.lengths, settings, shapes, more_to_come)
-    arrangement = Arrangement(table, packed.order, packed.slabs)
-    size = settings.samples_per_batch
-    batches = [(start, min(start + size, len(table))) for start in range(0, len(table), size)]
-    return arrangement, packed.shapes, [_cut(arrangement, start, stop, settings) for start, stop in batches]
+class _WholeMesh:
+    """Arranges windows of a plan of version 2; what suits the first one must do for those that follow."""
+
+    def __init__(self, settings: PlanSettings) -> None:
+        self.settings = settings
+        self.shapes: Shapes = ()
+
+    def __call__(self, table: TokenTable, more_to_come: bool) -> tuple[Arrangement, Cuts]:
+        if self.shapes:
+            packed = pack(table.lengths, self.settings, self.shapes, more_to_come)
+        else:
+            devices, packed = pack_for_all(table.lengths, self.settings, more_to_come)
+            self.settings = dataclasses.replace(self.settings, devices=devices)
+            self.shapes = packed.shapes
+        arrangement = Arrangement(table, packed.order, packed.slabs)
+        size = self.settings.samples_per_batch
+        batches = [(start, min(start + size, len(table))) for start in range(0, len(table), size)]
+        return arrangement, [_cut(arrangement, start, stop, self.settings) for start, stop in batches]
 
 
 def _cut(arrangement: Arrangement, start: int, stop: int, settings: PlanSettings) -> list[int]:
@@ -288,29 +282,33 @@ def _cut(arrangement: Arrangement, start: int, stop: int, settings: PlanSettings
     return [*cuts, stop]
 
 
-def _arranged_within_batches(
-    table: TokenTable, settings: PlanSettings, shapes: Shapes, more_to_come: bool
-) -> tuple[Arrangement, Shapes, Cuts]:
-    """As runs of version 1 are planned."""
-    samples = list(table)
-    place = {id(sample): i for i, sample in enumerate(samples)}
-    arrange = packed_batches if settings.packed else padded_batches
-    shapes, batches = arrange(samples, settings, shapes, more_to_come)
-    order: list[int] = []
-    slabs: list[Slab] = []
-    cuts: Cuts = []
-    for batch in batches:
-        cuts.append([len(order)])
-        size = 0
-        for shape, rows in batch:
-            members = [sample for row in rows for sample in row]
-            more = sum(settings.positions.rows(s.length) for s in members) * settings.bytes_per_row
-            whole = settings.positions.one_row_per_sample
-            if len(order) > cuts[-1][-1] and size + more > settings.max_shard_bytes and not whole:
-                cuts[-1].append(len(order))
-                size = 0
-            slabs.append(Slab(shape, len(order), tuple(map(len, rows))))
-            order += [place[id(sample)] for sample in members]
-            size += more
-        cuts[-1].append(len(order))
-    return Arrangement(table, np.array(order, np.int64), tuple(slabs)), shapes, cuts
+class _WithinBatches:
+    """Arranges windows as runs of version 1 are planned."""
+
+    def __init__(self, settings: PlanSettings) -> None:
+        self.settings = settings
+        self.shapes: Shapes = ()
+
+    def __call__(self, table: TokenTable, more_to_come: bool) -> tuple[Arrangement, Cuts]:
+        settings, samples = self.settings, list(table)
+        place = {id(sample): i for i, sample in enumerate(samples)}
+        arrange = packed_batches if settings.packed else padded_batches
+        self.shapes, batches = arrange(samples, settings, self.shapes, more_to_come)
+        order: list[int] = []
+        slabs: list[Slab] = []
+        cuts: Cuts = []
+        for batch in batches:
+            cuts.append([len(order)])
+            size = 0
+            for shape, rows in batch:
+                members = [sample for row in rows for sample in row]
+                more = sum(settings.positions.rows(s.length) for s in members) * settings.bytes_per_row
+                whole = settings.positions.one_row_per_sample
+                if len(order) > cuts[-1][-1] and size + more > settings.max_shard_bytes and not whole:
+                    cuts[-1].append(len(order))
+                    size = 0
+                slabs.append(Slab(shape, len(order), tuple(map(len, rows))))
+                order += [place[id(sample)] for sample in members]
+                size += more
+            cuts[-1].append(len(order))
+        return Arrangement(table, np.array(order, np.int64), tuple(slabs)), cuts

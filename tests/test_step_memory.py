@@ -11,12 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jax
 import pytest
 from small_run import run_here, write_jsonl
 
 from jax_extract import UserError
-from jax_extract.devices import memory, platform
+from jax_extract.devices import memory
 from jax_extract.extraction.program import CaptureProgram
 
 GIB = 1 << 30
@@ -90,11 +89,3 @@ def test_a_run_that_does_not_fit_ends_before_its_first_step(
         with pytest.raises(UserError, match=words):
             run_here(model, tasks, tmp_path / "out", layers_to_extract=(3,))
     assert not list((tmp_path / "out").glob("*.pkl"))
-
-
-@pytest.mark.parametrize(("devices", "tokens"), [(1, 4_096), (16, 4_096), (64, 1_024), (1_000, 256)])
-def test_many_cpu_devices_of_one_process_have_smaller_slabs(
-    monkeypatch: pytest.MonkeyPatch, devices: int, tokens: int
-) -> None:
-    monkeypatch.setattr(jax, "local_device_count", lambda: devices)
-    assert platform.platform_defaults().slab_tokens == tokens

@@ -33,7 +33,7 @@ from jax_extract.extraction.pending import Committed, pending_parts
 from jax_extract.extraction.place import Place, keep_config, kept_by
 from jax_extract.extraction.planned_input import PlannedInput
 from jax_extract.extraction.prepare import Job, wrapping_of
-from jax_extract.extraction.resumption import FINGERPRINT, Resumption, drop_kept_windows, fingerprint_of_all
+from jax_extract.extraction.resumption import FINGERPRINT, Resumption, drop_kept_windows
 from jax_extract.extraction.session import Session, Windows, keep_in
 from jax_extract.extraction.summary import tell_input, tell_layout, tell_notes, tell_plan, tell_request, tell_result
 from jax_extract.inputs.planning.slabs import PlanSettings, Shapes, SlabShape
@@ -41,6 +41,7 @@ from jax_extract.inputs.planning.windows import WINDOW_SAMPLES, Part, shapes_of
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.sources import Source, open_source
 from jax_extract.inputs.tokenize import Continued, InputCounts, tokenizer_digest
+from jax_extract.inputs.tokenizing.share import Share
 from jax_extract.inputs.wrapping import Kept
 from jax_extract.store.budget import ByteBudget, default_limit
 from jax_extract.store.ledger import COMMITS, RUN_FILE, Ledger, RunStartedMeanwhile, part_name
@@ -206,16 +207,12 @@ class _Extraction:
         same = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
         processes.require_equal("model, options or library versions", same, "make them the same on every host")
         committed = self.place.committed(processes, found)
-        resumed = self._resumption(found, committed, run["description"])
-        wrapping = wrapping_of(config, self._kept)
-        planned = PlannedInput(
-            self.source, self.job, settings, wrapping, self.continued, resumed.kept, frozenset(resumed.done)
-        )
+        source = dataclasses.replace(self.source, fingerprint=lambda: None) if self.continued else self.source
+        resumed = Resumption.of(source, found, committed, processes, terminal)
+        if not found:
+            run["description"][FINGERPRINT] = resumed.fingerprint
         with processes.together():
-            if resumed.last_plan:
-                plan = self._nothing_to_do(resumed.last_plan)
-            else:
-                plan = self._check_plan(planned, found, committed)
+            plan = self._check_plan(settings, resumed, found, committed)
             budget = host_budget(config, self.job, self.place, plan.pending)
         processes.require_equal("plan", plan.digest, "give every process the same inputs, model and options")
         with processes.together():
@@ -255,15 +252,6 @@ class _Extraction:
     def weights(self) -> Loadable:
         return self.job.weights()
 
-    def _resumption(self, found: Ledger | None, committed: Committed, description: dict[str, Any]) -> Resumption:
-        """What the run that is there spares this session; a new one is told in its description what it reads."""
-        known = found.run["description"].get(FINGERPRINT) if found else ""
-        fingerprint = None if known is None or self.continued else fingerprint_of_all(self.source, self.processes)
-        if found:
-            return Resumption.of(found, committed, fingerprint, self.processes, self.terminal)
-        description[FINGERPRINT] = fingerprint
-        return Resumption(keeps=fingerprint is not None)
-
     def _nothing_to_do(self, last_plan: Mapping[str, Any]) -> _Plan:
         """What is told of a run that is finished; its input was counted when its last window was planned."""
         counts = self.job.new_counts()
@@ -273,7 +261,9 @@ class _Extraction:
         tell_input(self.source, counts, self.job, self.terminal)
         return _Plan(None, last_plan["digest"], 0, tuple(SlabShape(*shape) for shape in last_plan["shapes"]), set())
 
-    def _check_plan(self, planned: PlannedInput, found: Ledger | None, committed: Committed) -> _Plan:
+    def _check_plan(
+        self, settings: PlanSettings, resumed: Resumption, found: Ledger | None, committed: Committed
+    ) -> _Plan:
         """Refuses inputs that are not the run's, and what cannot fit the disk.
 
         Of a finite input the plan is complete before the first step; of a stream one window, so that an input
@@ -281,6 +271,14 @@ class _Extraction:
         """
         if self.config.one_file_per_layer and not self.source.finite:
             _require_one_window(self.config.n_samples)
+        if resumed.last_plan:
+            return self._nothing_to_do(resumed.last_plan)
+        wrapping = wrapping_of(self.config, self._kept)
+        processes = self.processes
+        share = Share(processes.index, processes.count, processes.gather_bytes) if processes.count > 1 else None
+        planned = PlannedInput(
+            self.source, self.job, settings, wrapping, self.continued, resumed.kept, resumed.done, share
+        )
         if not self.source.finite:
             return self._check_first_window(planned)
         every = list(planned.windows())

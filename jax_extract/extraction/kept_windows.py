@@ -19,9 +19,9 @@ from typing import NamedTuple
 import numpy as np
 
 from jax_extract.errors import UserError, damage_is_told
-from jax_extract.inputs.planning.slabs import SlabShape
+from jax_extract.inputs.columns import Texts
 from jax_extract.inputs.planning.windows import Window, WindowPlanner, layout_digest
-from jax_extract.inputs.token_table import Texts, TokenTable
+from jax_extract.inputs.token_table import TokenTable
 from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.store import token_files
 from jax_extract.store.ledger import Ledger
@@ -98,8 +98,7 @@ class KeptWindow:
 
     def pass_over(self, planner: WindowPlanner) -> None:
         """For the windows behind it, where nothing of it is to be done any more."""
-        shapes = tuple(SlabShape(*shape) for shape in self.file.said["shapes"])
-        planner.pass_over(self.file.said["batches"], shapes, self.digest)
+        planner.pass_over(self.file.said["batches"], self.digest)
 
 
 class _KeptTable(TokenTable):
@@ -137,7 +136,6 @@ def keep(ledger: Ledger, planned: Planned, attempt: str) -> None:
         "digest": window.digest,
         "layout": layout_digest(window),
         "batches": window.parts[-1].batch,
-        "shapes": window.shapes,
         "counts": dataclasses.asdict(planned.counts),
     }
     token_files.write(ledger, window.number, arrays, said, attempt)

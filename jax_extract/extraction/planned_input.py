@@ -16,6 +16,8 @@ from jax_extract.inputs.planning.slabs import PlanSettings
 from jax_extract.inputs.planning.windows import WindowPlanner
 from jax_extract.inputs.sources import Source
 from jax_extract.inputs.tokenize import Continued
+from jax_extract.inputs.tokenizing.ahead import ahead
+from jax_extract.inputs.tokenizing.share import Share
 from jax_extract.inputs.wrapping import Wrapping
 
 
@@ -25,6 +27,7 @@ class PlannedInput:
     continued: gives a sample with what follows its prompt, where something does.
     kept: windows from the first one on.
     done: numbers of those of which nothing is to be computed any more; of a stream they are passed over.
+    share: of this process, where several tokenise together what is not kept.
     """
 
     source: Source
@@ -34,6 +37,7 @@ class PlannedInput:
     continued: Continued | None = None
     kept: Sequence[KeptWindow] = ()
     done: Collection[int] = ()
+    share: Share | None = None
     _all: list[Planned] | None = field(default=None, repr=False)
 
     def windows(self) -> Iterator[Planned]:
@@ -55,20 +59,24 @@ class PlannedInput:
     def _from_source(self) -> Iterator[Planned]:
         """Each with what was counted when it was planned: the input is read on before a window is given."""
         counts = self.job.new_counts(self.settings)
-        windows = self.job.windows(self.source.samples(), self.settings, self.wrapping, counts, self.continued)
-        if not self.source.finite:
-            return (Planned.now(window, counts) for window in windows)
-        all_windows = list(windows)
-        return (Planned.now(window, counts) for window in all_windows)
+        samples = self.source.samples()
+        windows = self.job.windows(samples, self.settings, self.wrapping, counts, self.continued, self.share)
+        if self.source.finite:
+            all_windows = list(windows)
+            return (Planned.now(window, counts) for window in all_windows)
+        planned = (Planned.now(window, counts) for window in windows)
+        # What processes exchange is for one thread; without that the next window is made while one is computed.
+        return planned if self.share else ahead(planned)
 
     def _of_stream(self) -> Iterator[Planned]:
         planner = WindowPlanner(self.settings)
         given = 0
         for number, kept in enumerate(self.kept):
-            if number in self.done:
+            if number and number in self.done:
                 kept.pass_over(planner)
             elif planned := kept.planned(planner, self.job.new_counts(self.settings)):
-                yield planned
+                if number not in self.done:
+                    yield planned
             else:
                 break
             given += 1

@@ -25,24 +25,37 @@ FINGERPRINT = "input_fingerprint"  # in the description of a run
 @dataclass(frozen=True)
 class Resumption:
     """Attributes:
+    fingerprint: of the input, where every process has the same; None where that cannot be known, or nobody needs it.
+    keeps: whether windows of this run may be kept for the next session.
     kept: windows that need not be tokenised, from the first one on.
     done: numbers of windows all of whose parts are committed.
     last_plan: that of the last window, where all parts of the whole plan are committed; else None.
-    keeps: whether a session of this run may keep windows for the next one.
     """
 
+    fingerprint: str | None = None
+    keeps: bool = False
     kept: Sequence[KeptWindow] = ()
     done: Collection[int] = ()
     last_plan: Mapping[str, Any] | None = None
-    keeps: bool = False
 
     @classmethod
     def of(
-        cls, found: Ledger, committed: Committed, fingerprint: str | None, processes: Processes, terminal: Terminal
+        cls, source: Source, found: Ledger | None, committed: Committed, processes: Processes, terminal: Terminal
     ) -> Resumption:
-        """`fingerprint`: of the input now, as all processes have it."""
-        if fingerprint is None or fingerprint != found.run["description"].get(FINGERPRINT):
+        """`found`: the run that is there, if there is one."""
+        begun = found.run["description"].get(FINGERPRINT) if found else ""
+        if begun is None:
             return cls()
+        own = set(processes.of_all(source.fingerprint()))
+        fingerprint = own.pop() if len(own) == 1 else None
+        if found is None:
+            return cls(fingerprint, fingerprint is not None)
+        return cls._same_input(fingerprint, found, committed, processes, terminal) if fingerprint == begun else cls()
+
+    @classmethod
+    def _same_input(
+        cls, fingerprint: str, found: Ledger, committed: Committed, processes: Processes, terminal: Terminal
+    ) -> Resumption:
         windows: list[KeptWindow] = []
 
         def look() -> dict[str, Any]:
@@ -58,23 +71,17 @@ class Resumption:
 
         said = processes.of_first(look)
         if last := said.get("last"):
-            return cls(last_plan=last, keeps=True)
+            return cls(fingerprint, True, last_plan=last)
         with processes.together():
             if not processes.is_first:
                 windows = kept_windows_of(found, said["kept"])
-        return cls(windows, said["done"], keeps=True)
+        return cls(fingerprint, True, windows, frozenset(said["done"]))
 
 
 def _is_committed(plan: Mapping[str, Any], committed: Committed) -> bool:
     """Whether all parts of a window are committed, as they are planned."""
     records = ((committed.get((part["batch"], part["part"])), part["digest"]) for part in plan["parts"])
     return all(record is not None and record.plan == digest for record, digest in records)
-
-
-def fingerprint_of_all(source: Source, processes: Processes) -> str | None:
-    """Of the bytes that a source reads, where every process has the same; None where that cannot be known."""
-    found = set(processes.of_all(source.fingerprint()))
-    return found.pop() if len(found) == 1 else None
 
 
 def drop_kept_windows(ledger: Ledger) -> None:

@@ -215,9 +215,9 @@ def _alike(files: list[Path]) -> list[Path]:
     ]
 
 
-def all_files(folder: Path) -> list[Path]:
-    """Every file within a folder that may decide its tasks, in the order of their places."""
-    return sorted(_walk(folder), key=lambda file: file.relative_to(folder).parts)
+def all_files(folder: Path) -> Iterator[Path]:
+    """Every file within a folder that may decide its tasks, in the order of their places; UserError on the way."""
+    yield from sorted(_walk(folder), key=lambda file: file.relative_to(folder).parts)
 
 
 def _walk(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:

@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from jax_extract.errors import UserError
+
 _READERS = ("jax_extract", "tokenizers", "transformers", "datasets", "pyarrow")
 _AT_A_COMMIT = re.compile(r"hf://datasets/[^@]+@[0-9a-f]{40}/.+")
 _AT_ONCE = 4  # files
@@ -38,16 +40,16 @@ def fingerprint(
     """
     if origin is None:
         return None
-    there = [entry if _AT_A_COMMIT.fullmatch(str(entry)) else Path(entry) for entry in origin]
-    files = [entry for entry in there if isinstance(entry, Path)]
     try:
+        there = [entry if _AT_A_COMMIT.fullmatch(str(entry)) else Path(entry) for entry in origin]
+        files = [entry for entry in there if isinstance(entry, Path)]
         if not all(file.is_file() for file in files):
             return None
         if most is not None and sum(file.stat().st_size for file in files) > most:
             return None
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="jax_extract-fingerprint") as pool:
             digests = dict(zip(files, pool.map(_digest, files), strict=True))
-    except OSError:  # told when it is read
+    except (OSError, UserError):  # told when it is read
         return None
     names = {file: file.name if within is None else file.relative_to(within).as_posix() for file in files}
     content = [[names[entry], digests[entry]] if isinstance(entry, Path) else entry for entry in there]

@@ -207,12 +207,12 @@ class Ledger:
             self.storage.sync(UPLOADED)
 
     def holds_plan(self, number: int, digest: str, counted: Mapping[str, Any]) -> bool:
-        """Whether the plan of a window is stored, by its digest and what was counted of the input."""
+        """Whether the plan of a window is stored, by its digest and, of the last one, what was counted of the input."""
         name = f"{PLAN}/{number:06d}.json"
         if not self.storage.exists(name):
             return False
         stored = read_json(self.storage, name)
-        return (stored.get("digest"), stored.get("input")) == (digest, dict(counted))
+        return stored.get("digest") == digest and (not stored.get("last", True) or stored.get("input") == dict(counted))
 
     def keep_plan(self, number: int, plan: Mapping[str, Any]) -> None:
         """Stores a window's plan, or checks that it is the one that is stored."""

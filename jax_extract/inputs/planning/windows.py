@@ -151,7 +151,8 @@ def plan_windows(
 
 def plan_tables(tables: Iterable[tuple[TokenTable, bool]], settings: PlanSettings) -> Iterator[Window]:
     """The same of windows that are tables, each with whether it is the last one."""
-    return WindowPlanner(settings).plan(tables)
+    planner = WindowPlanner(settings)
+    return (planner.window(table, is_last) for table, is_last in tables)
 
 
 class WindowPlanner:
@@ -166,10 +167,6 @@ class WindowPlanner:
         self._batches = 0
         self._shapes: Shapes = ()
         self._digest = hashlib.sha256(json.dumps(settings.as_json(), sort_keys=True).encode()).hexdigest()
-
-    def plan(self, tables: Iterable[tuple[TokenTable, bool]]) -> Iterator[Window]:
-        """Lazily."""
-        return (self.window(table, is_last) for table, is_last in tables)
 
     def window(self, table: TokenTable, is_last: bool, digests: Sequence[bytes] = ()) -> Window:
         """The next one.
@@ -195,15 +192,15 @@ class WindowPlanner:
         number, self._number = self._number, self._number + 1
         return Window(number, arrangement, parts, self._shapes, self._digest, is_last)
 
-    def pass_over(self, batches: int, shapes: Shapes, digest: str) -> None:
-        """A window that need not be planned any more.
+    def pass_over(self, batches: int, digest: str) -> None:
+        """A window after the first that need not be planned any more.
 
         Args:
           batches: in it and in all before it.
-          shapes, digest: as it has them.
+          digest: its own.
         """
         self._number += 1
-        self._batches, self._shapes, self._digest = batches, shapes, digest
+        self._batches, self._digest = batches, digest
 
 
 def layout_digest(window: Window) -> str:

@@ -498,7 +498,7 @@ def test_the_hash_of_a_dataset_is_of_its_samples_and_not_of_chunks() -> None:
     assert "chained" not in InputCounts(chained=False).as_json()
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.lists(st.text(st.sampled_from("aé\ud800🙂"), max_size=2), max_size=6), max_size=6))
 def test_an_id_that_was_there_is_found(chunks: list[list[str]]) -> None:
     names, seen = Names(), set()
@@ -529,7 +529,7 @@ rows = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.lists(rows, max_size=4), max_size=4), st.data())
 def test_columns_give_back_what_they_were_made_of(parts: list[list[dict[str, Any]]], data: st.DataObject) -> None:
     whole = [row for part in parts for row in part]
@@ -551,7 +551,7 @@ def test_rows_that_are_alike_are_numbers_alone() -> None:
     assert sum(value.nbytes for value in column.values if not isinstance(value, str)) == 12 * 8
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(0, 7), max_size=6), st.integers(1, 5))
 def test_windows_are_cut_from_tables_and_the_last_is_known(sizes: list[int], most: int) -> None:
     samples = [TokenizedSample(i, f"s{i}", np.full(i % 3 + 1, i, np.int32), 9, {"line": i}) for i in range(sum(sizes))]
@@ -583,7 +583,7 @@ def test_a_plain_row_takes_few_bytes_beside_its_tokens() -> None:
     def constant(texts: list[str], **_: object) -> dict[str, list[list[int]]]:
         return {"input_ids": [[7] * 12 if text else [] for text in texts]}
 
-    count = 30_000
+    count = 20_000
     samples = (Sample(f"lines:{i}", "text", {"line": i}) for i in range(count))
     tracemalloc.start()
     try:

@@ -3,15 +3,16 @@
 Guarded: where tokens lie in their samples, and what is kept of them, against NumPy, with few samples a row and with
 many; every hook point of a row of 200 samples against Hugging Face, one sample at a time; splash attention, interpreted
 on CPU, of rows with other numbers of samples, with a window and a soft cap; how many pairs it computes, as its own mask
-has them; and captures that travel: every device has them all, and the same bytes.
+has them; what is told to the plan; and captures that travel: every device has them all, and the same bytes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +24,19 @@ from test_accelerated_attention import plain, random_heads, scaled, worst
 from test_parity import assert_parity, captured_in_one_slab
 from tiny_models import random_ids, reference, tiny_folder, tiny_model
 
+from jax_extract.devices.platform import platform_defaults
+from jax_extract.extraction import jax_backend
+from jax_extract.extraction.backend import holds_several_a_row
+from jax_extract.extraction.program import rows_travel
+from jax_extract.inputs.planning.slabs import PlanSettings
+from jax_extract.weights.open_model import OpenModel
 from models import accelerated_attention, packing
 from models.accelerated_attention import attention_block, computed_pairs, kernel_attention, seen_pairs
+from models.hooks import CapturePlan
 from models.layers import Numerics
 from models.packing import Packing
 from models.positions import Positions
+from models.qwen2_jax_with_hooks import PORT, Qwen2Config
 
 
 def random_lengths(rows: int, samples: int, tokens: int) -> np.ndarray:
@@ -140,6 +149,47 @@ def test_the_pairs_that_are_seen_are_counted_one_by_one(window: int | None) -> N
     seen = sum(min(t + 1, window or t + 1) for length in lengths.flat for t in range(length))
     assert seen_pairs(lengths, window) == seen
     assert computed_pairs(9, 1, window) == seen_pairs(np.array([9]), window), "blocks of one pair are the mask itself"
+
+
+def test_a_backend_says_what_a_pair_costs_where_attention_computes_pairs_of_two_samples() -> None:
+    config = Qwen2Config.qwen2_5_0_5b()
+    model = OpenModel(cast("Any", None), PORT, config)
+    plan = CapturePlan((("after_block", (3,)),), Positions.parse("last"))
+    here = jax_backend.JaxBackend.open("1,1", "bfloat16")
+    assert here.pair_cost(model, plan) == 0 and here.attention_block == 1
+    there = dataclasses.replace(here, numerics=Numerics("bfloat16", "splash"))
+    d, ff, keys = 896, 4_864, 128
+    of_a_token = d * (d + 2 * keys) + d * d + 3 * d * ff  # q, k, v; o; gate, up, down
+    assert there.pair_cost(model, plan) == pytest.approx(2 * d / of_a_token), "a product for the logit, one for the mix"
+    assert there.attention_block == attention_block(8_192) == 512
+    assert there.pair_cost(model, CapturePlan((("embeddings", ()),), Positions.parse("last"))) == 0
+
+
+@pytest.mark.parametrize(("name", "samples_a_row"), [("cpu", 0), ("tpu", 0), ("gpu", 1), ("cuda", 1)])
+def test_a_row_holds_one_sample_where_attention_cannot_tell_two_apart(
+    name: str, samples_a_row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: name)
+    found = platform_defaults()
+    assert found.samples_a_row == samples_a_row
+    assert found.packed == (name == "cpu")
+
+
+def test_plans_of_before_hold_several_samples_a_row_only_where_they_are_packed() -> None:
+    before = PlanSettings(8, 8, 4_096, 16, 512, Positions.parse("last"), 4)
+    now = dataclasses.replace(before, version=2)
+    assert not holds_several_a_row(before) and holds_several_a_row(now)
+    assert holds_several_a_row(dataclasses.replace(before, packed=True))
+    assert not holds_several_a_row(dataclasses.replace(before, packed=True, rows=1))
+    assert not holds_several_a_row(dataclasses.replace(now, samples_a_row=1))
+
+
+@pytest.mark.parametrize(("text", "travel"), [
+    ("last", True), ("mean", True), ("first:4", True), ("at:0,7", True), ("every:8", False), ("all", False),
+])  # fmt: skip
+def test_rows_travel_where_they_are_few(text: str, travel: bool) -> None:
+    assert rows_travel(Positions.parse(text), 256_000_000) == travel
+    assert not rows_travel(Positions.parse(text), 256_000_001)
 
 
 TRAVELLING = """

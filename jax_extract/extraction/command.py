@@ -33,7 +33,7 @@ from jax_extract.extraction.pending import Committed, pending_parts
 from jax_extract.extraction.place import Place, keep_config, kept_by
 from jax_extract.extraction.planned_input import PlannedInput
 from jax_extract.extraction.prepare import Job, wrapping_of
-from jax_extract.extraction.resumption import FINGERPRINT, Resumption, drop_kept_windows
+from jax_extract.extraction.resumption import FINGERPRINT, Fingerprint, Resumption, drop_kept_windows
 from jax_extract.extraction.session import Session, Windows, keep_in
 from jax_extract.extraction.summary import tell_input, tell_layout, tell_notes, tell_plan, tell_request, tell_result
 from jax_extract.inputs.planning.slabs import PlanSettings, Shapes, SlabShape
@@ -207,13 +207,13 @@ class _Extraction:
         same = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
         processes.require_equal("model, options or library versions", same, "make them the same on every host")
         committed = self.place.committed(processes, found)
-        source = dataclasses.replace(self.source, fingerprint=lambda: None) if self.continued else self.source
-        resumed = Resumption.of(source, found, committed, processes, terminal)
-        if not found:
-            run["description"][FINGERPRINT] = resumed.fingerprint
+        known = Fingerprint(dataclasses.replace(self.source, fingerprint=_unknown) if self.continued else self.source)
+        resumed = Resumption.of(found, committed, known, processes, terminal) if found else Resumption()
         with processes.together():
             plan = self._check_plan(settings, resumed, found, committed)
             budget = host_budget(config, self.job, self.place, plan.pending)
+        if not found and (fingerprint := known.of_all(processes)):
+            run["description"][FINGERPRINT], resumed = fingerprint, Resumption(keeps=True)
         processes.require_equal("plan", plan.digest, "give every process the same inputs, model and options")
         with processes.together():
             self.place.bring_over()
@@ -383,6 +383,10 @@ def _open_source(config: ExtractConfig) -> Source:
         id_column=config.id_column,
         skip_bad_tasks=config.skip_bad_tasks,
     )
+
+
+def _unknown() -> None:
+    """The fingerprint of what nobody knows but by reading it."""
 
 
 def _left_out(source: Source) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,24 +45,35 @@ class Planned(NamedTuple):
 
 @dataclass(frozen=True)
 class KeptWindow:
-    """A window in a file."""
+    """A window in a file; of its arrays each is read and checked when it is first asked for."""
 
     file: TokenFile
 
     @classmethod
-    def open(cls, ledger: Ledger, number: int) -> KeptWindow | None:
-        """None where there is none of this run; UserError where it is damaged, as far as that shows without tokens."""
+    def open(cls, ledger: Ledger, number: int, is_done: bool) -> KeptWindow | None:
+        """None where there is none of this run.
+
+        Args:
+          is_done: nothing of it is to be computed any more, so that only the header need be sound.
+
+        Raises:
+          UserError: it is damaged, as far as that shows without token ids.
+        """
         if (file := TokenFile.open(ledger, number)) is None:
             return None
         kept = cls(file)
-        with damage_is_told(file.storage.where(file.name), "remove it and give the same command again"):
-            sizes = {len(kept.table) + 1, len(kept.table.offsets)}
-            sizes |= {len(texts) + 1 for texts in (kept.table.sample_ids, kept.table.meta)}
-            sizes |= {len(kept.table.sample_indices) + 1, len(kept.table.full_lengths) + 1}
-            if len(sizes) != 1 or len(kept.digests) * _DIGEST_BYTES != len(file.array("digests")):
-                raise ValueError("its arrays do not fit each other")
+        with damage_is_told(file.storage.where(file.name), token_files.MEND):
             kept.counted(InputCounts())
+            _ = kept.is_last, kept.digest, file.said["layout"], file.said["batches"]
+            if not is_done:
+                kept._require_sound()
         return kept
+
+    def _require_sound(self) -> None:
+        table, samples = self.table, len(self.table)
+        counts = [len(each) for each in (table.sample_ids, table.meta, table.sample_indices, table.full_lengths)]
+        if counts != [samples] * len(counts) or b"".join(self.digests) != self.file.array("digests").tobytes():
+            raise ValueError("its arrays do not fit each other")
 
     @cached_property
     def table(self) -> TokenTable:
@@ -145,12 +156,16 @@ def _as_texts(texts: Sequence[str]) -> Texts:
     return texts if isinstance(texts, Texts) else Texts.of(texts)
 
 
-def kept_windows(ledger: Ledger) -> tuple[list[KeptWindow], str]:
-    """The windows that are kept from the first one on, without a gap; and what was damaged, which is removed."""
-    there = set(token_files.names(ledger.storage))
+def kept_windows(ledger: Ledger, done: Collection[int]) -> tuple[list[KeptWindow], str]:
+    """The windows that are kept from the first one on, without a gap; and what was damaged, which is removed.
+
+    Args:
+      done: numbers of windows of which nothing is to be computed any more.
+    """
+    there = set(token_files.sizes(ledger.storage))
     count = next(number for number in itertools.count() if token_files.file_name(number) not in there)
     found: list[KeptWindow] = []
-    for number, window in enumerate(_opened(ledger, count)):
+    for number, window in enumerate(_opened(ledger, count, done)):
         if isinstance(window, KeptWindow):
             found.append(window)
             continue
@@ -159,20 +174,23 @@ def kept_windows(ledger: Ledger) -> tuple[list[KeptWindow], str]:
     return found, ""
 
 
-def kept_windows_of(ledger: Ledger, count: int) -> list[KeptWindow]:
+def kept_windows_of(ledger: Ledger, count: int, done: Collection[int]) -> list[KeptWindow]:
     """The same where another process has found so many; UserError where they are not here."""
-    found = [window for window in _opened(ledger, count) if isinstance(window, KeptWindow)]
+    found = [window for window in _opened(ledger, count, done) if isinstance(window, KeptWindow)]
     if len(found) < count:
-        raise UserError(f"{ledger.storage.where(token_files.file_name(len(found)))} is there on the first host alone")
+        raise UserError(
+            f"{ledger.storage.where(token_files.file_name(len(found)))} is sound on the first host and not here; "
+            "give them one place"
+        )
     return found
 
 
-def _opened(ledger: Ledger, count: int) -> list[KeptWindow | str | None]:
+def _opened(ledger: Ledger, count: int, done: Collection[int]) -> list[KeptWindow | str | None]:
     """Each window, or what is wrong with it, or None where it is not there."""
 
     def one(number: int) -> KeptWindow | str | None:
         try:
-            return KeptWindow.open(ledger, number)
+            return KeptWindow.open(ledger, number, is_done=number in done and number > 0)
         except UserError as error:
             return str(error)
 

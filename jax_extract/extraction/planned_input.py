@@ -6,16 +6,17 @@ kept, nothing of it is read or tokenised again.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from jax_extract.errors import UserError
 from jax_extract.extraction.kept_windows import KeptWindow, Planned
 from jax_extract.extraction.prepare import Job
 from jax_extract.inputs.planning.slabs import PlanSettings
 from jax_extract.inputs.planning.windows import WindowPlanner
 from jax_extract.inputs.sources import Source
-from jax_extract.inputs.tokenize import Continued
+from jax_extract.inputs.token_table import TokenTable, windows_of
+from jax_extract.inputs.tokenize import Continued, InputCounts
 from jax_extract.inputs.tokenizing.ahead import ahead
 from jax_extract.inputs.tokenizing.share import Share
 from jax_extract.inputs.wrapping import Wrapping
@@ -41,53 +42,51 @@ class PlannedInput:
     _all: list[Planned] | None = field(default=None, repr=False)
 
     def windows(self) -> Iterator[Planned]:
-        """Lazily; of a finite input they are planned once, all of them before the first is given."""
+        """Lazily; of a finite input they are planned once, all of them before the first is given.
+
+        Of a stream the next window is made while one is in use.
+        """
         if not self.source.finite:
-            return self._of_stream()
+            # What processes exchange is for one thread.
+            return self._planned() if self.share else ahead(self._planned())
         if self._all is None:
-            self._all = self._from_kept() or list(self._from_source())
+            found = list(self._planned())
+            # The input is known as a whole before any of them is used.
+            self._all = [Planned(window, found[-1].counts) for window, _ in found]
         return iter(self._all)
 
-    def _from_kept(self) -> list[Planned] | None:
-        """All windows, where they are kept whole and are laid out as they would be today."""
-        if not self.kept or not self.kept[-1].is_last:
-            return None
+    def _planned(self) -> Iterator[Planned]:
+        """The windows that are kept, then those that come from the source."""
         planner = WindowPlanner(self.settings)
-        found = [kept.planned(planner, self.job.new_counts(self.settings)) for kept in self.kept]
-        return None if None in found else [planned for planned in found if planned]
-
-    def _from_source(self) -> Iterator[Planned]:
-        """Each with what was counted when it was planned: the input is read on before a window is given."""
-        counts = self.job.new_counts(self.settings)
-        samples = self.source.samples()
-        windows = self.job.windows(samples, self.settings, self.wrapping, counts, self.continued, self.share)
-        if self.source.finite:
-            all_windows = list(windows)
-            return (Planned.now(window, counts) for window in all_windows)
-        planned = (Planned.now(window, counts) for window in windows)
-        # What processes exchange is for one thread; without that the next window is made while one is computed.
-        return planned if self.share else ahead(planned)
-
-    def _of_stream(self) -> Iterator[Planned]:
-        planner = WindowPlanner(self.settings)
-        given = 0
         for number, kept in enumerate(self.kept):
-            if number and number in self.done:
+            if number and number in self._passed:
                 kept.pass_over(planner)
-            elif planned := kept.planned(planner, self.job.new_counts(self.settings)):
-                if number not in self.done:
+            elif planned := kept.planned(planner, self._new_counts()):
+                if number not in self._passed:
                     yield planned
-            else:
-                break
-            given += 1
-            if kept.is_last:
-                return
-        for planned in self._from_source():
-            number = planned.window.number
-            if 0 < given == number + 1 and planned.window.digest != self.kept[number].digest:
-                raise UserError(
-                    f"{self.source.name} gives other samples than those that the run was begun with; restore the "
-                    "inputs, choose another --activations_dir, or start anew with --overwrite"
-                )
-            if number >= given:
-                yield planned
+            else:  # another version lays windows out in another way, which will be compared with the plan
+                return (yield from itertools.islice(self._from_source(WindowPlanner(self.settings)), number, None))
+        if not self.kept or not self.kept[-1].is_last:
+            yield from self._from_source(planner, [kept.table for kept in self.kept])
+
+    @property
+    def _passed(self) -> Collection[int]:
+        """Numbers of windows that nobody asks for any more."""
+        return () if self.source.finite else self.done
+
+    def _from_source(self, planner: WindowPlanner, known: Sequence[TokenTable] = ()) -> Iterator[Planned]:
+        """Windows behind those that are known, each with what was counted until it was planned."""
+        counts = self._new_counts()
+        if self.job.contexts is not None:  # which do not begin where documents do
+            passed, known = len(known), ()
+            planner = WindowPlanner(self.settings)
+        else:
+            passed = 0
+        tables = self.job.tables(self.source.samples(), self.wrapping, counts, self.continued, self.share, known)
+        for table, is_last in windows_of(tables, self.job.window_samples):
+            window = planner.window(table, is_last)
+            if window.number >= passed:
+                yield Planned.now(window, counts)
+
+    def _new_counts(self) -> InputCounts:
+        return self.job.new_counts(self.settings)

@@ -161,16 +161,17 @@ class Job:
         counts: InputCounts,
         continued: Continued | None = None,
         share: Share | None = None,
+        known: Sequence[TokenTable] = (),
     ) -> Iterator[TokenTable]:
         """Samples as the model sees them, lazily; `counts` tells afterwards what the input was.
 
         Args:
-          share: see `tokenized_tables`.
+          share, known: see `tokenized_tables`.
         """
         tokenizer, vocabulary = self.model.tokenizer, self.model.config.vocab_size
         if self.contexts is None:
             most = self.prompt_length
-            return tokenized_tables(samples, tokenizer, most, wrapping, counts, vocabulary, continued, share)
+            return tokenized_tables(samples, tokenizer, most, wrapping, counts, vocabulary, continued, share, known)
         assert isinstance(counts, ContextCounts)
         read = InputCounts(chained=counts.chained)
         bare = dataclasses.replace(wrapping, add_special_tokens=False)  # contexts have theirs
@@ -187,11 +188,15 @@ class Job:
         share: Share | None = None,
     ) -> Iterator[Window]:
         """Tokenises and plans, lazily; `continued` gives a sample with what follows its prompt."""
-        most = WINDOW_SAMPLES
-        if self.contexts is not None:  # all are long, and nothing is gained by sorting many of them
-            most = min(most, max(1, _WINDOW_TOKENS // self.contexts.tokens))
         tables = self.tables(samples, wrapping, counts, continued, share)
-        return plan_tables(windows_of(tables, most), settings)
+        return plan_tables(windows_of(tables, self.window_samples), settings)
+
+    @property
+    def window_samples(self) -> int:
+        """Of a window, at most."""
+        if self.contexts is None:
+            return WINDOW_SAMPLES
+        return min(WINDOW_SAMPLES, max(1, _WINDOW_TOKENS // self.contexts.tokens))  # nothing is gained by sorting many
 
     def new_counts(self, settings: PlanSettings | None = None) -> InputCounts:
         """For `tables` to fill, and for `windows` with these settings."""

@@ -7,6 +7,7 @@ input is read, and compared with the plan that is stored.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,14 +26,12 @@ FINGERPRINT = "input_fingerprint"  # in the description of a run
 @dataclass(frozen=True)
 class Resumption:
     """Attributes:
-    fingerprint: of the input, where every process has the same; None where that cannot be known, or nobody needs it.
     keeps: whether windows of this run may be kept for the next session.
     kept: windows that need not be tokenised, from the first one on.
     done: numbers of windows all of whose parts are committed.
     last_plan: that of the last window, where all parts of the whole plan are committed; else None.
     """
 
-    fingerprint: str | None = None
     keeps: bool = False
     kept: Sequence[KeptWindow] = ()
     done: Collection[int] = ()
@@ -40,22 +39,12 @@ class Resumption:
 
     @classmethod
     def of(
-        cls, source: Source, found: Ledger | None, committed: Committed, processes: Processes, terminal: Terminal
+        cls, found: Ledger, committed: Committed, fingerprint: Fingerprint, processes: Processes, terminal: Terminal
     ) -> Resumption:
-        """`found`: the run that is there, if there is one."""
-        begun = found.run["description"].get(FINGERPRINT) if found else ""
-        if begun is None:
+        """What `found` spares."""
+        begun = found.run["description"].get(FINGERPRINT)
+        if begun is None or fingerprint.of_all(processes) != begun:
             return cls()
-        own = set(processes.of_all(source.fingerprint()))
-        fingerprint = own.pop() if len(own) == 1 else None
-        if found is None:
-            return cls(fingerprint, fingerprint is not None)
-        return cls._same_input(fingerprint, found, committed, processes, terminal) if fingerprint == begun else cls()
-
-    @classmethod
-    def _same_input(
-        cls, fingerprint: str, found: Ledger, committed: Committed, processes: Processes, terminal: Terminal
-    ) -> Resumption:
         windows: list[KeptWindow] = []
 
         def look() -> dict[str, Any]:
@@ -63,7 +52,7 @@ class Resumption:
             done = [plan["window"] for plan in plans if _is_committed(plan, committed)]
             if plans and plans[-1]["last"] and done == list(range(len(plans))):
                 return {"last": {**plans[-1], "parts": []}}
-            kept, damaged = kept_windows(found)
+            kept, damaged = kept_windows(found, done)
             if damaged:
                 terminal.line("note", f"{damaged}; the input is tokenised again")
             windows.extend(kept)
@@ -71,11 +60,28 @@ class Resumption:
 
         said = processes.of_first(look)
         if last := said.get("last"):
-            return cls(fingerprint, True, last_plan=last)
+            return cls(True, last_plan=last)
         with processes.together():
             if not processes.is_first:
-                windows = kept_windows_of(found, said["kept"])
-        return cls(fingerprint, True, windows, frozenset(said["done"]))
+                windows = kept_windows_of(found, said["kept"], said["done"])
+        return cls(True, windows, frozenset(said["done"]))
+
+
+class Fingerprint:
+    """Of what a source reads, made in a thread of its own from the beginning on."""
+
+    def __init__(self, source: Source) -> None:
+        self._made: list[str | None] = []
+        self._thread = threading.Thread(
+            target=lambda: self._made.append(source.fingerprint()), name="jax_extract-fingerprint", daemon=True
+        )
+        self._thread.start()
+
+    def of_all(self, processes: Processes) -> str | None:
+        """Where every process has the same; None where that cannot be known. All call it together."""
+        self._thread.join()
+        found = set(processes.of_all(self._made[0] if self._made else None))
+        return found.pop() if len(found) == 1 else None
 
 
 def _is_committed(plan: Mapping[str, Any], committed: Committed) -> bool:
@@ -86,7 +92,7 @@ def _is_committed(plan: Mapping[str, Any], committed: Committed) -> bool:
 
 def drop_kept_windows(ledger: Ledger) -> None:
     """Removes what is kept of windows when the run is whole: its sidecars hold the same."""
-    if token_files.names(ledger.storage) and _is_whole(ledger):
+    if token_files.sizes(ledger.storage) and _is_whole(ledger):
         token_files.remove_all(ledger.storage)
 
 

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import PurePosixPath
 
 from jax_extract.errors import damage_is_told
+from jax_extract.store import token_files
 from jax_extract.store.ledger import COMMITS, FOLDERS, RUN_FILE, UPLOADED, Ledger
 from jax_extract.store.metadata import METADATA_FILE, VERIFICATION_FILE
 from jax_extract.store.parts import ShardName
@@ -28,7 +29,7 @@ _QUEUED = 4_096  # deletions that wait for one of these threads
 def doomed(ledger: Ledger, found: Survey, torn: bool = False) -> dict[str, int]:
     """Name -> bytes of everything that `sweep` removes, in its order."""
     if not torn or not found.torn:
-        return found.orphans
+        return {**found.orphans, **_kept(ledger, found)}
     said = {**_of_torn(ledger, found, UPLOADED), **_of_torn(ledger, found, COMMITS)}
     if ledger.storage.exists(VERIFICATION_FILE):
         said = {VERIFICATION_FILE: len(ledger.storage.read(VERIFICATION_FILE)), **said}
@@ -48,7 +49,8 @@ def sweep(ledger: Ledger, found: Survey, torn: bool = False) -> None:
         _delete(storage, found.of_torn, partial(step, "sweep.orphan"))
     # Looked at again: reading every byte takes its time, and a process that should not run may have committed since.
     claimed = named_by(ledger.records()[0].values())
-    _delete(storage, (name for name in found.orphans if name not in claimed), partial(step, "sweep.orphan"))
+    unclaimed = (name for name in found.orphans if name not in claimed)
+    _delete(storage, (*unclaimed, *_kept(ledger, found)), partial(step, "sweep.orphan"))
 
 
 def erase(storage: Storage) -> None:
@@ -79,6 +81,11 @@ def erase(storage: Storage) -> None:
     for name in (METADATA_FILE, VERIFICATION_FILE):
         storage.delete(name)
     storage.delete(RUN_FILE)
+
+
+def _kept(ledger: Ledger, found: Survey) -> dict[str, int]:
+    """Name -> bytes of the token ids that are kept for a restart, of a run that needs none."""
+    return token_files.sizes(ledger.storage) if found.complete else {}
 
 
 def _of_torn(ledger: Ledger, found: Survey, folder: str) -> dict[str, int]:

@@ -27,7 +27,7 @@ _DTYPES = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "U8": np.dtype("u1")}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _FIRST_READ = 1 << 16  # bytes: of most files the whole header
 _LARGEST_HEADER = 1 << 26
-_MEND = "remove it and give the same command again"
+MEND = "remove it and give the same command again"
 
 
 def file_name(number: int) -> str:
@@ -35,13 +35,14 @@ def file_name(number: int) -> str:
     return f"{TOKENS}/{number:06d}.safetensors"
 
 
-def names(storage: Storage) -> list[str]:
-    """All files of the folder that are ours, also those that an attempt has left under its own name."""
-    return [f"{TOKENS}/{name}" for name in storage.entries(TOKENS) if _NAME.fullmatch(name)]
+def sizes(storage: Storage) -> dict[str, int]:
+    """Name -> bytes of all files that are ours, also those that an attempt has left under its own name."""
+    there = storage.entries(TOKENS)
+    return {f"{TOKENS}/{name}": entry.size for name, entry in there.items() if _NAME.fullmatch(name)}
 
 
 def remove_all(storage: Storage) -> None:
-    for name in names(storage):
+    for name in sizes(storage):
         storage.delete(name)
 
 
@@ -111,7 +112,7 @@ class TokenFile:
         """None where there is no such file, or it is another run's; UserError where it is damaged."""
         storage, name = ledger.storage, file_name(number)
         try:
-            with damage_is_told(storage.where(name), _MEND), _missing_passes():
+            with damage_is_told(storage.where(name), MEND), _missing_passes():
                 begin = storage.read(name, 0, _FIRST_READ)
                 size = 8 + int.from_bytes(begin[:8], "little")
                 if size > _LARGEST_HEADER:
@@ -136,7 +137,7 @@ class TokenFile:
 
     def array(self, name: str) -> np.ndarray:
         """An array, checked; in a directory it is mapped. UserError where it is damaged."""
-        with damage_is_told(self.storage.where(self.name), _MEND):
+        with damage_is_told(self.storage.where(self.name), MEND):
             dtype, start, stop = self.places[name]
             data = self._bytes(start, stop)
             if len(data) != stop - start:

@@ -94,7 +94,7 @@ class Encoder:
     def encode(self, prepared: Prepared) -> Encoded:
         """In this process; UserError where the tokenizer fails."""
         try:
-            opening = self._opening if prepared.texts else ""
+            opening = self.opening if prepared.texts else ""
             plain = self._plain if prepared.texts else _nothing
             tokens = worker.encode(plain, prepared.texts, self._adds, opening, self._most)
         except UserError:
@@ -109,7 +109,7 @@ class Encoder:
         lengths = np.frombuffer(tokens.full_lengths, np.int64)
         if prepared.given:
             token_ids, lengths = self._with_given(prepared, token_ids, lengths)
-        opening = self._opening if tokens.opened else ""
+        opening = self.opening if tokens.opened else ""
         return Encoded(token_ids, lengths, tokens.opened, opening, prepared.closed, prepared.clock_text)
 
     def failure(self, prepared: Prepared, said: str) -> UserError:
@@ -124,7 +124,7 @@ class Encoder:
         backend = self._backend
         if backend is None:
             return None
-        return Setup(backend.to_str(), backend.encode_special_tokens, self._adds, self._opening, self._most)
+        return Setup(backend.to_str(), backend.encode_special_tokens, self._adds, self.opening, self._most)
 
     def name_of(self, token: int) -> str:
         """` ('<call>')`, where the tokenizer has a name for it."""
@@ -199,7 +199,7 @@ class Encoder:
         return backend if backend.truncation is None and backend.padding is None else None
 
     @cached_property
-    def _opening(self) -> str:
+    def opening(self) -> str:
         """The token that the tokenizer puts before every text, where one may be there already."""
         if not self._opens_once:
             return ""

@@ -4,8 +4,8 @@
     python benchmarks/tokenizing.py                          the tokenizer of the demo's model; some minutes
     python benchmarks/tokenizing.py --tokenizer FOLDER       another model's
 
-Texts are English words of the tokenizer's own vocabulary, as often as words are in English (Zipf), one in four of two
-tokens. `tokenizer alone` is `encode_batch_fast` of the tokenizers library over the same chunks: its threads use all
+Texts are English words of the tokenizer's own vocabulary, as often as words are in English (Zipf), one in ten joined
+to another. `tokenizer alone` is `encode_batch_fast` of the tokenizers library over the same chunks: its threads use all
 cores, and its result is thrown away. `in this process` makes tables with those threads, `with processes` from the first
 chunk on with processes beside this one; `as commands do` starts these when the input has proven large. Samples are in
 memory before, except where rows are read. Every side is a process of its own; all take turns, and what counts is the
@@ -192,10 +192,11 @@ def _texts(tokenizer: Any, length: int, count: int) -> Iterator[str]:
     known = (word[1:] for word in tokenizer.backend_tokenizer.get_vocab() if word.startswith(("Ġ", "▁")))
     words = sorted(word for word in known if word.isascii() and word.isalpha() and word.islower() and len(word) > 2)
     chosen.shuffle(words)
-    words = [word + chosen.choice(words) if chosen.random() < 0.25 else word for word in words[:20_000]]
+    words = [word + chosen.choice(words) if chosen.random() < 0.1 else word for word in words[:20_000]]
     weights = [1 / rank for rank in range(1, len(words) + 1)]
     pool = chosen.choices(words, weights, k=1 << 20)
-    per = max(1, round(length / 1.2))
+    some = pool[:10_000]
+    per = max(1, round(length * len(some) / len(tokenizer.backend_tokenizer.encode(" ".join(some)))))
     for _ in range(count):
         at = chosen.randrange(len(pool) - per)
         yield " ".join(pool[at : at + per])

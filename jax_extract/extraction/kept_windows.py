@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -215,25 +216,30 @@ class Keeper:
         """Returns at once."""
         with self._changed:
             self._waiting.append(planned)
-            self._changed.notify()
+            self._changed.notify_all()
 
-    def close(self) -> str:
-        """Ends when the file that is being written is there; says why one could not be kept, where that was so."""
+    def close(self, seconds: float) -> str:
+        """Ends when what waits is kept, or after so many seconds; says why a window could not be kept."""
+        until = time.monotonic() + seconds
         with self._changed:
             self._ends = True
-            self._changed.notify()
+            self._changed.notify_all()
+            while self._waiting and time.monotonic() < until and self._thread.is_alive():
+                self._changed.wait(0.1)
+            self._waiting.clear()
         self._thread.join()
         return self._trouble
 
     def _work(self) -> None:
         while True:
             with self._changed:
+                self._changed.notify_all()
                 self._changed.wait_for(lambda: self._waiting or self._ends)
-                if self._ends:
+                if not self._waiting:
                     return
                 planned = self._waiting.popleft()
             try:
                 keep(self._ledger, planned, self._attempt)
-            except Exception as error:  # noqa: BLE001 (the run does without; whatever it is, the run's own files will show it)
-                self._trouble = self._trouble or str(error) or type(error).__name__
+            except Exception as error:  # noqa: BLE001 (the run does without; what is wrong will show in its own files)
+                self._trouble = str(error) or type(error).__name__
                 return

@@ -33,6 +33,7 @@ from jax_extract.store.upload import Uploader
 from jax_extract.store.writer import PartWriter
 from jax_extract.terminal import Terminal, plural
 
+_KEEPS_SECONDS = 5.0  # after trouble, for windows that wait to be kept
 _SPOOL_SHARE = 0.9  # of the free disk, for parts that are written, uploaded and deleted again
 
 Windows = Callable[[], Iterable[Planned]]  # the plan, from its beginning at each call
@@ -77,13 +78,16 @@ class Session:
     ) -> None:
         """Computes what is pending, `tokens` of it where that is known; `committed` is what was found at the start."""
         keeper = Keeper(self.ledger, self.attempt) if self.keeps_tokens and self.processes.is_first else None
-        if keeper and tokens is not None:  # all are there: they are kept while the first program is compiled
+        is_stream = tokens is None
+        if keeper and not is_stream:  # all are there: they are kept while the first program is compiled
             for planned in windows():
                 keeper.keep(planned)
+        wind_up = _KEEPS_SECONDS
         try:
-            self._compute(windows, committed, tokens, make_program(), keeper)
+            self._compute(windows, committed, tokens, make_program(), keeper if is_stream else None)
+            wind_up = 0.0  # all is committed
         finally:
-            if keeper and (trouble := keeper.close()):
+            if keeper and (trouble := keeper.close(wind_up)):
                 self.terminal.line("note", f"token ids could not be kept, so a restart would tokenise again: {trouble}")
 
     def _compute(

@@ -248,5 +248,5 @@ def test_a_thief_whose_loot_is_to_be_written_again_goes_on() -> None:
     config: Any = SimpleNamespace(worker_id=1, num_workers=2)
     nothing: Any = None
     session = Rounds(config, Processes(), nothing, Terminal(silent=True), nothing, None, nothing)
-    session.compute(nothing, {}, None, lambda: nothing)
+    session.compute(list, {}, None, lambda: nothing)
     assert next(asked, None) is None

@@ -249,7 +249,7 @@ def test_of_a_stream_of_unknown_length_a_million_tokens_are_told(
 # ---------------------------------------------------------------------------------------- seconds
 
 
-READ = ReadProbe(60.0, 500_000, at_once=True)
+READ = ReadProbe(60.0, 500_000, "before")
 
 
 def _found(

@@ -254,19 +254,21 @@ def _estimate(reading: ReadProbe, workers: int = 1) -> Estimate:
 
 
 def test_a_finite_input_is_read_before_the_first_step_and_a_stream_while_others_are_computed() -> None:
-    at_once = _estimate(ReadProbe(50.0, 400_000, at_once=True))
+    at_once = _estimate(ReadProbe(50.0, 400_000, "before"))
     assert (at_once.bound, at_once.start_seconds) == ("computing", 65)
     assert at_once.seconds == 50 + 5 + 10 + 100
-    stream = _estimate(ReadProbe(50.0, 100_000, at_once=False))
+    stream = _estimate(ReadProbe(50.0, 100_000, "beside"))
     assert stream.reading_seconds == 200, "of four times as many tokens"
     assert (stream.bound, stream.start_seconds, stream.seconds) == ("reading", 15, 215)
-    four = _estimate(ReadProbe(50.0, 400_000, at_once=True), workers=4)
+    between = _estimate(ReadProbe(50.0, 100_000, "between"))
+    assert between.seconds == 15 + 200 + 100, "several processes tokenise a stream in turn with computing"
+    four = _estimate(ReadProbe(50.0, 400_000, "before"), workers=4)
     assert four.reading_seconds == 50, "independent workers each read all of it"
     assert four.bound == "reading"
 
 
 def test_an_estimate_that_reading_binds_says_so_and_what_helps(capsys: pytest.CaptureFixture[str]) -> None:
-    tell(_estimate(ReadProbe(500.0, 400_000, at_once=True)), Terminal())
+    tell(_estimate(ReadProbe(500.0, 400_000, "before")), Terminal())
     said = capsys.readouterr().out
     assert "read     8.3 min to read, tokenise and plan the input before the first step: 800 tokens/s" in said
     assert "bound    by reading and tokenising the input: computing takes 100 s, writing takes 10 s, reading" in said

@@ -33,7 +33,9 @@ from jax_extract.extraction.command import (
 from jax_extract.extraction.model_fields import require_same_fields
 from jax_extract.extraction.pending import Committed, parse_committed, pending_parts, read_committed
 from jax_extract.extraction.place import Place, kept_by
+from jax_extract.extraction.planned_input import PlannedInput
 from jax_extract.extraction.prepare import Job, wrapping_of
+from jax_extract.extraction.resumption import Resumption
 from jax_extract.extraction.session import keep_in
 from jax_extract.extraction.summary import tell_input, tell_plan, tell_request
 from jax_extract.inputs.contexts import ContextCounts
@@ -41,6 +43,7 @@ from jax_extract.inputs.planning.slabs import PlanSettings, Shapes
 from jax_extract.inputs.planning.windows import Part, Window
 from jax_extract.inputs.sources import Source
 from jax_extract.inputs.tokenize import InputCounts
+from jax_extract.inputs.tokenizing.share import Share
 from jax_extract.inputs.wrapping import Wrapping
 from jax_extract.store.ledger import PLAN, RUN_FILE, Ledger
 from jax_extract.store.storage.verbs import BUCKET_SCHEME
@@ -78,6 +81,7 @@ def estimate(config: ExtractConfig, terminal: Terminal, processes: Processes | N
     parties = max(processes.count, workers)
     source = named_as_begun(source, config, found)
     wrapping = wrapping_of(config, kept_by(found, processes))
+    resumed = Resumption.of(source, found, committed, processes, terminal)
     with processes.together():
         settings = job.plan_settings(config, found.run["identity"]["plan_settings"] if found else None)
         job, weights = job.under(settings), job.weights()
@@ -85,7 +89,7 @@ def estimate(config: ExtractConfig, terminal: Terminal, processes: Processes | N
             run = run_of(config, job, weights, settings)
             found.require_same(run["identity"], run["numerics"], config.allow_numeric_change)
             require_same_fields(found, job.model, job.max_length)
-        request = _Request(config, processes, source, job, settings, wrapping, found, committed, terminal)
+        request = _Request(config, processes, source, job, settings, wrapping, found, committed, resumed, terminal)
         work, parts, shapes, reading = _plan(request)
         if work.covers != "million":
             require_room(place, work.output.file_bytes, parties)
@@ -113,7 +117,14 @@ class _Request:
     wrapping: Wrapping
     found: Ledger | None
     committed: Committed
+    resumed: Resumption
     terminal: Terminal
+
+    @property
+    def share(self) -> Share | None:
+        """Of what is tokenised, where several processes do it together."""
+        processes = self.processes
+        return Share(processes.index, processes.count, processes.gather_bytes) if processes.count > 1 else None
 
     @property
     def committed_samples(self) -> int:
@@ -145,13 +156,13 @@ def _plan(request: _Request) -> tuple[Work, list[Part], Shapes, ReadProbe]:
 
     And how long it took to read so much of the input, to tokenise and to plan it, which the run does alike.
     """
-    started = time.perf_counter()
     job, source, terminal = request.job, request.source, request.terminal
-    counts = job.new_counts(request.settings)
-    stream = job.windows(source.samples(), request.settings, request.wrapping, counts)
-    windows = list(stream if source.finite else itertools.islice(stream, 1))
+    started = time.perf_counter()
+    windows, counts = _windows(request)
+    seconds = time.perf_counter() - started
     require_samples(counts, source)
-    reading = ReadProbe(time.perf_counter() - started, counts.tokens, source.finite)
+    when = "before" if source.finite else "between" if request.share else "beside"
+    reading = ReadProbe(seconds, counts.tokens, when)
     tell_input(source, counts, job, terminal)
     every = [part for window in windows for part in window.parts]
     require_rows(every, job)
@@ -171,6 +182,18 @@ def _plan(request: _Request) -> tuple[Work, list[Part], Shapes, ReadProbe]:
     steps = {shape: count * factor for shape, count in job.step_counts(parts).steps.items()}
     work = Work(output, steps, covers, request.committed_samples, request.settings.samples_per_batch)
     return work, parts, windows[0].shapes, reading
+
+
+def _windows(request: _Request) -> tuple[list[Window], InputCounts]:
+    """As the run makes them, from what it has kept where it is there already."""
+    job, source, settings, wrapping = request.job, request.source, request.settings, request.wrapping
+    if source.finite:
+        kept, done = request.resumed.kept, request.resumed.done
+        planned = list(PlannedInput(source, job, settings, wrapping, None, kept, done, request.share).windows())
+        return [each.window for each in planned], planned[-1].counts if planned else job.new_counts(settings)
+    counts = job.new_counts(settings)
+    stream = job.windows(source.samples(), settings, wrapping, counts, share=request.share)
+    return list(itertools.islice(stream, 1)), counts
 
 
 def _pending(request: _Request, windows: Sequence[Window], counts: InputCounts) -> list[Part]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from jax_extract.config import ExtractConfig
 from jax_extract.estimation.output import Output
@@ -39,13 +40,13 @@ class ReadProbe:
     """Attributes:
     seconds: for reading, tokenising and planning, as this host does it in the run.
     tokens: of the samples that were read.
-    at_once: whether that was the whole input, which a run reads before its first step; of a stream it reads what comes
-      next while it computes.
+    when: a run does it. `before` its first step, all of it at once; `beside` the computing of what came before, of a
+      stream; `between`, of a stream that several processes tokenise together, in turn with the computing.
     """
 
     seconds: float
     tokens: int
-    at_once: bool
+    when: Literal["before", "beside", "between"]
 
     @property
     def tokens_per_second(self) -> float:
@@ -86,14 +87,15 @@ class Estimate:
     @property
     def reading_seconds(self) -> float:
         """Of the whole input, which independent workers each read, and hosts of one program share as they did here."""
-        if self.compute is None or self.reading.at_once or not self.reading.tokens:
-            return self.reading.seconds if self.compute else 0.0
-        return self.reading.seconds * self.output.tokens / self.reading.tokens
+        if self.compute is None:
+            return 0.0
+        of_all = 1.0 if self.reading.when == "before" else self.output.tokens / self.reading.tokens
+        return self.reading.seconds * of_all
 
     @property
     def start_seconds(self) -> float:
         """Until the first step."""
-        return self.program_seconds + (self.reading_seconds if self.reading.at_once else 0.0)
+        return self.program_seconds + (self.reading_seconds if self.reading.when == "before" else 0.0)
 
     @property
     def computing_seconds(self) -> float:
@@ -124,6 +126,8 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Of the whole run: computing and writing go on at the same time, and reading too of a stream."""
-        beside = 0.0 if self.reading.at_once else self.reading_seconds
-        return self.start_seconds + max(self.computing_seconds, self.writing_seconds, beside)
+        """Of the whole run: computing and writing go on at the same time, and reading where it is beside them."""
+        together = max(self.computing_seconds, self.writing_seconds)
+        if self.reading.when == "beside":
+            return self.start_seconds + max(together, self.reading_seconds)
+        return self.program_seconds + self.reading_seconds + together

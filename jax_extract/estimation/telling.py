@@ -109,7 +109,11 @@ def _shared_text(count: int, noun: str) -> str:
 def _reading_text(found: Estimate) -> str:
     """How long the input takes, and when."""
     reading = found.reading
-    when = "before the first step" if reading.at_once else "while others are computed"
+    when = {
+        "before": "before the first step",
+        "beside": "while what came before is computed",
+        "between": "in turn with computing",
+    }[reading.when]
     each = ", by every worker" if found.workers > 1 else ""
     return (
         f"{duration_text(found.reading_seconds)} to read, tokenise and plan the input {when}{each}: "

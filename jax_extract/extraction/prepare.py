@@ -98,7 +98,8 @@ class Job:
     def bytes_on_host(self, shapes: Iterable[SlabShape]) -> int:
         """What the captures of one step take in this host's memory, at most."""
         most = max(self.backend.captured_bytes(self.plan, self.model, shape) for shape in shapes)
-        return self.backend.devices_of_host * most
+        travel = self.backend.rows_travel(self.plan, self.model, shapes)
+        return (self.backend.devices if travel else self.backend.devices_of_host) * most
 
     @property
     def value_bytes(self) -> int:
@@ -209,7 +210,8 @@ class Job:
 
     def program(self, weights: Loadable, shapes: Iterable[SlabShape], first: SlabShape | None = None) -> Program:
         """See `Backend.program`."""
-        return self.backend.program(self.model, self.plan, weights, shapes, first)
+        travel = self.backend.rows_travel(self.plan, self.model, shapes)
+        return self.backend.program(self.model, self.plan, weights, shapes, first, travel)
 
     def bytes_stored(self, lengths: np.ndarray) -> int:
         """Bytes of all the rows that samples of these lengths give, over all sites."""

@@ -11,7 +11,7 @@ import importlib.metadata
 import itertools
 import platform
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,7 @@ class Job:
         """The same job with the tokens that a run has which keeps nothing from its start."""
         return dataclasses.replace(self, model=dataclasses.replace(self.model, tokens_of_base=True))
 
-    def bytes_on_host(self, shapes: Iterable[SlabShape]) -> int:
+    def bytes_on_host(self, shapes: Collection[SlabShape]) -> int:
         """What the captures of one step take in this host's memory, at most."""
         most = max(self.backend.captured_bytes(self.plan, self.model, shape) for shape in shapes)
         travel = self.backend.rows_travel(self.plan, self.model, shapes)
@@ -208,7 +208,7 @@ class Job:
         """The tensors that will be loaded, checked by name and shape."""
         return self.backend.weights(self.model, self.plan)
 
-    def program(self, weights: Loadable, shapes: Iterable[SlabShape], first: SlabShape | None = None) -> Program:
+    def program(self, weights: Loadable, shapes: Collection[SlabShape], first: SlabShape | None = None) -> Program:
         """See `Backend.program`."""
         travel = self.backend.rows_travel(self.plan, self.model, shapes)
         return self.backend.program(self.model, self.plan, weights, shapes, first, travel)

@@ -195,15 +195,18 @@ def _tell_run(report: Report, terminal: Terminal) -> None:
     price = report.config.price_per_chip_hour
     paid = f", {chip_hours * price:,.2f} at {price:g} a chip and hour" if price else ""
     samples = f"{plural(report.planned.samples, 'sample')}, " if report.planned else ""
-    computes = share_text(report.computing_seconds / report.seconds)
-    terminal.line(
-        "run",
-        f"{samples}{report.tokens:,.0f} tokens: {duration_text(report.seconds)}, of which chips compute {computes}; "
-        f"{chip_hours:,.3g} chip-hours{paid}",
-    )
+    lasts = _lasts_text(report, report.seconds)
+    terminal.line("run", f"{samples}{report.tokens:,.0f} tokens: {lasts}; {chip_hours:,.3g} chip-hours{paid}")
     if report.planned:
+        compiled = _lasts_text(report, report.seconds - report.start_seconds)
+        terminal.line("again", f"{compiled}, where its programs are in the compilation cache already")
         useful = report.planned.counts.useful_share
         terminal.line("useful", f"{share_text(useful)} of what the chips compute is for the tokens of samples")
+
+
+def _lasts_text(report: Report, seconds: float) -> str:
+    share = share_text(report.computing_seconds / seconds)
+    return f"{duration_text(seconds)}, in {share} of which the chips compute"
 
 
 def _slab_text(shape: SlabShape) -> str:

@@ -84,7 +84,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
         rows = {"loading and compiling": [], "the last part": [], "the finished run": []}
         for number in range(args.rounds):
             place, alone = folder / f"again{number}", folder / f"one{number}"
-            shutil.copytree(run, place)
+            shutil.copytree(run, place, copy_function=os.link)  # no file of a run is ever changed
             rows["the last part"].append(command({**of_all, "activations_dir": str(place)}, folder))
             rows["the finished run"].append(command({**of_all, "activations_dir": str(place)}, folder))
             with_one = {**options, "tasks_file": str(one), "activations_dir": str(alone)}

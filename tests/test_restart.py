@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gcs_server import RunningServer
 from small_run import make_model, run_cli, run_here, shards, snapshot, texts, write_arc, write_jsonl
 
 from jax_extract import UserError, open_activations
@@ -31,6 +32,7 @@ from jax_extract.inputs.wrapping import Wrapping
 from jax_extract.store import token_files
 from jax_extract.store.ledger import Ledger
 from jax_extract.store.storage.local import Directory
+from jax_extract.store.storage.opening import open_storage
 from jax_extract.terminal import Terminal
 from models.positions import Positions
 
@@ -78,8 +80,9 @@ def again(small: Path, tasks: Path, tmp_path: Path) -> Callable[..., list[str]]:
 
     def command(directory: str = "run", told: list[str] | None = None, **changes: Any) -> list[str]:
         options: dict[str, Any] = {"tasks_file": str(tasks), "layers_to_extract": (1,), "batch_size": 2, **changes}
+        place = directory if directory.startswith("gs://") else str(tmp_path / directory)
         terminal = Told([] if told is None else told)
-        config = ExtractConfig(model_path=str(small), activations_dir=str(tmp_path / directory), **options)
+        config = ExtractConfig(model_path=str(small), activations_dir=place, **options)
         extract_to_directory(config, terminal)
         return terminal.lines
 
@@ -264,6 +267,30 @@ def test_workers_use_what_one_of_them_has_kept(
     assert not tokenised
     assert rows(tmp_path / "run") == rows(whole)
     assert not list((tmp_path / "run/_run/tokens").iterdir())
+
+
+def test_a_run_in_a_bucket_goes_on_from_what_is_kept_there(
+    again: Any,
+    stopped: Any,
+    tokenised: list[str],
+    whole: Path,
+    bucket_server: RunningServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", bucket_server.url)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    bucket_server.make_bucket("restarts")
+    place = {"directory": "gs://restarts/one"}
+    stopped(3, **place)  # of six parts in three windows
+    tokenised.clear()
+    bucket_server.forget_log()
+    again(**place)
+    assert not tokenised
+    read = {entry["range"] for entry in bucket_server.log(name="_run/tokens/000000") if entry["range"]}
+    assert len(read) == 9, "the header and eight arrays, and not the token ids, which nobody needs"
+    run = open_activations(place["directory"])
+    assert {sample.sample_id: sample.get(1).tobytes() for sample in run.samples()} == rows(whole)
+    assert not token_files.sizes(open_storage(place["directory"]))
 
 
 def test_what_cannot_be_kept_is_told_and_the_run_goes_on(

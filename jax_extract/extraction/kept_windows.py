@@ -29,6 +29,7 @@ from jax_extract.store.ledger import Ledger
 from jax_extract.store.token_files import TokenFile
 
 _DIGEST_BYTES = 32
+_ENDS_SECONDS = 10.0  # for the file that is being written, to a place that may hang
 _AT_ONCE = 16  # a bucket answers each question after a round trip
 
 
@@ -147,6 +148,8 @@ class KeptTables(Sequence[TokenTable]):
 def keep(ledger: Ledger, planned: Planned, attempt: str) -> None:
     """Writes a window's file, unless there is one."""
     window = planned.window
+    if ledger.storage.exists(token_files.file_name(window.number)):
+        return
     table = window.arrangement.table
     names, meta = (_as_texts(texts) for texts in (table.sample_ids, table.meta))
     arrays = {
@@ -244,7 +247,7 @@ class Keeper:
             while self._waiting and time.monotonic() < until and self._thread.is_alive():
                 self._changed.wait(0.1)
             self._waiting.clear()
-        self._thread.join()
+        self._thread.join(_ENDS_SECONDS)
         return self._trouble
 
     def _work(self) -> None:

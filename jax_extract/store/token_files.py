@@ -47,15 +47,13 @@ def remove_all(storage: Storage) -> None:
 
 
 def write(ledger: Ledger, number: int, arrays: Mapping[str, np.ndarray], said: Mapping[str, Any], attempt: str) -> None:
-    """Stores a window's arrays (int64, int32 or uint8, one-dimensional) unless there is a file of it already.
+    """Stores a window's arrays (int64, int32 or uint8, one-dimensional), unless there is a file of it by then.
 
     Args:
       said: plain JSON.
       attempt: names a file that does not become the window's.
     """
     storage, name = ledger.storage, file_name(number)
-    if storage.exists(name):
-        return
     storage.make(TOKENS)
     ordered = sorted(arrays.items(), key=lambda item: list(_DTYPES.values()).index(item[1].dtype))
     own = f"{name.removesuffix('.safetensors')}_attempt_{attempt}.safetensors"

@@ -168,7 +168,7 @@ def _plan(options: dict[str, Any]) -> Told:
     from jax_extract.extraction.command import open_request
     from jax_extract.extraction.planned_input import PlannedInput
     from jax_extract.extraction.prepare import wrapping_of
-    from jax_extract.extraction.resumption import Fingerprint, Resumption
+    from jax_extract.extraction.resumption import Resumption
     from jax_extract.inputs.wrapping import Kept
     from jax_extract.terminal import Terminal
 
@@ -182,9 +182,7 @@ def _plan(options: dict[str, Any]) -> Told:
     committed = place.committed(processes, found)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     before, began = _pages(), _processor()
-    resumed = Resumption()
-    if found:
-        resumed = Resumption.of(found, committed, Fingerprint(source), processes, Terminal(silent=True))
+    resumed = Resumption.of(source, found, committed, processes, Terminal(silent=True))
     wrapping = wrapping_of(config, Kept())
     planned = list(PlannedInput(source, job, settings, wrapping, None, resumed.kept, resumed.done).windows())
     parts = [part for each in planned for part in each.window.parts]

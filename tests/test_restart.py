@@ -19,12 +19,15 @@ from jax_extract.extraction import prepare
 from jax_extract.extraction.command import extract_to_directory
 from jax_extract.extraction.kept_windows import KeptWindow, Planned, keep, kept_windows
 from jax_extract.inputs import sources, tokenize
+from jax_extract.inputs.contexts import ContextCounts, ContextForm, KnownContexts, join
 from jax_extract.inputs.fingerprint import fingerprint
 from jax_extract.inputs.planning.slabs import PlanSettings
 from jax_extract.inputs.planning.windows import WindowPlanner
+from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.sources import open_source
 from jax_extract.inputs.token_table import TokenizedSample, TokenTable
-from jax_extract.inputs.tokenize import InputCounts
+from jax_extract.inputs.tokenize import InputCounts, tokenized_tables
+from jax_extract.inputs.wrapping import Wrapping
 from jax_extract.store import token_files
 from jax_extract.store.ledger import Ledger
 from jax_extract.store.storage.local import Directory
@@ -239,11 +242,15 @@ def test_a_stream_goes_on_behind_what_is_kept(
     assert not tokenised
 
 
-def test_a_stream_of_contexts_goes_on(again: Any, stopped: Any, tasks: Path, tmp_path: Path) -> None:
+def test_a_stream_of_contexts_goes_on(
+    again: Any, stopped: Any, tasks: Path, tokenised: list[str], tmp_path: Path
+) -> None:
     options = {"tasks_file": None, "dataset": str(tasks), "context_tokens": 40}
     again("whole", **options)
     stopped(3, **options)
+    tokenised.clear()
     again(**options)
+    assert "s0000" not in tokenised
     assert shards(tmp_path / "run") == shards(tmp_path / "whole")
     assert plans(tmp_path / "run")[-1] == plans(tmp_path / "whole")[-1]
 
@@ -401,6 +408,24 @@ def test_a_window_is_kept_once(ledger: Ledger, planned: list[Planned]) -> None:
     before = snapshot(Path(str(ledger.storage)))
     token_files.write(ledger, 0, {"offsets": np.zeros(1, np.int64)}, {}, "0b")
     assert snapshot(Path(str(ledger.storage))) == before
+
+
+@pytest.mark.parametrize("known", [1, 2, 3, 5, 8])
+def test_contexts_go_on_where_others_end(known: int) -> None:
+    form = ContextForm(8, start=7, separator=8)
+    lengths = [3, 7, 1, 1, 30, 2, 0, 5, 8]  # contexts end within documents, at their ends, and with a separator
+    given = [Sample(f"d{i}", "x", token_ids=tuple(range(20, 20 + n))) for i, n in enumerate(lengths)]
+
+    def made(known: KnownContexts | None) -> tuple[list[Any], Any]:
+        counts, read = ContextCounts(chained=False), InputCounts(chained=False)
+        tables = tokenized_tables(given, None, 99, Wrapping(), read, known=known and known.documents)
+        return [s for table in join(tables, form, counts, read, known) for s in map(described, table)], counts
+
+    whole, counts = made(None)
+    tokens = (np.array(sample[2], np.int32) for sample in whole)
+    table = TokenTable.of(TokenizedSample(s[0], s[1], ids, s[3], s[4]) for s, ids in zip(whole, tokens, strict=True))
+    there = KnownContexts([table.between(0, known - 1), table.between(known - 1, known)][known == 1 :])
+    assert made(there) == (whole[known:], counts)
 
 
 # ------------------------------------------------------------------------------------------- fingerprints

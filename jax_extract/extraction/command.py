@@ -208,7 +208,7 @@ class _Extraction:
         processes.require_equal("model, options or library versions", same, "make them the same on every host")
         committed = self.place.committed(processes, found)
         known = Fingerprint(dataclasses.replace(self.source, fingerprint=_unknown) if self.continued else self.source)
-        resumed = Resumption.of(found, committed, known, processes, terminal) if found else Resumption()
+        resumed = Resumption.of(known, found, committed, processes, terminal)
         with processes.together():
             plan = self._check_plan(settings, resumed, found, committed)
             budget = host_budget(config, self.job, self.place, plan.pending)

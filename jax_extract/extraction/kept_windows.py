@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -114,17 +114,34 @@ class KeptWindow:
 
 
 class _KeptTable(TokenTable):
-    """A table whose token ids are read when they are first asked for."""
+    """A table each array of which is read and checked when it is first asked for."""
 
     def __init__(self, file: TokenFile) -> None:
-        names = Texts(file.array("id_bytes"), file.array("id_offsets"))
-        meta = Texts(file.array("meta_bytes"), file.array("meta_offsets"))
-        arrays = {name: file.array(name) for name in ("offsets", "sample_indices", "full_lengths")}
-        self.__dict__.update(arrays, sample_ids=names, meta=meta, _file=file)
+        self.__dict__["_file"] = file
 
-    @cached_property
-    def token_ids(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self._file.array("token_ids")
+    def __getattr__(self, name: str) -> Any:
+        if name in ("sample_ids", "meta"):
+            kind = {"sample_ids": "id", "meta": "meta"}[name]
+            found: Any = Texts(self._file.array(f"{kind}_bytes"), self._file.array(f"{kind}_offsets"))
+        elif name in ("token_ids", "offsets", "sample_indices", "full_lengths"):
+            found = self._file.array(name)
+        else:
+            raise AttributeError(name)
+        self.__dict__[name] = found
+        return found
+
+
+@dataclass(frozen=True)
+class KeptTables(Sequence[TokenTable]):
+    """Tables of windows, each opened anew whenever it is asked for: there may be many."""
+
+    windows: Sequence[KeptWindow]
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return _KeptTable(self.windows[index].file)
 
 
 def keep(ledger: Ledger, planned: Planned, attempt: str) -> None:

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from jax_extract.extraction.kept_windows import KeptWindow, Planned
+from jax_extract.extraction.kept_windows import KeptTables, KeptWindow, Planned
 from jax_extract.extraction.prepare import Job
 from jax_extract.inputs.planning.slabs import PlanSettings
 from jax_extract.inputs.planning.windows import WindowPlanner
@@ -67,7 +67,7 @@ class PlannedInput:
             else:  # another version lays windows out in another way, which will be compared with the plan
                 return (yield from itertools.islice(self._from_source(WindowPlanner(self.settings)), number, None))
         if not self.kept or not self.kept[-1].is_last:
-            yield from self._from_source(planner, [kept.table for kept in self.kept])
+            yield from self._from_source(planner, KeptTables(self.kept))
 
     @property
     def _passed(self) -> Collection[int]:
@@ -77,16 +77,9 @@ class PlannedInput:
     def _from_source(self, planner: WindowPlanner, known: Sequence[TokenTable] = ()) -> Iterator[Planned]:
         """Windows behind those that are known, each with what was counted until it was planned."""
         counts = self._new_counts()
-        if self.job.contexts is not None:  # which do not begin where documents do
-            passed, known = len(known), ()
-            planner = WindowPlanner(self.settings)
-        else:
-            passed = 0
         tables = self.job.tables(self.source.samples(), self.wrapping, counts, self.continued, self.share, known)
         for table, is_last in windows_of(tables, self.job.window_samples):
-            window = planner.window(table, is_last)
-            if window.number >= passed:
-                yield Planned.now(window, counts)
+            yield Planned.now(planner.window(table, is_last), counts)
 
     def _new_counts(self) -> InputCounts:
         return self.job.new_counts(self.settings)

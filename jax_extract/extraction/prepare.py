@@ -24,13 +24,14 @@ from jax_extract.extraction.backend import Backend, Loadable, Program
 from jax_extract.extraction.capture import capture_plan, sequence_limit, sites_of
 from jax_extract.extraction.jax_backend import JaxBackend
 from jax_extract.extraction.schedule import steps
-from jax_extract.inputs.contexts import ContextCounts, ContextForm, join
+from jax_extract.inputs.contexts import ContextCounts, ContextForm, KnownContexts, join
 from jax_extract.inputs.planning.slabs import SINCE_VERSION_2, WHOLE_INPUT, PlanSettings, SlabShape
 from jax_extract.inputs.planning.windows import WINDOW_SAMPLES, Part, Window, plan_tables, shapes_of
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.token_table import TokenizedSample, TokenTable, windows_of
 from jax_extract.inputs.tokenize import Continued, tokenized_tables
 from jax_extract.inputs.tokenizing.counts import InputCounts
+from jax_extract.inputs.tokenizing.passing import KnownTables
 from jax_extract.inputs.tokenizing.share import Share
 from jax_extract.inputs.wrapping import Kept, Wrapping
 from jax_extract.store.parts import Site
@@ -167,17 +168,21 @@ class Job:
         """Samples as the model sees them, lazily; `counts` tells afterwards what the input was.
 
         Args:
-          share, known: see `tokenized_tables`.
+          share: see `tokenized_tables`.
+          known: those with which they begin, which are not given again, nor tokenised.
         """
         tokenizer, vocabulary = self.model.tokenizer, self.model.config.vocab_size
         if self.contexts is None:
             most = self.prompt_length
-            return tokenized_tables(samples, tokenizer, most, wrapping, counts, vocabulary, continued, share, known)
+            passed = KnownTables(known) if known else None
+            return tokenized_tables(samples, tokenizer, most, wrapping, counts, vocabulary, continued, share, passed)
         assert isinstance(counts, ContextCounts)
         read = InputCounts(chained=counts.chained)
         bare = dataclasses.replace(wrapping, add_special_tokens=False)  # contexts have theirs
-        documents = tokenized_tables(samples, tokenizer, _UNCUT, bare, read, vocabulary, share=share)
-        return join(documents, self.contexts, counts, read)
+        there = KnownContexts(known) if known else None
+        passed = there and there.documents
+        documents = tokenized_tables(samples, tokenizer, _UNCUT, bare, read, vocabulary, share=share, known=passed)
+        return join(documents, self.contexts, counts, read, there)
 
     def windows(
         self,

@@ -39,11 +39,19 @@ class Resumption:
 
     @classmethod
     def of(
-        cls, found: Ledger, committed: Committed, fingerprint: Fingerprint, processes: Processes, terminal: Terminal
+        cls,
+        source: Source | Fingerprint,
+        found: Ledger | None,
+        committed: Committed,
+        processes: Processes,
+        terminal: Terminal,
     ) -> Resumption:
-        """What `found` spares."""
-        begun = found.run["description"].get(FINGERPRINT)
-        if begun is None or fingerprint.of_all(processes) != begun:
+        """What `found` spares, where it is a run; `source` may be under way to its fingerprint already."""
+        begun = found.run["description"].get(FINGERPRINT) if found else None
+        if found is None or begun is None:
+            return cls()
+        fingerprint = source if isinstance(source, Fingerprint) else Fingerprint(source)
+        if fingerprint.of_all(processes) != begun:
             return cls()
         windows: list[KeptWindow] = []
 

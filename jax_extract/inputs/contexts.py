@@ -21,6 +21,7 @@ from jax_extract.errors import UserError
 from jax_extract.inputs.columns import Texts, joined, offsets_of
 from jax_extract.inputs.token_table import TokenTable
 from jax_extract.inputs.tokenizing.counts import InputCounts
+from jax_extract.inputs.tokenizing.passing import KnownDocuments
 
 Token = Literal["bos", "eos", "none"]
 _COUNTED_HERE = ("samples", "tokens", "longest_sample")
@@ -90,8 +91,48 @@ class ContextCounts(InputCounts):
         self.documents = documents.samples
 
 
+class KnownContexts:
+    """Contexts from the first one on that were made before; at least one.
+
+    Attributes:
+      count: of them.
+      passed: tokens of the document in which the last one ends, up to there.
+      documents: those before that document; counted while they are read.
+    """
+
+    def __init__(self, tables: Sequence[TokenTable]) -> None:
+        self._tables = tables
+        self._tokens = 0  # of pieces of documents
+        self.count = sum(map(len, tables))
+        last = json.loads(tables[-1].meta[len(tables[-1]) - 1])["pieces"][-1]
+        self.passed: int = last["first"] + last["tokens"]
+        self.documents = KnownDocuments(self._names(), last["document"])
+
+    def _names(self) -> Iterator[str]:
+        """Of the documents, each once, the last one left out."""
+        before = None
+        for meta in itertools.chain.from_iterable(table.meta for table in self._tables):
+            for piece in json.loads(meta)["pieces"]:
+                self._tokens += piece["tokens"]
+                if piece["document"] != before and before is not None:
+                    yield before
+                before = piece["document"]
+
+    def count_in(self, counts: ContextCounts) -> None:
+        """Adds them, when the documents have been passed over."""
+        for table in self._tables:
+            counts.samples += len(table)
+            counts.tokens += int(table.offsets[-1])
+            counts.longest_sample = max(counts.longest_sample, int(table.lengths.max()))
+        counts.added_tokens = counts.tokens - self._tokens
+
+
 def join(
-    documents: Iterable[TokenTable], form: ContextForm, counts: ContextCounts, read: InputCounts
+    documents: Iterable[TokenTable],
+    form: ContextForm,
+    counts: ContextCounts,
+    read: InputCounts,
+    known: KnownContexts | None = None,
 ) -> Iterator[TokenTable]:
     """Joins documents lazily: what a table of them fills is given before the next is read.
 
@@ -100,13 +141,18 @@ def join(
     Args:
       counts: of what is made.
       read: of the documents, filled while they are read.
+      known: contexts with which they begin, which are not given again; `documents` begin with the one in which the
+        last of these ends.
 
     Returns:
       Contexts `context:000001` and so on, with `pieces` in `meta`: for each piece of a document its id, where in the
       document it begins, how many tokens it has, where in the context they begin, and the document's own `meta`.
     """
-    joiner = _Joiner(form)
+    joiner = _Joiner(form, known.count, known.passed) if known else _Joiner(form)
     for table in documents:
+        if known:
+            known.count_in(counts)
+            known = None
         made, added = joiner.take(table)
         counts.add_contexts(made, added)
         counts.follow(read)
@@ -122,9 +168,10 @@ def join(
 class _Joiner:
     """What is held is of the context that is being filled."""
 
-    def __init__(self, form: ContextForm) -> None:
+    def __init__(self, form: ContextForm, made: int = 0, passed: int = 0) -> None:
         self._form = form
-        self._made = 0  # contexts
+        self._made = made  # contexts
+        self._passed = passed  # tokens of the first document that are in these
         self._length = self._added = 0
         self._ids = np.zeros(0, np.int32)
         self._pieces = array("q")  # document, first, tokens and at of each
@@ -137,8 +184,9 @@ class _Joiner:
         ends: list[int] = []  # pieces up to the end of each context
         places, between = array("q"), array("q")  # of what is put before which of the documents' tokens
         added = 0
+        passed, self._passed = self._passed, 0
         for row, (start, end) in enumerate(itertools.pairwise(documents.offsets.tolist()), len(self._names)):
-            at = start
+            at = start if start else passed
             while at < end:
                 put = self._form.separator if self._length else self._form.start
                 if put is not None and (at == start or not self._length) and put != ids[at]:
@@ -155,7 +203,7 @@ class _Joiner:
                     added += self._added
                     self._length = self._added = 0
         filled = np.insert(ids, np.array(places, np.int64), np.array(between, np.int32)) if places else ids
-        self._ids = np.concatenate([self._ids, filled])
+        self._ids = np.concatenate([self._ids, filled[passed:]])
         self._names = joined([self._names, documents.sample_ids])
         self._meta = joined([self._meta, documents.meta])
         return self._give([whole] * len(ends), ends), added

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,14 +24,14 @@ from jax_extract.inputs.tokenizing.ahead import ahead
 from jax_extract.inputs.tokenizing.counts import InputCounts
 from jax_extract.inputs.tokenizing.encoder import Encoded, Encoder, are_texts
 from jax_extract.inputs.tokenizing.names import Names
-from jax_extract.inputs.tokenizing.passing import pass_over
+from jax_extract.inputs.tokenizing.passing import Known, pass_over
 from jax_extract.inputs.tokenizing.pipeline import Chunk, chunks_of, encoded_chunks
 from jax_extract.inputs.tokenizing.share import Share, exchanged
 from jax_extract.inputs.wrapping import Wrapping
 
 __all__ = ["Continued", "InputCounts", "MissingTokenizer", "tokenize", "tokenized_tables", "tokenizer_digest"]
 
-_AHEAD = 4  # chunks of each process
+_AHEAD = 2  # chunks of each process
 
 Continued = Callable[[TokenizedSample], TokenizedSample]
 
@@ -45,7 +45,7 @@ def tokenized_tables(
     vocab_size: int | None = None,
     continued: Continued | None = None,
     share: Share | None = None,
-    known: Sequence[TokenTable] = (),
+    known: Known | None = None,
 ) -> Iterator[TokenTable]:
     """Tokenises lazily, a chunk at a time; texts without a single token are left out and named in `counts`.
 
@@ -54,7 +54,7 @@ def tokenized_tables(
       counts: of what has been given so far; filled before a table is.
       continued: gives a sample with what follows its text.
       share: of this process, where several make the same tables together; all must then take them to the same point.
-      known: samples from the first one on, which are read and counted, and not given.
+      known: samples from the first one on, which are read and counted, and neither tokenised nor given.
 
     Raises:
       UserError: two samples with one id; a chat template asked for that the tokenizer lacks, or that lacks what is
@@ -63,7 +63,10 @@ def tokenized_tables(
     encoder = Encoder(tokenizer, wrapping, max_length)
     names = Names()
     stream = iter(samples)
-    first = pass_over(stream, known, encoder, names, counts, _content) if known else 0
+    first = 0
+    if known is not None:
+        first = pass_over(stream, known, encoder, names, counts, _content)
+        stream = known.rest(stream)
     with contextlib.closing(_encoded(stream, encoder, share)) as chunks:
         for chunk, encoded in chunks:
             ids = [sample.sample_id for sample in chunk]

@@ -4,8 +4,8 @@
     python benchmarks/hosts.py                      2,000 short samples on 8 CPU devices of 1, 2 and 4 processes
     python benchmarks/hosts.py --positions all      with parts that their own hosts compute
 
-The processes are real, and speak through Gloo. A process is idle in a step in which none of its devices has a slab. What is
-counted is in the sessions that a run keeps (docs/format.md). Seconds are not told: the processes share one machine.
+The processes are real, and speak through Gloo. A process is idle in a step in which none of its devices has a slab.
+What is counted is in the sessions that a run keeps (docs/format.md). Seconds are not told: all share one machine.
 """
 
 from __future__ import annotations

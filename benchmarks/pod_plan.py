@@ -36,15 +36,17 @@ sys.path.insert(0, str(ROOT))
 
 from jax_extract.devices.platform import CPU, GPU, TPU, PlatformDefaults
 from jax_extract.extraction.accounting import StepCounts
+from jax_extract.extraction.program import rows_travel
 from jax_extract.extraction.schedule import steps
 from jax_extract.inputs.planning.slabs import PlanSettings
-from jax_extract.inputs.planning.windows import WINDOW_SAMPLES, plan_tables
+from jax_extract.inputs.planning.windows import WINDOW_SAMPLES, plan_tables, shapes_of
 from jax_extract.inputs.token_table import TokenTable, windows_of
 from models.positions import Positions
 
 MAX_LENGTH = 8_192
 # FLOPs of a layer of Qwen2.5-0.5B: products for a token, and attention for a query and a key.
 D_MODEL, KEYS_AND_VALUES, D_FF = 896, 256, 4_864
+LAYERS = 14  # that are kept
 PRODUCTS = 2 * (D_MODEL * (D_MODEL + KEYS_AND_VALUES) + D_MODEL * D_MODEL + 3 * D_MODEL * D_FF)
 PAIR = 4 * D_MODEL
 PAIR_COST = PAIR / PRODUCTS
@@ -114,7 +116,9 @@ def row_of(lengths: np.ndarray, settings: PlanSettings, mesh: Mesh) -> list[str]
     windows = list(plan_tables(windows_of([table_of(lengths)], WINDOW_SAMPLES), settings))
     seconds = time.process_time() - started
     parts = [part for window in windows for part in window.parts]
-    taken = steps(parts, mesh.hosts, mesh.devices // mesh.hosts, rows_travel=not settings.rows_stay)
+    captured = max(shape.rows * settings.positions.slots(shape.length, shape.samples) for shape in shapes_of(parts))
+    travel = rows_travel(settings.positions, mesh.devices * captured * LAYERS * settings.bytes_per_row)
+    taken = steps(parts, mesh.hosts, mesh.devices // mesh.hosts, travel)
     counts = StepCounts.of(taken, mesh.devices, settings.pair_cost)
     number = counts.steps.total()
     shares = (counts.real_share, counts.padding_share, counts.idle_share, counts.unseen_share, counts.useful_share)

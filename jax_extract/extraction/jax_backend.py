@@ -26,7 +26,7 @@ from jax_extract.extraction.program import CaptureProgram, captured_bytes, rows_
 from jax_extract.inputs.planning.slabs import PlanSettings, SlabShape
 from jax_extract.weights.load import Weights, parameter_shapes
 from jax_extract.weights.open_model import OpenModel
-from models.accelerated_attention import LARGEST_BLOCK, attention_backend
+from models.accelerated_attention import LARGEST_BLOCK, attention_backend, attention_block
 from models.config_fields import TORCH_MEND
 from models.errors import NotComputedHere
 from models.hooks import CapturePlan
@@ -160,7 +160,8 @@ class JaxBackend:
         data, model_axis = (self.mesh.shape[axis] for axis in BATCH_AXES)
         captures = self.captured_bytes(plan, model, shape) * (self.devices if rows_travel else 1)
         counts = self.counts(model, weights)
-        return choose_layout(Request(counts, chip, data, model_axis, shape.rows, shape.length, captures))
+        block = attention_block(shape.length) if self.numerics.attention == "splash" else 1
+        return choose_layout(Request(counts, chip, data, model_axis, shape.rows, shape.length, captures, block))
 
     @property
     def uncounted_layout(self) -> Layout:

@@ -31,7 +31,7 @@ from jax_extract.inputs.wrapping import Wrapping
 
 __all__ = ["Continued", "InputCounts", "MissingTokenizer", "tokenize", "tokenized_tables", "tokenizer_digest"]
 
-_AHEAD = 4  # chunks of each process
+_AHEAD = 2  # chunks of each process
 
 Continued = Callable[[TokenizedSample], TokenizedSample]
 

@@ -16,8 +16,9 @@ from jax_extract.inputs.planning.filling import Rows, Supply
 from jax_extract.inputs.planning.slabs import SLAB_OVERHEAD_TOKENS, PlanSettings, Shapes
 
 _MORE_STEPS = 8  # that a stage may have beyond the fewest, in slabs of fewer rows
-# Times the samples that a row holds on average: programs keep room for the most that a row may hold.
-_CROWDED = 4
+# Times the samples that a row holds on average: programs keep room for the most that a row may hold, and where rows
+# travel to other hosts, so much travels.
+_CROWDED = 3
 _ANY_NUMBER = 2**31
 
 Lengths = tuple[int, ...]  # of rows, descending
@@ -70,8 +71,14 @@ class Limits:
         return max(self.shortest_row, self.tokens // multiple * multiple)
 
     def samples_a_row(self, length: int) -> int:
-        """Most samples of a row: the number that is given, or a power of two well above what rows hold on average."""
-        return self.settings.samples_a_row or 1 << round(_CROWDED * length / self.mean).bit_length()
+        """Most samples of a row: the number that is given, or a power of two above what rows hold on average.
+
+        A slab of a single row may hold any number: what is kept for it is not multiplied by rows.
+        """
+        if self.settings.packed:
+            return self.settings.samples_a_row or _ANY_NUMBER
+        crowded = max(2, int(_CROWDED * length / self.mean))
+        return self.settings.samples_a_row or 1 << (crowded.bit_length() - 1)
 
     def whole_blocks(self, lengths: Lengths) -> Lengths:
         """Rows that attention computes in whole blocks: lengths above one are multiples of it, where they may be."""

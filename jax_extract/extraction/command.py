@@ -33,7 +33,7 @@ from jax_extract.extraction.pending import Committed, pending_parts
 from jax_extract.extraction.place import Place, keep_config, kept_by
 from jax_extract.extraction.planned_input import PlannedInput
 from jax_extract.extraction.prepare import Job, wrapping_of
-from jax_extract.extraction.resumption import FINGERPRINT, Fingerprint, Resumption, drop_kept_windows
+from jax_extract.extraction.resumption import FINGERPRINT, Fingerprint, Resumption
 from jax_extract.extraction.session import Session, Windows, keep_in
 from jax_extract.extraction.summary import tell_input, tell_layout, tell_notes, tell_plan, tell_request, tell_result
 from jax_extract.inputs.planning.slabs import PlanSettings, Shapes, SlabShape
@@ -43,6 +43,7 @@ from jax_extract.inputs.sources import Source, open_source
 from jax_extract.inputs.tokenize import Continued, InputCounts, tokenizer_digest
 from jax_extract.inputs.tokenizing.share import Share
 from jax_extract.inputs.wrapping import Kept
+from jax_extract.store import token_files
 from jax_extract.store.budget import ByteBudget, default_limit
 from jax_extract.store.ledger import COMMITS, RUN_FILE, Ledger, RunStartedMeanwhile, part_name
 from jax_extract.store.metadata import write_metadata
@@ -225,7 +226,8 @@ class _Extraction:
             samples = sum(part.samples for part in committed.values())
             terminal.line("resume", f"{plural(samples, 'sample')} committed already")
         spool = self.place.open_spool(ledger, config)
-        session = Session(config, processes, self.job, terminal, ledger, spool, budget, resumed.keeps)
+        stored = resumed.has_plan if found and found.storage is ledger.storage else None
+        session = Session(config, processes, self.job, terminal, ledger, spool, budget, resumed.keeps, stored)
         if config.explain:
             tell_layout(self.job, self.weights, plan.shapes, terminal)
         if plan.windows and plan.tokens != 0:
@@ -240,7 +242,7 @@ class _Extraction:
         tell_result(metadata, statistics, ledger.storage, terminal)
         if self.source.finite and plan.windows:
             _require_all(ledger, plan.windows)
-        drop_kept_windows(ledger)
+        token_files.remove_all(ledger.storage)  # the sidecars hold the same
         return metadata
 
     @property
@@ -289,7 +291,9 @@ class _Extraction:
             longest = max(int(window.arrangement.lengths.max()) for window in windows)
             require_meaning_as_begun(found, self.job.model, longest)
         if found and self.processes.is_first:  # whose inputs must be these, be it finished or not
-            for _ in pending_parts(windows, committed, lambda window: keep_in(found, window, counts)):
+            for _ in pending_parts(
+                windows, committed, lambda w: None if resumed.has_plan(w, counts) else keep_in(found, w, counts)
+            ):
                 pass
         tell_input(self.source, counts, self.job, self.terminal)
         parts = [part for window in windows for part in window.parts]

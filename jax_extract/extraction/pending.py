@@ -31,7 +31,7 @@ Committed = Mapping[Key, CommittedPart]
 
 def read_committed(ledger: Ledger) -> list[list[Any]]:
     """What is committed, as plain JSON; UserError where a record is damaged or its files are not there."""
-    found = survey(ledger)
+    found = survey(ledger, with_plan=False)
     for name, wrong in found.torn.items():
         if name in found.unreadable:
             raise UserError(wrong)

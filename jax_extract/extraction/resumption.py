@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jax_extract.devices.processes import Processes
 from jax_extract.extraction.kept_windows import KeptWindow, kept_windows, kept_windows_of
 from jax_extract.extraction.pending import Committed
+from jax_extract.inputs.planning.windows import Window
 from jax_extract.inputs.sources import Source
-from jax_extract.store import token_files
-from jax_extract.store.ledger import COMMITS, Ledger, part_name
+from jax_extract.inputs.tokenize import InputCounts
+from jax_extract.store.ledger import Ledger
 from jax_extract.terminal import Terminal
 
 FINGERPRINT = "input_fingerprint"  # in the description of a run
@@ -30,12 +31,14 @@ class Resumption:
     kept: windows that need not be tokenised, from the first one on.
     done: numbers of windows all of whose parts are committed.
     last_plan: that of the last window, where all parts of the whole plan are committed; else None.
+    stored: of each window with a plan its digest, and what was counted of the input; on the first process.
     """
 
     keeps: bool = False
     kept: Sequence[KeptWindow] = ()
     done: Collection[int] = ()
     last_plan: Mapping[str, Any] | None = None
+    stored: Mapping[int, tuple[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -54,6 +57,7 @@ class Resumption:
         if fingerprint.of_all(processes) != begun:
             return cls()
         windows: list[KeptWindow] = []
+        stored: dict[int, tuple[str, Any]] = {}
 
         def look() -> dict[str, Any]:
             plans = found.plans()
@@ -64,6 +68,7 @@ class Resumption:
             if damaged:
                 terminal.line("note", f"{damaged}; the input is tokenised again")
             windows.extend(kept)
+            stored.update({plan["window"]: (plan["digest"], plan["input"]) for plan in plans})
             return {"kept": len(kept), "done": done}
 
         said = processes.of_first(look)
@@ -72,7 +77,12 @@ class Resumption:
         with processes.together():
             if not processes.is_first:
                 windows = kept_windows_of(found, said["kept"], said["done"])
-        return cls(True, windows, frozenset(said["done"]))
+        return cls(True, windows, frozenset(said["done"]), stored=stored)
+
+    def has_plan(self, window: Window, counts: InputCounts) -> bool:
+        """Whether that very plan is known to be stored."""
+        digest, counted = self.stored.get(window.number, ("", None))
+        return digest == window.digest and (not window.is_last or counted == counts.as_json())
 
 
 class Fingerprint:
@@ -96,19 +106,3 @@ def _is_committed(plan: Mapping[str, Any], committed: Committed) -> bool:
     """Whether all parts of a window are committed, as they are planned."""
     records = ((committed.get((part["batch"], part["part"])), part["digest"]) for part in plan["parts"])
     return all(record is not None and record.plan == digest for record, digest in records)
-
-
-def drop_kept_windows(ledger: Ledger) -> None:
-    """Removes what is kept of windows when the run is whole: its sidecars hold the same."""
-    if token_files.sizes(ledger.storage) and _is_whole(ledger):
-        token_files.remove_all(ledger.storage)
-
-
-def _is_whole(ledger: Ledger) -> bool:
-    """Whether every part of the whole plan has a record."""
-    plans = ledger.plans()
-    if not plans or not plans[-1]["last"]:
-        return False
-    there = set(ledger.names(COMMITS))
-    parts = (part for plan in plans for part in plan["parts"])
-    return all(f"{part_name((part['batch'], part['part']))}.json" in there for part in parts)

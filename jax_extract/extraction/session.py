@@ -45,6 +45,7 @@ class Session:
     ledger: the records that decide.
     spool: the local ledger of the same run, where parts are uploaded from there; or None.
     keeps_tokens: whether windows are kept for the next session too, until the run is whole.
+    has_plan: whether the plan of a window is known to be in the ledger already.
     attempt: names what this session writes.
     statistics: what it has done so far.
     """
@@ -57,6 +58,7 @@ class Session:
     spool: Ledger | None
     budget: ByteBudget
     keeps_tokens: bool = False
+    has_plan: Callable[[Window, InputCounts], bool] | None = None
     attempt: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     statistics: LoopStatistics = field(default_factory=LoopStatistics)
 
@@ -162,7 +164,7 @@ class Session:
             mend = "give every process the same inputs"
             self.processes.require_equal(f"plan of window {window.number}", window.digest, mend)
             with self.processes.together():
-                if self.processes.is_first:
+                if self.processes.is_first and not (self.has_plan and self.has_plan(*planned)):
                     keep_in(self.ledger, window, planned.counts)
                 if self.spool is not None:
                     keep_in(self.spool, window, planned.counts)
@@ -177,13 +179,24 @@ class Session:
         if self.worker.count == 1:
             return pending_parts(plan(), committed, keep_plan)
         if not steal:
-            return pending_parts(plan(), committed, keep_plan, self.worker.own)
+            return self._with_tokens(pending_parts(plan(), committed, keep_plan, self.worker.own))
 
         def stolen(parts: Sequence[Part]) -> Iterator[Part]:
             devices = self.job.backend.devices
             return self.worker.to_steal(parts, devices, lambda part: self.ledger.is_committed(part.key))
 
-        return pending_parts(plan(), committed, keep_plan, stolen)
+        return self._with_tokens(pending_parts(plan(), committed, keep_plan, stolen))
+
+    def _with_tokens(self, parts: Iterable[Part]) -> Iterator[Part]:
+        """Without those for which nothing is kept any more, because another worker has found the run whole."""
+        for part in parts:
+            try:
+                _ = part.arrangement.table.token_ids  # read here, where they are read when they are asked for
+            except UserError:
+                if self.ledger.is_committed(part.key):
+                    continue
+                raise
+            yield part
 
     def _round(
         self, parts: Iterable[Part], program: Program, advance: Callable[[LoopStatistics], None]

@@ -136,19 +136,26 @@ class Ledger:
         wanted = (f"{COMMITS}/{name}" for name in self.names(COMMITS) if name not in known)
         for path, data in self.storage.read_many(wanted).items():
             try:
-                with damage_is_told(f"commit record {self.storage.where(path)}", self._mend):
-                    record = self._checked(json.loads(data))
-                    if f"{COMMITS}/{part_name((record['batch'], record['part']))}.json" != path:
-                        raise ValueError("it is another part's")
-            except UserError as error:
-                damaged[path] = str(error)
-                continue
+                record = self._parsed(path, data)
+            except Exception:  # noqa: BLE001 (told below, by what is wrong)
+                try:
+                    with damage_is_told(f"commit record {self.storage.where(path)}", self._mend):
+                        record = self._parsed(path, data)
+                except UserError as error:
+                    damaged[path] = str(error)
+                    continue
             if path in uploaded:
                 note = f"{UPLOADED}/{path.rpartition('/')[2]}"
                 with damage_is_told(self.storage.where(note), _RESTORE):
                     record["uploaded_to"] = str(read_json(self.storage, note)["to"])
             records[record["batch"], record["part"]] = record
         return dict(sorted(records.items())), damaged
+
+    def _parsed(self, path: str, data: bytes) -> Record:
+        record = self._checked(json.loads(data))
+        if f"{COMMITS}/{part_name((record['batch'], record['part']))}.json" != path:
+            raise ValueError("it is another part's")
+        return record
 
     @property
     def _mend(self) -> str:
@@ -230,20 +237,24 @@ class Ledger:
 
     def plans(self) -> list[dict[str, Any]]:
         """The stored plans, window by window."""
-        return self._jsons(PLAN)
+        return self._jsons(PLAN, self.names(PLAN))
+
+    def last_plan(self) -> dict[str, Any] | None:
+        """That of the last window for which there is one."""
+        return next(iter(self._jsons(PLAN, self.names(PLAN)[-1:])), None)
 
     def end_session(self, attempt: str, session: Mapping[str, Any]) -> None:
         self.storage.write(f"{SESSIONS}/{attempt}.json", to_json(session))
 
     def sessions(self) -> list[dict[str, Any]]:
-        return self._jsons(SESSIONS)
+        return self._jsons(SESSIONS, self.names(SESSIONS))
 
     def names(self, folder: str) -> list[str]:
         """Our own files of a folder: file managers and copy programs leave others."""
-        return [name for name in self.storage.entries(folder) if _OWN_NAME.fullmatch(name)]
+        return [name for name in self.storage.names(folder) if _OWN_NAME.fullmatch(name)]
 
-    def _jsons(self, folder: str) -> list[dict[str, Any]]:
-        found = self.storage.read_many(f"{folder}/{name}" for name in self.names(folder))
+    def _jsons(self, folder: str, names: Iterable[str]) -> list[dict[str, Any]]:
+        found = self.storage.read_many(f"{folder}/{name}" for name in names)
         return [parse_json(self.storage, name, data) for name, data in found.items()]
 
 

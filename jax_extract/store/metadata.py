@@ -47,7 +47,7 @@ def _metadata(ledger: Ledger, records: Mapping[Key, Record]) -> dict[str, Any]:
             entry[count] += record[count]
         entry["files"] += [file["path"] for file in record["files"]]
     sessions = ledger.sessions()
-    plan = (ledger.plans() or [{}])[-1]
+    plan = ledger.last_plan() or {}
     layers = sorted({site["layer"] for site in identity["sites"] if site["layer"] is not None})
     return {
         **description.get("about", {}),

@@ -104,11 +104,15 @@ class Part:
         return self.stop - self.start
 
     @property
+    def slab_numbers(self) -> range:
+        """In the arrangement, of the slabs that hold samples of it."""
+        return self.arrangement.slabs_of(self.start, self.stop)
+
+    @property
     def slabs(self) -> list[Slab]:
         """Those that hold samples of it, as seen from its first one; the first may begin before that, below 0."""
         slabs = self.arrangement.slabs
-        numbers = self.arrangement.slabs_of(self.start, self.stop)
-        return [Slab(slabs[i].shape, slabs[i].first - self.start, slabs[i].counts) for i in numbers]
+        return [Slab(slabs[i].shape, slabs[i].first - self.start, slabs[i].counts) for i in self.slab_numbers]
 
     @property
     def table(self) -> TokenTable:
@@ -221,7 +225,7 @@ def slabs_of(batches: list[list[TokenizedSample]], settings: PlanSettings) -> tu
 
 def shapes_of(parts: Iterable[Part]) -> set[SlabShape]:
     """That slabs of these parts have."""
-    return {slab.shape for part in parts for slab in part.slabs}
+    return {part.arrangement.slabs[number].shape for part in parts for number in part.slab_numbers}
 
 
 def part_digest(version: int, key: tuple[int, int], slabs: Sequence[Slab], samples: TokenTable) -> str:

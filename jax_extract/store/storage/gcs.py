@@ -274,6 +274,9 @@ class Bucket:
         found = {name: entry for page in self._pages(folder, self.requests) for name, entry in page.items()}
         return dict(sorted(found.items()))
 
+    def names(self, folder: str = "") -> list[str]:
+        return list(self.entries(folder))
+
     def _pages(self, folder: str, to: Requests, most: int | None = None) -> Iterator[dict[str, Entry]]:
         prefix = f"{self._key(folder)}/" if checked_name(folder, self) else self._prefix
         token: str | None = None

@@ -16,8 +16,8 @@ import numpy as np
 
 from jax_extract.errors import UserError
 from jax_extract.inputs.planning.windows import Part, Window
-from jax_extract.store.ledger import Key, Ledger
-from jax_extract.store.survey import survey
+from jax_extract.store.ledger import Key, Ledger, Record
+from jax_extract.store.survey import entries_of, files_of, wrong_with
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,23 @@ Committed = Mapping[Key, CommittedPart]
 
 def read_committed(ledger: Ledger) -> list[list[Any]]:
     """What is committed, as plain JSON; UserError where a record is damaged or its files are not there."""
-    found = survey(ledger, with_plan=False)
-    for name, wrong in found.torn.items():
-        if name in found.unreadable:
-            raise UserError(wrong)
-        raise UserError(
-            f"{ledger.storage.where(name)} does not hold: {wrong}; restore it from a copy, or give up that part with "
-            f"jax-extract sweep {ledger.storage} --damaged and compute it again"
-        )
-    return [[*key, record["samples"], record["plan"]] for key, record in found.committed.items()]
+    entries, found = entries_of(ledger.storage), []
+
+    def wrong(record: Record) -> str | None:
+        return next(filter(None, (wrong_with(file, record, entries) for file in files_of(record))), None)
+
+    for name, record in ledger.each_record():
+        if isinstance(record, str):
+            raise UserError(record)
+        if wrong(record):
+            entries = entries_of(ledger.storage)  # of a part that was committed meanwhile
+            if said := wrong(record):
+                raise UserError(
+                    f"{ledger.storage.where(name)} does not hold: {said}; restore it from a copy, or give up that part "
+                    f"with jax-extract sweep {ledger.storage} --damaged and compute it again"
+                )
+        found.append([record["batch"], record["part"], record["samples"], record["plan"]])
+    return sorted(found)
 
 
 def parse_committed(said: Iterable[Iterable[Any]]) -> Committed:

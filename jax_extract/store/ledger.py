@@ -14,10 +14,11 @@ part without a record does not exist; everything else about a run follows from t
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,7 @@ FOLDERS = (COMMITS, UPLOADED, SESSIONS, TOKENS, PLAN, PARTS)  # the records firs
 Key = tuple[int, int]  # (batch, part), both counted from 1
 Record = dict[str, Any]
 
+_READ_TOGETHER = 4_096  # records
 _OWN_NAME = re.compile(r"\d{6,}(_\d{3,})?\.json|[0-9a-f]{12}\.json")
 FOREIGN = "it belongs to another run"
 _RESTORE = "restore it from a copy of the run"
@@ -131,25 +133,38 @@ class Ledger:
         """
         records: dict[Key, Record] = {}
         damaged: dict[str, str] = {}
-        uploaded = {f"{COMMITS}/{name}" for name in self.names(UPLOADED)}
+        for name, record in self.each_record(but):
+            if isinstance(record, str):
+                damaged[name] = record
+            else:
+                records[record["batch"], record["part"]] = record
+        return dict(sorted(records.items())), damaged
+
+    def each_record(self, but: Iterable[Key] = ()) -> Iterator[tuple[str, Record | str]]:
+        """The same one after the other, by names, for those who keep little of each; or what is wrong with one."""
+        uploaded = set(self.names(UPLOADED))
         known = {f"{part_name(key)}.json" for key in but}
         wanted = (f"{COMMITS}/{name}" for name in self.names(COMMITS) if name not in known)
-        for path, data in self.storage.read_many(wanted).items():
+        while some := list(itertools.islice(wanted, _READ_TOGETHER)):
+            for path, data in self.storage.read_many(some).items():
+                record = self._told(path, data)
+                name = path.rpartition("/")[2]
+                if name in uploaded and not isinstance(record, str):
+                    note = f"{UPLOADED}/{name}"
+                    with damage_is_told(self.storage.where(note), _RESTORE):
+                        record["uploaded_to"] = str(read_json(self.storage, note)["to"])
+                yield path, record
+
+    def _told(self, path: str, data: bytes) -> Record | str:
+        """A record, or what is wrong with it."""
+        try:
+            return self._parsed(path, data)
+        except Exception:  # noqa: BLE001 (told below, by what is wrong)
             try:
-                record = self._parsed(path, data)
-            except Exception:  # noqa: BLE001 (told below, by what is wrong)
-                try:
-                    with damage_is_told(f"commit record {self.storage.where(path)}", self._mend):
-                        record = self._parsed(path, data)
-                except UserError as error:
-                    damaged[path] = str(error)
-                    continue
-            if path in uploaded:
-                note = f"{UPLOADED}/{path.rpartition('/')[2]}"
-                with damage_is_told(self.storage.where(note), _RESTORE):
-                    record["uploaded_to"] = str(read_json(self.storage, note)["to"])
-            records[record["batch"], record["part"]] = record
-        return dict(sorted(records.items())), damaged
+                with damage_is_told(f"commit record {self.storage.where(path)}", self._mend):
+                    return self._parsed(path, data)
+            except UserError as error:
+                return str(error)
 
     def _parsed(self, path: str, data: bytes) -> Record:
         record = self._checked(json.loads(data))

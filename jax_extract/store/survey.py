@@ -83,11 +83,8 @@ class Survey:
         )
 
 
-def survey(ledger: Ledger, with_plan: bool = True) -> Survey:
-    """Looks at every record and at the names, sizes and, in a bucket, checksums of all files.
-
-    `with_plan`: at the plan too; without it nothing is known to be missing.
-    """
+def survey(ledger: Ledger) -> Survey:
+    """Looks at every record and at the names, sizes and, in a bucket, checksums of all files."""
     records, torn = ledger.records()
     unreadable = set(torn)
     entries = entries_of(ledger.storage)
@@ -99,7 +96,7 @@ def survey(ledger: Ledger, with_plan: bool = True) -> Survey:
             torn[record_name(key)] = wrong
             held |= named_by([records.pop(key)])
     with damage_is_told(f"the plan in {ledger.storage}", "restore its _run folder from a copy"):
-        plans = ledger.plans() if with_plan else []
+        plans = ledger.plans()
         planned = {(int(p["batch"]), int(p["part"])): int(p["samples"]) for plan in plans for p in plan["parts"]}
         whole = bool(plans) and bool(plans[-1]["last"])
     return Survey(dict(sorted(planned.items())), whole, records, torn, unreadable, files, held)

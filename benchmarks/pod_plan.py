@@ -121,7 +121,7 @@ def row_of(lengths: np.ndarray, settings: PlanSettings, mesh: Mesh) -> list[str]
     taken = steps(parts, mesh.hosts, mesh.devices // mesh.hosts, travel)
     counts = StepCounts.of(taken, mesh.devices, settings.pair_cost)
     number = counts.steps.total()
-    shares = (counts.real_share, counts.padding_share, counts.idle_share, counts.unseen_share, counts.useful_share)
+    shares = (*counts.shares, counts.unseen_share, counts.useful_share)
     return [
         f"{len(parts):,}",
         str(len(counts.steps)),

@@ -27,7 +27,7 @@ from tiny_models import random_ids, reference, tiny_folder, tiny_model
 from jax_extract.devices.platform import platform_defaults
 from jax_extract.extraction import jax_backend
 from jax_extract.extraction.backend import holds_several_a_row
-from jax_extract.extraction.program import rows_travel
+from jax_extract.extraction.program import MOST_TRAVELLING_BYTES, rows_travel
 from jax_extract.inputs.planning.slabs import PlanSettings
 from jax_extract.weights.open_model import OpenModel
 from models import accelerated_attention, packing
@@ -188,8 +188,8 @@ def test_plans_of_before_hold_several_samples_a_row_only_where_they_are_packed()
     ("last", True), ("mean", True), ("first:4", True), ("at:0,7", True), ("every:8", False), ("all", False),
 ])  # fmt: skip
 def test_rows_travel_where_they_are_few(text: str, travel: bool) -> None:
-    assert rows_travel(Positions.parse(text), 256_000_000) == travel
-    assert not rows_travel(Positions.parse(text), 256_000_001)
+    assert rows_travel(Positions.parse(text), MOST_TRAVELLING_BYTES) == travel
+    assert not rows_travel(Positions.parse(text), MOST_TRAVELLING_BYTES + 1)
 
 
 TRAVELLING = """

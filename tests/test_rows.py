@@ -16,8 +16,7 @@ from jax_extract.devices.platform import CPU, GPU, TPU
 from jax_extract.inputs.planning.lanes import pack_for_all
 from jax_extract.inputs.planning.rows import Packed, pack
 from jax_extract.inputs.planning.slabs import PlanSettings, Shapes, SlabShape
-from jax_extract.inputs.planning.stages import attention_pairs
-from models.accelerated_attention import seen_pairs
+from models.accelerated_attention import computed_pairs, seen_pairs
 from models.positions import Positions
 
 MAX_LENGTH = 1_024
@@ -44,7 +43,8 @@ def count(lengths: np.ndarray, settings: PlanSettings, shapes: Shapes = ()) -> C
     steps = {shape: -(-len(list(same)) // settings.devices) for shape, same in itertools.groupby(shapes_of(packed))}
     rows = {shape: count * settings.devices * shape.rows for shape, count in steps.items()}
     own = seen_pairs(lengths)
-    pairs = sum(n * attention_pairs(shape.length, settings.attention_block) for shape, n in rows.items())
+    block = settings.attention_block
+    pairs = sum(n * computed_pairs(shape.length, min(block, shape.length)) for shape, n in rows.items())
     real, computed = int(lengths.sum()), sum(n * shape.length for shape, n in rows.items())
     useful = (real + settings.pair_cost * own) / (computed + settings.pair_cost * pairs)
     return Counted(len(steps), len(packed.slabs), sum(steps.values()), real, computed, useful)

@@ -43,8 +43,8 @@ class TokenShares(NamedTuple):
 class StepCounts:
     """Attributes:
     devices: of all hosts.
-    pair_cost: what attention costs for one query and one key, where a token's products cost 1; 0 where it computes no
-      pair of two samples.
+    pair_cost: what attention costs for one query and one key, where a token's products cost 1; 0 where it computes
+      no pair that no query sees.
     steps: of each slab shape.
     slabs: that hold samples.
     tokens: real ones.
@@ -52,7 +52,6 @@ class StepCounts:
     idle_tokens: of these, those of devices without a slab.
     seen_pairs: of a query and a key that it sees.
     computed_pairs: that attention computes, where it computes whole rows; else those that are seen.
-    idle_host_steps: steps of a host none of whose devices has a slab, over all hosts.
     """
 
     devices: int
@@ -64,7 +63,6 @@ class StepCounts:
     idle_tokens: int = 0
     seen_pairs: int = 0
     computed_pairs: int = 0
-    idle_host_steps: int = 0
 
     @classmethod
     def of(cls, steps: Iterable[Step], devices: int, pair_cost: float = 0.0) -> StepCounts:
@@ -79,7 +77,6 @@ class StepCounts:
         self.slabs += len(works)
         self.slab_tokens += self.devices * step.shape.tokens
         self.idle_tokens += (self.devices - len(works)) * step.shape.tokens
-        self.idle_host_steps += sum(not of_host for of_host in step.work)
         for work in works:
             first, last = work.slab.first, work.slab.first + work.slab.count
             self.tokens += work.tokens
@@ -93,18 +90,6 @@ class StepCounts:
     @property
     def shares(self) -> TokenShares:
         return TokenShares.of(self.tokens, self.slab_tokens, self.idle_tokens)
-
-    @property
-    def real_share(self) -> float:
-        return self.shares.real
-
-    @property
-    def idle_share(self) -> float:
-        return self.shares.idle
-
-    @property
-    def padding_share(self) -> float:
-        return self.shares.padding
 
     @property
     def useful_share(self) -> float:

@@ -33,7 +33,9 @@ from models.ports import ModelConfig, Parameters, Port, hook_width
 from models.positions import Positions
 from models.self_attention import WithinRows
 
-MOST_TRAVELLING_BYTES = 256_000_000  # a step: milliseconds on the links of a pod, and on the way into a host
+# A step: some hundredths of a second on the links of a pod, a tenth on the way into a host. Where rows stay, few parts
+# leave most of many hosts idle, which costs more.
+MOST_TRAVELLING_BYTES = 1_000_000_000
 
 
 class CaptureProgram:

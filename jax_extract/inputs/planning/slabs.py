@@ -73,8 +73,8 @@ class PlanSettings:
       max_shapes: how many slab shapes may be used at most.
       positions: which positions are stored.
       bytes_per_row: of the widest hook point, in the stored dtype.
-      hosts: processes of the program that starts the run. They compute a part each, and sit out what others
-        compute in another shape, so with many of them a shape must serve more parts.
+      hosts: processes of the program that starts the run. In version 1 they compute a part each, and sit out what
+        others compute in another shape, so with many of them a shape must serve more parts.
       packed: a slab is a single row, in which samples lie one behind the other.
       max_shard_bytes: size of one shard's array at which a batch is cut into parts.
       version: 1 of runs whose slabs hold samples of one batch alone (`within_batches`); 2 since slabs are filled

@@ -14,6 +14,7 @@ from functools import cached_property
 
 from jax_extract.inputs.planning.filling import Rows, Supply
 from jax_extract.inputs.planning.slabs import SLAB_OVERHEAD_TOKENS, PlanSettings, Shapes
+from models.accelerated_attention import computed_pairs
 
 _MORE_STEPS = 8  # that a stage may have beyond the fewest, in slabs of fewer rows
 # Times the samples that a row holds on average: programs keep room for the most that a row may hold, and where rows
@@ -71,7 +72,7 @@ class Limits:
         return max(self.shortest_row, self.tokens // multiple * multiple)
 
     def samples_a_row(self, length: int) -> int:
-        """Most samples of a row: the number that is given, or a power of two above what rows hold on average.
+        """Most samples of a row: the number that is given, or a power of two, at most `_CROWDED` times the average.
 
         A slab of a single row may hold any number: what is kept for it is not multiplied by rows.
         """
@@ -84,7 +85,7 @@ class Limits:
         """Rows that attention computes in whole blocks: lengths above one are multiples of it, where they may be."""
         block, most = self.settings.attention_block, max(self.tokens, self.shortest_row)
         rounded = (-(-length // block) * block if length > block else length for length in lengths)
-        fitting = {round if round <= most else length for round, length in zip(rounded, lengths, strict=True)}
+        fitting = {whole if whole <= most else length for whole, length in zip(rounded, lengths, strict=True)}
         return tuple(sorted(fitting, reverse=True))
 
     @property
@@ -100,21 +101,16 @@ class Limits:
 
     def row_cost(self, length: int) -> int:
         """What a row costs, in tokens: its products and its attention."""
-        pairs = attention_pairs(length, self.settings.attention_block)
-        return length + round(self.settings.pair_cost * pairs) if self.settings.pair_cost else length
+        if not self.settings.pair_cost:
+            return length
+        pairs = computed_pairs(length, min(self.settings.attention_block, length))
+        return length + round(self.settings.pair_cost * pairs)
 
     def cost(self, stages: Iterable[Stage]) -> int:
         """Tokens that all devices compute, those that sit out included."""
         return self.settings.devices * sum(
             stage.steps * (stage.rows * self.row_cost(stage.length) + SLAB_OVERHEAD_TOKENS) for stage in stages
         )
-
-
-def attention_pairs(length: int, block: int) -> int:
-    """Queries and keys that causal attention over a row computes in squares of `block`: those on the diagonal whole."""
-    block = min(block, length)
-    blocks = -(-length // block)
-    return block * block * blocks * (blocks + 1) // 2
 
 
 def stages_of(lengths: Lengths, supply: Supply, limits: Limits, given: Shapes = ()) -> list[Stage]:

@@ -307,9 +307,9 @@ def test_too_little_space_is_told_at_the_start(refused: Refused, monkeypatch: py
 
 def test_a_disk_that_fills_in_the_middle_keeps_what_is_committed_and_the_run_goes_on_later(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
-    # Equal samples are dealt in turn; names of 5,000 letters make the third batch's shards too large for the limit.
+    # Names of 5,000 letters make the third batch's shards too large for the limit.
     named = texts([64] * 16)
-    ids = {key: key + "x" * 5_000 * (i % 4 == 2) for i, key in enumerate(named)}
+    ids = {key: key + "x" * 5_000 * (i // 4 == 2) for i, key in enumerate(named)}
     tasks = tmp_path / "in.jsonl"
     tasks.write_text("".join(json.dumps({"id": ids[key], "text": text}) + "\n" for key, text in named.items()))
     run_here(model, tasks, tmp_path / "whole", layers_to_extract=(10, 11), positions="all", batch_size=4)
@@ -323,7 +323,7 @@ def test_a_disk_that_fills_in_the_middle_keeps_what_is_committed_and_the_run_goe
     assert "Traceback" not in start.stderr
     there = {path.stem for path in (tmp_path / "a/_run/commits").iterdir()}
     assert there - {"000004_001"} == {"000001_001", "000002_001"}  # the fourth, if its rows were there in time
-    committed = [key for i, key in enumerate(named) if f"{i % 4 + 1:06d}_001" in there]
+    committed = [key for i, key in enumerate(named) if f"{i // 4 + 1:06d}_001" in there]
     assert sorted(open_activations(tmp_path / "a").sample_ids) == sorted(committed)
     assert len(shards(tmp_path / "a")) == 2 * len(there)
     assert not list((tmp_path / "a").glob(".writing-*"))

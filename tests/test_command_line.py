@@ -263,7 +263,7 @@ def test_a_worker_whose_run_another_one_started_meanwhile_tells_its_request_and_
     words = ["--model_path", model, "--tasks_file", tasks, "--activations_dir", tmp_path / "a"]
     assert _extract(*words, "--worker_id", 0, "--num_workers", 2) == 0
     labels = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert labels == ["model", "capture", "input", "plan", "done", "stages", "output", "read"]
+    assert labels == ["model", "capture", "input", "plan", "done", "stages", "hosts", "output", "read"]
 
 
 def test_the_work_goes_on_when_the_reader_of_its_log_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ from jax_extract.extraction.pending import Committed, parse_committed, pending_p
 from jax_extract.extraction.place import Place, kept_by
 from jax_extract.extraction.planned_input import PlannedInput
 from jax_extract.extraction.prepare import Job, wrapping_of
-from jax_extract.extraction.resumption import Fingerprint, Resumption
+from jax_extract.extraction.resumption import Resumption
 from jax_extract.extraction.session import keep_in
 from jax_extract.extraction.summary import tell_input, tell_plan, tell_request
 from jax_extract.inputs.contexts import ContextCounts
@@ -83,7 +83,7 @@ def estimate(config: ExtractConfig, terminal: Terminal, processes: Processes | N
     wrapping = wrapping_of(config, kept_by(found, processes))
     resumed = Resumption()
     if found:
-        resumed = Resumption.of(found, committed, Fingerprint(source), processes, terminal)
+        resumed = Resumption.of(source, found, committed, processes, terminal)
     with processes.together():
         settings = job.plan_settings(config, found.run["identity"]["plan_settings"] if found else None)
         job, weights = job.under(settings), job.weights()

@@ -28,7 +28,7 @@ from jax_extract.store.lanes import Call
 from jax_extract.store.parts import PartContent
 from jax_extract.store.storage.local import Directory
 from jax_extract.store.storage.verbs import PendingFile, Storage
-from jax_extract.store.writer import Blocks
+from jax_extract.store.writer import Blocks, RowPiece
 
 _SHAPES = 2
 _SHAPE_SECONDS = 5.0
@@ -138,7 +138,7 @@ class _Nowhere:
     def begin(self, content: PartContent) -> _Nowhere:
         return self
 
-    def append(self, blocks: Blocks, kept: Sequence[int], done: Call) -> None:
+    def append(self, blocks: Blocks, kept: Sequence[RowPiece], done: Call) -> None:
         done()
 
     def commit(self) -> None: ...

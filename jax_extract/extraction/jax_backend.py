@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Self
 
 import jax
 import numpy as np
@@ -112,7 +113,7 @@ class JaxBackend:
     def mesh_shape(self) -> Mapping[str, int]:
         return dict(self.mesh.shape)
 
-    def under(self, model: OpenModel, settings: PlanSettings | None) -> JaxBackend:
+    def under(self, model: OpenModel, settings: PlanSettings | None) -> Self:
         several = self.defaults.samples_a_row != 1 if settings is None else holds_several_a_row(settings)
         return replace(self, numerics=with_attention(self.numerics, self.mesh, model.config, 1 + several))
 

@@ -122,8 +122,7 @@ class TokenTable:
             offsets_of(ends - starts),
             self.sample_indices[indices],
             self.full_lengths[indices],
-            [self.sample_ids[i] for i in places],
-            [self.meta[i] for i in places],
+            *([str(texts[i]) for i in places] for texts in (self.sample_ids, self.meta)),
         )
 
     def __len__(self) -> int:

@@ -61,7 +61,7 @@ def write(ledger: Ledger, number: int, arrays: Mapping[str, np.ndarray], said: M
     try:
         file.write(_header(ledger.run["run_id"], number, ordered, said))
         for _, array in ordered:
-            file.write(memoryview(np.ascontiguousarray(array)).cast("B"))
+            file.write(np.ascontiguousarray(array).data.cast("B"))
         with step("tokens.file"):
             published = file.publish()
         if published.name == own:  # another worker was faster
@@ -76,12 +76,17 @@ def _header(run_id: str, number: int, arrays: list[tuple[str, np.ndarray]], said
     for name, array in arrays:
         entries[name] = {"dtype": _CODES[array.dtype], "shape": [len(array)], "data_offsets": [at, at + array.nbytes]}
         at += array.nbytes
-    sums = {name: crc32c(memoryview(np.ascontiguousarray(array)).cast("B")) for name, array in arrays}
+    sums = {name: crc32c(np.ascontiguousarray(array).data.cast("B")) for name, array in arrays}
     about = {"run": run_id, "window": str(number), "said": json.dumps(said), "crc32c": json.dumps(sums)}
     entries["__metadata__"] = {**about, "header_crc32c": str(_checksum(entries, about))}
     data = json.dumps(entries).encode()
     data += b" " * (-len(data) % 8)
     return len(data).to_bytes(8, "little") + data
+
+
+def _place(entry: Mapping[str, Any], after: int) -> tuple[np.dtype[Any], int, int]:
+    first, last = entry["data_offsets"]
+    return _DTYPES[entry["dtype"]], after + int(first), after + int(last)
 
 
 def _checksum(entries: Mapping[str, Any], about: Mapping[str, str]) -> int:
@@ -124,11 +129,7 @@ class TokenFile:
                     raise ValueError("the checksum of its header is wrong")
                 if about["run"] != ledger.run["run_id"] or about["window"] != str(number):
                     raise _Foreign(FOREIGN)
-                places = {
-                    array: (_DTYPES[entry["dtype"]], *(size + int(at) for at in entry["data_offsets"]))
-                    for array, entry in entries.items()
-                    if array != "__metadata__"
-                }
+                places = {array: _place(entry, size) for array, entry in entries.items() if array != "__metadata__"}
                 return cls(storage, name, json.loads(about["said"]), places, json.loads(about["crc32c"]))
         except (_Missing, _Foreign):
             return None

@@ -210,11 +210,11 @@ class WindowPlanner:
 def layout_digest(window: Window) -> str:
     """sha256 over where a window's samples lie: their order, slabs and parts. With their content it decides digests."""
     arrangement = window.arrangement
-    total = hashlib.sha256(np.ascontiguousarray(arrangement.order, "<i8"))
+    total = hashlib.sha256(arrangement.order.astype("<i8").tobytes())
     for slab in arrangement.slabs:
-        total.update(np.array([*slab.shape, slab.first, len(slab.counts), *slab.counts], "<i8"))
+        total.update(np.array([*slab.shape, slab.first, len(slab.counts), *slab.counts], "<i8").tobytes())
     places = [(p.batch, p.part, p.parts_in_batch, p.start, p.stop) for p in window.parts]
-    total.update(np.array(places, "<i8"))
+    total.update(np.array(places, "<i8").tobytes())
     return total.hexdigest()
 
 
@@ -240,7 +240,7 @@ def part_digest(version: int, key: tuple[int, int], slabs: Sequence[Slab], sampl
     for numbers in (samples.sample_indices, samples.full_lengths, samples.lengths, [len(name) for name in names]):
         total.update(np.asarray(numbers, "<i8").tobytes())
     total.update(b"".join(names))
-    total.update(np.ascontiguousarray(samples.token_ids, "<i4"))
+    total.update(samples.token_ids.astype("<i4", copy=False).tobytes())
     return total.hexdigest()
 
 

@@ -48,11 +48,10 @@ from jax_extract.inputs.sources import Source, open_source
 from jax_extract.inputs.tokenize import Continued, tokenizer_digest
 from jax_extract.inputs.tokenizing.share import Share
 from jax_extract.inputs.wrapping import Kept
-from jax_extract.store import token_files
 from jax_extract.store.ledger import COMMITS, RUN_FILE, Ledger, RunStartedMeanwhile, part_name
 from jax_extract.store.metadata import write_metadata
 from jax_extract.store.storage.local import require_open_files
-from jax_extract.store.sweep import erase
+from jax_extract.store.sweep import erase, remove_kept
 from jax_extract.terminal import Terminal, plural
 
 _UNUSABLE_NAMED = 20
@@ -223,6 +222,8 @@ class _Extraction:
         assert ledger is not None
         if found and processes.is_first:
             ledger.drop_stale_notes()
+            if resumed.unusable:
+                ledger.storage.delete(resumed.unusable)
         if committed:
             samples = sum(part.samples for part in committed.values())
             terminal.line("resume", f"{plural(samples, 'sample')} committed already")
@@ -243,7 +244,7 @@ class _Extraction:
         tell_result(metadata, statistics, ledger.storage, terminal)
         if self.source.finite and plan.windows:
             _require_all(ledger, plan.windows)
-        token_files.remove_all(ledger.storage)  # the sidecars hold the same
+        remove_kept(ledger.storage)
         return metadata
 
     @property
@@ -343,7 +344,7 @@ class _Extraction:
 
 
 def _open_source(config: ExtractConfig) -> Source:
-    return open_source(
+    source = open_source(
         config.tasks_file,
         config.dataset,
         n_tasks=config.n_tasks,
@@ -356,6 +357,14 @@ def _open_source(config: ExtractConfig) -> Source:
         id_column=config.id_column,
         skip_bad_tasks=config.skip_bad_tasks,
     )
+    if (most := config.max_new_tokens) is None:
+        return source
+    of_source = source.fingerprint  # answers leave less room to prompts
+
+    def known() -> str | None:
+        return (found := of_source()) and f"{found}, --max_new_tokens {most}"
+
+    return dataclasses.replace(source, fingerprint=known)
 
 
 def _unknown() -> None:

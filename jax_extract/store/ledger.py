@@ -41,6 +41,7 @@ FOLDERS = (COMMITS, UPLOADED, SESSIONS, TOKENS, PLAN, PARTS)  # the records firs
 Key = tuple[int, int]  # (batch, part), both counted from 1
 Record = dict[str, Any]
 
+_COUNTS = ("batch", "part", "parts_in_batch", "samples", "tokens", "rows")  # of a record
 _READ_TOGETHER = 4_096  # records
 _OWN_NAME = re.compile(r"\d{6,}(_\d{3,})?\.json|[0-9a-f]{12}\.json")
 FOREIGN = "it belongs to another run"
@@ -183,13 +184,14 @@ class Ledger:
             raise TypeError("it names no files")
         if not isinstance(record["plan"], str):
             raise TypeError("its plan is no digest")
-        counts = [record[key] for key in ("batch", "part", "parts_in_batch", "samples", "tokens", "rows")]
+        counts = [record[key] for key in _COUNTS]
         for file in (record["sidecar"], *record["files"]):
-            counts += [file["bytes"], file["crc32c"]]
-            counts += [] if file.get("generation") is None else [file["generation"]]
+            counts += (file["bytes"], file["crc32c"])
+            if (generation := file.get("generation")) is not None:
+                counts.append(generation)
             if not isinstance(file["path"], str):
                 raise TypeError("a path is no string")
-        if not all(type(count) is int and count >= 0 for count in counts):
+        if set(map(type, counts)) != {int} or min(counts) < 0:
             raise ValueError("a count is no whole number")
         return record
 

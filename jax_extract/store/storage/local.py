@@ -154,10 +154,12 @@ class Directory:
         sizes: dict[str, Entry] = {}
         with os.scandir(path) as found:
             for file in found:
-                with contextlib.suppress(FileNotFoundError):  # gone since it was listed, as temporary files are
+                try:
                     if file.is_file():
                         sizes[file.name] = Entry(file.stat().st_size)
-        return dict(sorted(sizes.items()))
+                except FileNotFoundError:  # gone since it was listed, as temporary files are
+                    continue
+        return {name: sizes[name] for name in sorted(sizes)}
 
     def names(self, folder: str = "") -> list[str]:
         path = self.path(folder)

@@ -17,7 +17,7 @@ from jax_extract import UserError, open_activations
 from jax_extract.cli import main
 from jax_extract.config import ExtractConfig
 from jax_extract.extraction import prepare
-from jax_extract.extraction.command import extract_to_directory
+from jax_extract.extraction.command import _open_source, extract_to_directory
 from jax_extract.extraction.kept_windows import KeptWindow, Planned, keep, kept_windows
 from jax_extract.inputs import sources, tokenize
 from jax_extract.inputs.contexts import ContextCounts, ContextForm, KnownContexts, join
@@ -380,8 +380,8 @@ def test_a_window_that_is_kept_is_the_same_and_its_tokens_wait(
     read: list[str] = []
     array = token_files.TokenFile.array
     monkeypatch.setattr(token_files.TokenFile, "array", lambda self, name: read.append(name) or array(self, name))
-    found, damaged = kept_windows(ledger, ())
-    assert (len(found), damaged) == (2, "")
+    found, *wrong = kept_windows(ledger, ())
+    assert (len(found), wrong) == (2, ["", ""])
     planner = WindowPlanner(SETTINGS)
     for kept, (window, counts) in zip(found, planned, strict=True):
         there = kept.planned(planner, InputCounts())
@@ -422,13 +422,11 @@ def test_files_of_others_and_damaged_ones_are_no_windows(ledger: Ledger, planned
             assert kept
             _ = kept.table.token_ids
     path.write_bytes(whole)
-    assert kept_windows(ledger, ())[1] == ""
+    assert kept_windows(ledger, ())[1:] == ("", "")
     path.write_bytes(whole[:100])
-    found, damaged = kept_windows(ledger, ())
-    assert not found
+    found, name, damaged = kept_windows(ledger, ())
+    assert (found, name) == ([], token_files.file_name(0))
     assert "000000.safetensors is damaged" in damaged
-    assert not path.exists(), "its name is wanted"
-    assert Path(ledger.storage.where(token_files.file_name(1))).exists()
 
 
 def test_a_window_is_kept_once(ledger: Ledger, planned: list[Planned]) -> None:
@@ -473,6 +471,9 @@ def test_a_fingerprint_is_of_bytes_names_and_options(tmp_path: Path) -> None:
     assert first == of(path)
     assert str(first).startswith("sha256:")
     assert len({first, of(path, n_samples=1), of(path, text_column="text"), of(path, id_column="id")}) == 4
+    config = ExtractConfig(tasks_file=str(path))
+    assert _open_source(config).fingerprint() == first
+    assert _open_source(replace(config, max_new_tokens=9)).fingerprint() not in (None, first), "prompts are shorter"
     path.write_text(path.read_text() + "\n")
     assert of(path) != first
     task = folder / "sub" / "x.json"

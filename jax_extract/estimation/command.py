@@ -20,21 +20,14 @@ from jax_extract.estimation.figures import Estimate, ReadProbe, Work
 from jax_extract.estimation.output import Output, output_of, with_plans, with_run_files
 from jax_extract.estimation.probe import probe_computing, probe_writing
 from jax_extract.estimation.telling import tell
-from jax_extract.extraction.command import (
-    host_budget,
-    join_processes,
-    named_as_begun,
-    open_request,
-    require_room,
-    require_rows,
-    require_samples,
-    run_of,
-)
+from jax_extract.extraction.as_begun import named_as_begun
+from jax_extract.extraction.command import join_processes, open_request, run_of
 from jax_extract.extraction.model_fields import require_same_fields
 from jax_extract.extraction.pending import Committed, parse_committed, pending_parts, read_committed
 from jax_extract.extraction.place import Place, kept_by
 from jax_extract.extraction.planned_input import PlannedInput
 from jax_extract.extraction.prepare import Job, wrapping_of
+from jax_extract.extraction.requirements import host_budget, require_room, require_rows, require_samples
 from jax_extract.extraction.resumption import Resumption
 from jax_extract.extraction.session import keep_in
 from jax_extract.extraction.summary import tell_input, tell_plan, tell_request

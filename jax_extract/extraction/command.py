@@ -10,18 +10,17 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.choice import use_devices
 from jax_extract.devices.processes import Processes, start_processes
 from jax_extract.errors import UserError
+from jax_extract.extraction.as_begun import named_as_begun, of_the_same_commits
 from jax_extract.extraction.backend import Loadable
-from jax_extract.extraction.loop import STEPS_IN_MEMORY
 from jax_extract.extraction.model_fields import (
     MODEL_FIELDS,
     is_older,
@@ -33,27 +32,28 @@ from jax_extract.extraction.pending import Committed, pending_parts
 from jax_extract.extraction.place import Place, keep_config, kept_by
 from jax_extract.extraction.planned_input import PlannedInput
 from jax_extract.extraction.prepare import Job, wrapping_of
+from jax_extract.extraction.requirements import (
+    host_budget,
+    require_one_window,
+    require_room,
+    require_rows,
+    require_samples,
+)
 from jax_extract.extraction.resumption import FINGERPRINT, Fingerprint, Resumption
 from jax_extract.extraction.session import Session, Windows, keep_in
 from jax_extract.extraction.summary import tell_input, tell_layout, tell_notes, tell_plan, tell_request, tell_result
 from jax_extract.inputs.planning.slabs import PlanSettings, Shapes, SlabShape
-from jax_extract.inputs.planning.windows import WINDOW_SAMPLES, Part, shapes_of
-from jax_extract.inputs.samples import Sample
+from jax_extract.inputs.planning.windows import shapes_of
 from jax_extract.inputs.sources import Source, open_source
-from jax_extract.inputs.tokenize import Continued, InputCounts, tokenizer_digest
+from jax_extract.inputs.tokenize import Continued, tokenizer_digest
 from jax_extract.inputs.tokenizing.share import Share
 from jax_extract.inputs.wrapping import Kept
-from jax_extract.store import token_files
-from jax_extract.store.budget import ByteBudget, default_limit
 from jax_extract.store.ledger import COMMITS, RUN_FILE, Ledger, RunStartedMeanwhile, part_name
 from jax_extract.store.metadata import write_metadata
 from jax_extract.store.storage.local import require_open_files
-from jax_extract.store.sweep import erase
-from jax_extract.store.upload import upload_buffer_bytes
-from jax_extract.terminal import Terminal, bytes_text, plural
-from jax_extract.weights.checkpoint import is_hub_id
+from jax_extract.store.sweep import erase, remove_kept
+from jax_extract.terminal import Terminal, plural
 
-_SPOOLED_PARTS = 4  # two that are written, and as many that wait to be uploaded and deleted
 _UNUSABLE_NAMED = 20
 _STARTED_MEANWHILE = "another command has just started a run in %s; give this one again when that has ended"
 
@@ -130,7 +130,7 @@ def open_request(
         place = Place.of(config)
         what_to_do = [str(place.storage), place.spool is not None, config.overwrite, config.delete_local]
     processes.require_equal("place and options", json.dumps(what_to_do), "give every process the same command")
-    as_begun = _of_the_same_commits(config, place, processes)
+    as_begun = of_the_same_commits(config, place, processes)
     with processes.together():
         place.written_to.require_usable()
         source = source or _open_source(config)
@@ -222,6 +222,8 @@ class _Extraction:
         assert ledger is not None
         if found and processes.is_first:
             ledger.drop_stale_notes()
+            if resumed.unusable:
+                ledger.storage.delete(resumed.unusable)
         if committed:
             samples = sum(part.samples for part in committed.values())
             terminal.line("resume", f"{plural(samples, 'sample')} committed already")
@@ -242,7 +244,7 @@ class _Extraction:
         tell_result(metadata, statistics, ledger.storage, terminal)
         if self.source.finite and plan.windows:
             _require_all(ledger, plan.windows)
-        token_files.remove_all(ledger.storage)  # the sidecars hold the same
+        remove_kept(ledger.storage)
         return metadata
 
     @property
@@ -272,7 +274,7 @@ class _Extraction:
         that cannot be read is refused before anything is written.
         """
         if self.config.one_file_per_layer and not self.source.finite:
-            _require_one_window(self.config.n_samples)
+            require_one_window(self.config.n_samples)
         if resumed.last_plan:
             return self._nothing_to_do(resumed.last_plan)
         wrapping = wrapping_of(self.config, self._kept)
@@ -298,7 +300,7 @@ class _Extraction:
         tell_input(self.source, counts, self.job, self.terminal)
         parts = [part for window in windows for part in window.parts]
         if self.config.one_file_per_layer:
-            _require_one_window(counts.samples)
+            require_one_window(counts.samples)
         require_rows(parts, self.job)
         tell_plan(parts, self.job.step_counts(parts), self.terminal)
         pending = [part for part in parts if part.key not in committed]
@@ -341,40 +343,8 @@ class _Extraction:
         return Ledger(self.place.storage, self.processes.of_first(start))
 
 
-def _of_the_same_commits(config: ExtractConfig, place: Place, processes: Processes) -> ExtractConfig:
-    """What is asked of the hub means the commit that it meant when the run that is there was begun, not the newest."""
-    model, adapter = config.model_path, (config.adapter or "").partition("@")[0]
-    model, adapter = (name if is_hub_id(name) and not Path(name).exists() else "" for name in (model, adapter))
-    if config.overwrite or not (model or adapter) or (found := place.find(processes)) is None:
-        return config
-    begun = found.run["description"]
-    asked = dict(begun.get("asked") or {"adapter": adapter})  # runs that do not say it: the newest
-    if model and model == begun.get("model_path") and config.revision == asked.get("revision"):
-        config = dataclasses.replace(config, revision=begun.get("model_revision"))
-    if adapter and config.adapter == asked.get("adapter") and str(begun.get("adapter")).startswith(f"{adapter}@"):
-        config = dataclasses.replace(config, adapter=begun["adapter"])
-    return config
-
-
-def named_as_begun(source: Source, config: ExtractConfig, found: Ledger | None) -> Source:
-    """Samples of a local dataset are named after its path: a run goes on under the path that it was begun with."""
-    begun = found.run["description"].get("source") if found else None
-    given = config.dataset
-    if source.kind != "dataset" or given is None or begun in (None, given) or not Path(given).expanduser().exists():
-        return source
-
-    def samples() -> Iterator[Sample]:
-        for sample in source.samples():
-            rest = f":{sample.meta.get('split')}:{sample.meta.get('row')}"
-            sample_id = f"{begun}{rest}" if sample.sample_id == f"{given}{rest}" else sample.sample_id
-            meta = {**sample.meta, "dataset": begun} if sample.meta.get("dataset") == given else sample.meta
-            yield dataclasses.replace(sample, sample_id=sample_id, meta=meta)
-
-    return dataclasses.replace(source, samples=samples)
-
-
 def _open_source(config: ExtractConfig) -> Source:
-    return open_source(
+    source = open_source(
         config.tasks_file,
         config.dataset,
         n_tasks=config.n_tasks,
@@ -387,6 +357,14 @@ def _open_source(config: ExtractConfig) -> Source:
         id_column=config.id_column,
         skip_bad_tasks=config.skip_bad_tasks,
     )
+    if (most := config.max_new_tokens) is None:
+        return source
+    of_source = source.fingerprint  # answers leave less room to prompts
+
+    def known() -> str | None:
+        return (found := of_source()) and f"{found}, --max_new_tokens {most}"
+
+    return dataclasses.replace(source, fingerprint=known)
 
 
 def _unknown() -> None:
@@ -398,16 +376,6 @@ def _left_out(source: Source) -> dict[str, Any]:
     if not source.left_out:
         return {}
     return {"unusable_tasks": {"count": len(source.left_out), "first": list(source.left_out[:_UNUSABLE_NAMED])}}
-
-
-def _require_one_window(samples: int | None) -> None:
-    """UserError where a layer's rows would not fit one part."""
-    if samples is None or samples > WINDOW_SAMPLES:
-        said = "an input of unknown length" if samples is None else f"{samples:,}"
-        raise UserError(
-            f"--one_file_per_layer takes at most {WINDOW_SAMPLES:,} samples, not {said}; give --n_samples, or leave it "
-            "out"
-        )
 
 
 def begin_anew(place: Place, processes: Processes) -> None:
@@ -478,43 +446,3 @@ def _require_all(ledger: Ledger, windows: Windows) -> None:
             f"{len(left)} of {len(planned)} parts are not in {ledger.storage}, such as {part_name(left[0].key)}; "
             "give the same command again to compute them"
         )
-
-
-def require_samples(counts: InputCounts, source: Source) -> None:
-    if not counts.samples:
-        raise UserError(f"{source.name} gave no sample with a token; there is nothing to extract")
-
-
-def require_rows(parts: Iterable[Part], job: Job) -> None:
-    if not any(job.plan.positions.rows_of(part.lengths).any() for part in parts):
-        raise UserError(f"no sample is long enough for positions {job.plan.positions}; choose earlier ones")
-
-
-def require_room(place: Place, needed: int, parties: int, largest: int = 0) -> None:
-    """UserError where what is to be written by so many processes does not fit; `largest` is what one part takes."""
-    free = place.written_to.free_bytes()
-    if place.spool is not None:  # every process has a spool of its own
-        needed = min(needed, _SPOOLED_PARTS * largest) if place.delete_local else needed // parties
-    if free is not None and needed > free:
-        raise UserError(
-            f"the run needs {bytes_text(needed)} but {place.written_to} has {bytes_text(free)} free; "
-            "choose another --activations_dir, fewer layers, fewer --positions or a smaller --capture_dtype"
-        )
-
-
-def host_budget(config: ExtractConfig, job: Job, place: Place, shapes: set[SlabShape]) -> ByteBudget:
-    """Room for captured rows on this host; UserError where not even one step fits."""
-    step = job.bytes_on_host(shapes) if shapes else 0
-    files = len(job.sites) * place.written_to.buffer_bytes
-    if place.spool is not None:
-        files += upload_buffer_bytes(place.storage)
-    if config.host_memory_gb is None:
-        return ByteBudget(max(default_limit(), STEPS_IN_MEMORY * step + files))
-    limit = int(config.host_memory_gb * 1e9)
-    if step + files > limit:
-        raise UserError(
-            f"one step needs {bytes_text(step + files)} of host memory for what it captures, and --host_memory_gb "
-            f"{config.host_memory_gb} allows {bytes_text(limit)}; allow more, or start a run with a smaller "
-            "--slab_tokens, fewer layers or fewer --positions"
-        )
-    return ByteBudget(limit)

@@ -177,22 +177,24 @@ def _as_texts(texts: Sequence[str]) -> Texts:
     return texts if isinstance(texts, Texts) else Texts.of(texts)
 
 
-def kept_windows(ledger: Ledger, done: Collection[int]) -> tuple[list[KeptWindow], str]:
-    """The windows that are kept from the first one on, without a gap; and what was damaged, which is removed.
+def kept_windows(ledger: Ledger, done: Collection[int]) -> tuple[list[KeptWindow], str, str]:
+    """The windows that are kept from the first one on, without a gap.
 
     Args:
       done: numbers of windows of which nothing is to be computed any more.
+
+    Returns:
+      Them, the name of the file behind them where that is no window of this run, and what is wrong with it where it is
+      damaged.
     """
-    there = set(token_files.sizes(ledger.storage))
+    there = token_files.sizes(ledger.storage)
     count = next(number for number in itertools.count() if token_files.file_name(number) not in there)
     found: list[KeptWindow] = []
     for number, window in enumerate(_opened(ledger, count, done)):
-        if isinstance(window, KeptWindow):
-            found.append(window)
-            continue
-        ledger.storage.delete(token_files.file_name(number))  # its name is wanted
-        return found, str(window or "")
-    return found, ""
+        if not isinstance(window, KeptWindow):
+            return found, token_files.file_name(number), window or ""
+        found.append(window)
+    return found, "", ""
 
 
 def kept_windows_of(ledger: Ledger, count: int, done: Collection[int]) -> list[KeptWindow]:

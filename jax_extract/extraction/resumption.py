@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jax_extract.devices.processes import Processes
+from jax_extract.errors import damage_is_told
 from jax_extract.extraction.kept_windows import KeptWindow, kept_windows, kept_windows_of
 from jax_extract.extraction.pending import Committed
 from jax_extract.inputs.planning.windows import Window
@@ -32,6 +33,7 @@ class Resumption:
     done: numbers of windows all of whose parts are committed.
     last_plan: that of the last window, where all parts of the whole plan are committed; else None.
     stored: of each window with a plan its digest, and what was counted of the input; on the first process.
+    unusable: name of a file that has the place of a kept window and is none; on the first process.
     """
 
     keeps: bool = False
@@ -39,6 +41,7 @@ class Resumption:
     done: Collection[int] = ()
     last_plan: Mapping[str, Any] | None = None
     stored: Mapping[int, tuple[str, Any]] = field(default_factory=dict)
+    unusable: str = ""
 
     @classmethod
     def of(
@@ -58,17 +61,20 @@ class Resumption:
             return cls()
         windows: list[KeptWindow] = []
         stored: dict[int, tuple[str, Any]] = {}
+        unusable = ""
 
         def look() -> dict[str, Any]:
+            nonlocal unusable
             plans = found.plans()
-            done = [plan["window"] for plan in plans if _is_committed(plan, committed)]
-            if plans and plans[-1]["last"] and done == list(range(len(plans))):
-                return {"last": {**plans[-1], "parts": []}}
-            kept, damaged = kept_windows(found, done)
+            with damage_is_told(f"the plan in {found.storage}", "restore its _run folder from a copy"):
+                done = [plan["window"] for plan in plans if _is_committed(plan, committed)]
+                if plans and plans[-1]["last"] and done == list(range(len(plans))):
+                    return {"last": {**plans[-1], "parts": []}}
+                stored.update({plan["window"]: (plan["digest"], plan["input"]) for plan in plans})
+            kept, unusable, damaged = kept_windows(found, done)
             if damaged:
                 terminal.line("note", f"{damaged}; the input is tokenised again")
             windows.extend(kept)
-            stored.update({plan["window"]: (plan["digest"], plan["input"]) for plan in plans})
             return {"kept": len(kept), "done": done}
 
         said = processes.of_first(look)
@@ -77,7 +83,7 @@ class Resumption:
         with processes.together():
             if not processes.is_first:
                 windows = kept_windows_of(found, said["kept"], said["done"])
-        return cls(True, windows, frozenset(said["done"]), stored=stored)
+        return cls(True, windows, frozenset(said["done"]), stored=stored, unusable=unusable)
 
     def has_plan(self, window: Window, counts: InputCounts) -> bool:
         """Whether that very plan is known to be stored."""

@@ -34,13 +34,13 @@ from jax_extract.extraction.command import (
     join_processes,
     open_request,
     require_same_run,
-    require_samples,
 )
 from jax_extract.extraction.jax_backend import JaxBackend, numerics_fingerprint, with_attention
 from jax_extract.extraction.model_fields import MODEL_FIELDS, refuse_changed_meaning, understood_fields
 from jax_extract.extraction.place import Place, kept_by, local_time
 from jax_extract.extraction.preemption import on_preemption
 from jax_extract.extraction.prepare import Job, wrapping_of
+from jax_extract.extraction.requirements import require_samples
 from jax_extract.extraction.summary import tell_input, tell_model, tell_request
 from jax_extract.generation import arc
 from jax_extract.generation.answers import (

@@ -83,6 +83,11 @@ def erase(storage: Storage) -> None:
     storage.delete(RUN_FILE)
 
 
+def remove_kept(storage: Storage) -> None:
+    """Removes the token ids that are kept for a restart; for a run that is whole, whose sidecars hold the same."""
+    _delete(storage, token_files.sizes(storage))
+
+
 def _kept(ledger: Ledger, found: Survey) -> dict[str, int]:
     """Name -> bytes of the token ids that are kept for a restart, of a run that needs none."""
     return token_files.sizes(ledger.storage) if found.complete else {}

@@ -42,11 +42,6 @@ def sizes(storage: Storage) -> dict[str, int]:
     return {f"{TOKENS}/{name}": entry.size for name, entry in there.items() if _NAME.fullmatch(name)}
 
 
-def remove_all(storage: Storage) -> None:
-    for name in sizes(storage):
-        storage.delete(name)
-
-
 def write(ledger: Ledger, number: int, arrays: Mapping[str, np.ndarray], said: Mapping[str, Any], attempt: str) -> None:
     """Stores a window's arrays (int64, int32 or uint8, one-dimensional), unless there is a file of it by then.
 

@@ -1,7 +1,8 @@
 """What is kept of a window's samples until the run is whole: arrays in a file, mapped and not read.
 
 In: arrays by name, and JSON about them. Out: `_run/tokens/NNNNNN.safetensors`, created once and checked when it is
-looked at. Nothing depends on these files: where one is missing, the input is read again, as it is where one is damaged.
+looked at. No row depends on these files: where one is missing, the input is read again, as it is where one is found
+damaged at the start. Token ids are checked when they are first asked for; damage to them ends the session and is told.
 """
 
 from __future__ import annotations

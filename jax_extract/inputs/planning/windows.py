@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -47,14 +49,13 @@ class Arrangement:
         return self.table.lengths[self.order]
 
     @cached_property
-    def bounds(self) -> np.ndarray:
-        """int64 [slabs + 1]: slab i has the places bounds[i] to bounds[i + 1]."""
-        return np.array([*(slab.first for slab in self.slabs), len(self.order)], np.int64)
+    def bounds(self) -> array[int]:
+        """[slabs + 1]: slab i has the places bounds[i] to bounds[i + 1]."""
+        return array("q", [*(slab.first for slab in self.slabs), len(self.order)])
 
     def slabs_of(self, start: int, stop: int) -> range:
         """Numbers of the slabs that hold the samples at these places, or some of them."""
-        first = int(np.searchsorted(self.bounds, start, side="right")) - 1
-        return range(first, int(np.searchsorted(self.bounds, stop, side="left")))
+        return range(bisect_right(self.bounds, start) - 1, bisect_left(self.bounds, stop))
 
     def tokens_at(self, place: int) -> np.ndarray:
         """int32 [length] of the sample at a place."""

@@ -27,7 +27,7 @@ def gated(
     gate, taps = taps.visit("ffn_gate", layer, gate)
     up, taps = taps.visit("ffn_up", layer, up)
     hidden, taps = taps.visit("ffn_hidden", layer, activation(gate) * up)
-    return numerics.linear(hidden, p["down"], p.get("down_bias")), taps
+    return numerics.long_linear(hidden, p["down"], p.get("down_bias")), taps
 
 
 def ungated(
@@ -36,4 +36,4 @@ def ungated(
     """down(activation(up(x))) of x float32 [b, t, d]."""
     up, taps = taps.visit("ffn_up", layer, numerics.linear(x, p["up"], p["up_bias"]))
     hidden, taps = taps.visit("ffn_hidden", layer, activation(up))
-    return numerics.linear(hidden, p["down"], p["down_bias"]), taps
+    return numerics.long_linear(hidden, p["down"], p["down_bias"]), taps

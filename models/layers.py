@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Literal, Protocol
 
 import jax
@@ -25,10 +25,12 @@ class Numerics:
     `float32` asks for the highest precision, because TPUs and GPUs otherwise round the operands.
     The residual stream is float32 in both modes, so that bfloat16 runs lose nothing between blocks.
     `attention` is what computes attention: `accelerated_attention.attention_backend` says what can.
+    `longest_sum` is how many terms of a sum one accumulator takes in `long_linear`; None for all of them.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["blockwise", "splash", "cudnn"] = "blockwise"
+    longest_sum: int | None = None
 
     @property
     def precision(self) -> jax.lax.Precision | None:
@@ -47,6 +49,17 @@ class Numerics:
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
         """x [b, t, d] times weight [f, d] (the checkpoint's orientation), plus bias [f] -> [b, t, f]."""
         y = self.einsum("btd,fd->btf", x, weight)
+        return y if bias is None else y + bias.astype(jnp.float32)[None, None, :]
+
+    def long_linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        """The same, for sums over d in which one term may outweigh all others: no accumulator takes over `longest_sum`.
+
+        Once such a term is in an accumulator, each later one is rounded to that term's precision.
+        """
+        d = weight.shape[1]
+        parts = -(-d // (self.longest_sum or d))
+        cuts = [d * part // parts for part in range(1, parts)]
+        y = reduce(jnp.add, map(self.linear, jnp.split(x, cuts, axis=2), jnp.split(weight, cuts, axis=1)))
         return y if bias is None else y + bias.astype(jnp.float32)[None, None, :]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections import Counter
@@ -24,6 +25,7 @@ from small_run import (
 
 from jax_extract import UserError, load_shard, open_activations
 from jax_extract.cli import main
+from jax_extract.extraction.prepare import Job
 from jax_extract.store.storage.local import Directory
 
 BIG = [100] * 300
@@ -94,6 +96,25 @@ def test_a_killed_run_resumed_gives_the_files_of_an_undisturbed_run_byte_for_byt
     assert open_activations(tmp_path / "killed").sample_ids == list(texts(BIG))
     assert len(list((tmp_path / "killed/_run/commits").iterdir())) == 75
     assert not list((tmp_path / "killed").glob(".writing-*"))
+
+
+def test_a_run_begun_before_there_was_a_plan_for_the_whole_mesh_goes_on_as_it_was_begun(
+    model: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = Job.plan_settings
+    with monkeypatch.context() as before:  # the settings that such runs have
+        as_before = {"version": 1, "samples_a_row": 0, "attention_block": 1}
+        before.setattr(Job, "plan_settings", lambda *given: dataclasses.replace(now(*given), **as_before))
+        for name in ("whole", "begun"):
+            run_here(model, tasks, tmp_path / name, layers_to_extract=(10, 11), batch_size=4, positions="all")
+    run = json.loads((tmp_path / "begun/_run/run.json").read_text())
+    assert "version" not in run["identity"]["plan_settings"]
+    assert run["numerics"]["accumulation"] == "float32"
+    for lost in (tmp_path / "begun/_run/commits").glob("*0002*.json"):
+        lost.unlink()
+    assert main(["extract", *_words(model, tasks, tmp_path / "begun", "--positions", "all")]) == 0
+    assert _rows(tmp_path / "begun") == _rows(tmp_path / "whole")
+    assert json.loads((tmp_path / "begun/_run/run.json").read_text())["identity"] == run["identity"]
 
 
 def test_a_finished_run_started_again_does_nothing_and_says_so(

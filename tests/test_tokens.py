@@ -32,6 +32,7 @@ from jax_extract.config import ExtractConfig, from_mapping, from_yaml, to_yaml
 from jax_extract.devices.processes import Processes
 from jax_extract.errors import UserError
 from jax_extract.extraction import command
+from jax_extract.extraction.as_begun import of_the_same_commits
 from jax_extract.extraction.command import extract_to_directory
 from jax_extract.extraction.place import Place
 from jax_extract.generation.answers import KEPT, AnswerFiles
@@ -475,7 +476,7 @@ def test_a_hub_name_means_the_commit_that_its_run_was_begun_with(tmp_path: Path)
 
     def opened(**changes: Any) -> tuple[str | None, str | None]:
         changed = dataclasses.replace(config, **changes)
-        same = command._of_the_same_commits(changed, Place.of(changed), Processes())
+        same = of_the_same_commits(changed, Place.of(changed), Processes())
         return same.revision, same.adapter
 
     assert opened() == ("c0ffee", "owner/lora@beef")

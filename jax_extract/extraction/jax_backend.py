@@ -34,6 +34,8 @@ from models.hooks import CapturePlan
 from models.layers import Numerics
 from models.ports import ModelConfig
 
+LONGEST_SUM = 384  # terms: docs/decisions/long-sums.md
+
 
 def open_mesh(mesh_shape: str | None) -> Mesh:
     return make_mesh(parse_mesh_shape(mesh_shape) if mesh_shape else None)
@@ -59,7 +61,7 @@ def numerics_fingerprint(numerics: Numerics) -> dict[str, str]:
     """What decides the bits of a row, besides the plan's slab shapes: equal here means equal bytes."""
     return {
         "dtype": numerics.dtype,
-        "accumulation": "float32",
+        "accumulation": "float32" + (f", {numerics.longest_sum} terms at most" if numerics.longest_sum else ""),
         "attention": numerics.attention,
         "parameters": "whole when their layer runs, no reduction across devices",
         "device_kind": device_kind(),
@@ -115,7 +117,14 @@ class JaxBackend:
 
     def under(self, model: OpenModel, settings: PlanSettings | None) -> Self:
         several = self.defaults.samples_a_row != 1 if settings is None else holds_several_a_row(settings)
-        return replace(self, numerics=with_attention(self.numerics, self.mesh, model.config, 1 + several))
+        numerics = with_attention(self.numerics, self.mesh, model.config, 1 + several)
+        older = settings is not None and settings.version == 1  # goes on with the sums that it was begun with
+        return replace(self, numerics=replace(numerics, longest_sum=None if older else self.longest_sum))
+
+    @property
+    def longest_sum(self) -> int | None:
+        """Processors have one accumulator a sum, matrix units have others; docs/decisions/long-sums.md."""
+        return LONGEST_SUM if platform_of(self.mesh) == "cpu" and self.numerics.dtype == "float32" else None
 
     def fingerprint(self) -> dict[str, str]:
         return numerics_fingerprint(self.numerics)

@@ -227,7 +227,9 @@ class _Inference:
 
     @property
     def _numerics(self) -> Numerics:
-        return with_attention(self._backend.numerics, self._backend.mesh, self.job.model.config)
+        """With sums undivided: a step of a token or two reads the weights, and would copy their parts."""
+        whole = dataclasses.replace(self._backend.numerics, longest_sum=None)
+        return with_attention(whole, self._backend.mesh, self.job.model.config)
 
     def _require_own_input(self) -> None:
         """UserError where the answers would be written over the input."""

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+LONGEST_SUM = 384  # terms, on processors: docs/decisions/long-sums.md
+
 
 @dataclass(frozen=True)
 class Numerics:

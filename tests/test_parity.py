@@ -49,7 +49,7 @@ from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
 from models.attention import causal_attention
 from models.hooks import HOOK_POINTS
-from models.layers import Numerics
+from models.layers import LONGEST_SUM, Numerics
 from models.registry import PORTS, port_for
 
 # One token; fewer than a key of the shortest window; more than a block of queries; several blocks.
@@ -314,7 +314,7 @@ def test_a_sum_with_one_massive_term_is_exact() -> None:
         return float(np.linalg.norm(jax.jit(numerics.long_linear)(x, weight) - exact) / np.linalg.norm(exact))
 
     # Undivided: 1.05e-6 where a processor has one accumulator.
-    assert error(Numerics(longest_sum=jax_backend.LONGEST_SUM)) < 6e-7
+    assert error(Numerics(longest_sum=LONGEST_SUM)) < 6e-7
 
 
 def test_8192_tokens_are_what_hugging_face_computes() -> None:

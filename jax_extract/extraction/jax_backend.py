@@ -31,10 +31,8 @@ from models.accelerated_attention import LARGEST_BLOCK, attention_backend, atten
 from models.config_fields import TORCH_MEND
 from models.errors import NotComputedHere
 from models.hooks import CapturePlan
-from models.layers import Numerics
+from models.layers import LONGEST_SUM, Numerics
 from models.ports import ModelConfig
-
-LONGEST_SUM = 384  # terms: docs/decisions/long-sums.md
 
 
 def open_mesh(mesh_shape: str | None) -> Mesh:

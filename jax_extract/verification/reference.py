@@ -26,7 +26,7 @@ from jax_extract.store.parts import Site
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
 from models.hooks import HOOK_POINTS, CapturePlan, Taps
-from models.layers import Numerics
+from models.layers import LONGEST_SUM, Numerics
 from models.packing import Packing
 from models.ports import Module, Parameters, Port, hook_width
 from models.positions import MEAN_POSITION, Positions
@@ -272,7 +272,7 @@ class OwnForward:
         def forward(params: Parameters, tokens: jax.Array) -> dict[str, jax.Array]:
             packing = Packing(jnp.full((1, 1), tokens.shape[1], jnp.int32), tokens.shape[1])
             taps = Taps.start(plan, blocks, packing, widths)
-            attention, numerics = WithinRows(packing.positions), Numerics("float32")
+            attention, numerics = WithinRows(packing.positions), Numerics("float32", longest_sum=LONGEST_SUM)
             return port.forward(config, params, tokens, taps, attention, numerics, lambda _, whole: whole)[0].buffers
 
         return forward

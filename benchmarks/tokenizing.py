@@ -9,7 +9,8 @@ to another. `tokenizer alone` is `encode_batch_fast` of the tokenizers library o
 cores, and its result is thrown away. `in this process` makes tables with those threads, `with processes` from the first
 chunk on with processes beside this one; `as commands do` starts these when the input has proven large. Samples are in
 memory before, except where rows are read. Every side is a process of its own; all take turns, and what counts is the
-ratio within a round. Processor seconds are of all its processes, the start of those beside it included.
+ratio within a round. Tokens a second are those of the middle of the input: the start of processes is a part of small
+inputs alone. Processor seconds are of all its processes and of all the input, the start of those beside it included.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", help="a model; by default the demo's")
     parser.add_argument("--tokens", type=float, default=6e6, help="of each measurement")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of a sample")
     parser.add_argument("--rows", type=int, default=1_000_000, help="for rows and bytes")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", help="also write the figures here")
@@ -74,7 +76,7 @@ def main() -> int:
 def _tokens(args: argparse.Namespace) -> list[dict[str, Any]]:
     print(f"\n{'':34}M tokens/s  M tokens/CPU s  others  of the tokenizer alone, by round", flush=True)
     lines = []
-    for length in LENGTHS:
+    for length in args.lengths:
         rounds: list[dict[str, dict[str, float]]] = []
         for number in range(args.rounds):
             order = SIDES[number % 2 :] + SIDES[: number % 2]
@@ -123,16 +125,39 @@ def _measure(side: str, length: str, count: str, tokenizer: str) -> dict[str, fl
     alone = side == SIDES[0]
     chunks = [[sample.text for sample in chunk] for chunk in pipeline.chunks_of(samples)] if alone else []
 
-    def work() -> int:
+    def pieces() -> Iterator[int]:
         if alone:
             encode = opened.backend_tokenizer.encode_batch_fast
-            return sum(len(encoding) for chunk in chunks for encoding in encode(chunk))
+            yield from (sum(map(len, encode(chunk))) for chunk in chunks)
+            return
         counts = InputCounts(chained=False)
         tables = tokenized_tables(iter(samples), opened, sys.maxsize, Wrapping(), counts, len(opened))
-        assert sum(map(len, list(tables))) == len(samples)
-        return counts.tokens
+        yield from (int(table.lengths.sum()) for table in tables)
+        assert counts.samples == len(samples)
 
-    return _timed(work)
+    arrived: list[tuple[float, int]] = []
+
+    def work() -> int:
+        done = 0
+        for tokens in pieces():
+            done += tokens
+            arrived.append((time.perf_counter(), done))
+        return done
+
+    found = _timed(work)
+    return {**found, "rate": _steady(arrived)}
+
+
+def _steady(arrived: list[tuple[float, int]]) -> float:
+    """Tokens a second without the first fifth, in which processes start, and the last tenth, when they run out of work.
+
+    Args:
+      arrived: when so many tokens were done.
+    """
+    total = arrived[-1][1]
+    middle = [(at, done) for at, done in arrived if 0.2 * total <= done <= 0.9 * total]
+    (began, before), (ended, after) = middle[0], middle[-1]
+    return (after - before) / (ended - began)
 
 
 def _measure_rows(side: str, count: int) -> dict[str, float]:

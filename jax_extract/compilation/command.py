@@ -97,7 +97,7 @@ def _compiled(report: Report, layout: Layout) -> Report:
         report = dataclasses.replace(report, others=others)
     elif config.search:
         report = dataclasses.replace(report, largest=largest_that_fits(report, compile_anew))
-    return dataclasses.replace(report, compile_seconds=sum(seconds) / len(seconds))
+    return dataclasses.replace(report, compile_seconds=max(seconds))
 
 
 def _request(subject: Subject, found: Slice, shape: SlabShape) -> Request:

@@ -32,7 +32,7 @@ class Report:
     planned: of the run's own samples; None where none are given: then slabs are full.
     costs: of a step, of every shape of the plan.
     others: programs for the other shapes of the plan, as far as they were compiled; None where one does not fit.
-    compile_seconds: that a processor of this machine works at one program; None where none was timed.
+    compile_seconds: that a processor of this machine works at the slowest program; None where none was timed.
     """
 
     config: CompileConfig
@@ -110,8 +110,8 @@ class Report:
 
     @property
     def start_seconds(self) -> float:
-        """For compiling, as long as a processor takes here; 0 where no run is planned."""
-        return len(self.steps) * (self.compile_seconds or 0.0) if self.planned else 0.0
+        """For compiling, all programs at once: a host of a slice has a core for each. 0 where no run is planned."""
+        return (self.compile_seconds or 0.0) if self.planned else 0.0
 
     @property
     def reading_seconds(self) -> float:

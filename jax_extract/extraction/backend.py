@@ -6,7 +6,7 @@ In: nothing. Out: `Program`, which the loop runs, and `Backend`, which a job has
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -150,14 +150,15 @@ class Backend(Protocol):
         plan: CapturePlan,
         weights: Any,
         shapes: Iterable[SlabShape],
-        first: SlabShape | None,
+        needed: Sequence[SlabShape],
         rows_travel: bool = False,
     ) -> Program:
-        """Loads the weights and meanwhile makes ready for `first`; this is where the real work begins.
+        """Loads the weights and meanwhile makes ready for what is needed; this is where the real work begins.
 
         Args:
           weights: as `weights` gave them.
           shapes: that a slab may have.
+          needed: those that are computed, the largest first.
           rows_travel: see `Program`.
         """
         ...

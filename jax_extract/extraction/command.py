@@ -233,9 +233,9 @@ class _Extraction:
         if config.explain:
             tell_layout(self.job, self.weights, plan.shapes, terminal)
         if plan.windows and plan.tokens != 0:
-            first = max(plan.pending, default=None)
+            needed = sorted(plan.pending, reverse=True)
             session.compute(
-                plan.windows, committed, plan.tokens, lambda: self.job.program(self.weights, plan.shapes, first)
+                plan.windows, committed, plan.tokens, lambda: self.job.program(self.weights, plan.shapes, needed)
             )
         statistics = session.end()
         if not processes.is_first:

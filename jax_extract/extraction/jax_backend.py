@@ -6,7 +6,7 @@ In: `--mesh_shape` and `--dtype`. Out: a `JaxBackend`, which makes the compiled 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -187,7 +187,7 @@ class JaxBackend:
         plan: CapturePlan,
         weights: Weights,
         shapes: Iterable[SlabShape],
-        first: SlabShape | None,
+        needed: Sequence[SlabShape],
         rows_travel: bool = False,
     ) -> CaptureProgram:
         """Parameters lie as suits the largest shape."""
@@ -197,6 +197,6 @@ class JaxBackend:
         if platform_of(self.mesh) == "cpu":
             require_parameters(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)))
         program = CaptureProgram(model.port, model.config, params, plan, self.mesh, self.numerics, rows_travel)
-        with program.compiling(first):
+        with program.compiling(needed):
             program.use(weights.load(self.mesh, self.dtype, layout))
         return program

@@ -213,10 +213,10 @@ class Job:
         """The tensors that will be loaded, checked by name and shape."""
         return self.backend.weights(self.model, self.plan)
 
-    def program(self, weights: Loadable, shapes: Collection[SlabShape], first: SlabShape | None = None) -> Program:
+    def program(self, weights: Loadable, shapes: Collection[SlabShape], needed: Sequence[SlabShape] = ()) -> Program:
         """See `Backend.program`."""
         travel = self.backend.rows_travel(self.plan, self.model, shapes)
-        return self.backend.program(self.model, self.plan, weights, shapes, first, travel)
+        return self.backend.program(self.model, self.plan, weights, shapes, needed, travel)
 
     def bytes_stored(self, lengths: np.ndarray) -> int:
         """Bytes of all the rows that samples of these lengths give, over all sites."""

@@ -9,8 +9,9 @@ device is given the captures of all of them, so that a host can store rows that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,14 +92,26 @@ class CaptureProgram:
         return self._compiled[shape]
 
     @contextmanager
-    def compiling(self, shape: SlabShape | None) -> Iterator[None]:
-        """Inside, the executable for this shape is made beside what else is done, such as reading the parameters."""
-        if shape is None:
+    def compiling(self, shapes: Sequence[SlabShape]) -> Iterator[None]:
+        """Inside, executables are made beside what else is done, as reading parameters; at its end the first is there.
+
+        On TPUs all of them at once, for steps leave the host's processors idle. Elsewhere the first alone: steps on CPU
+        devices need the processors themselves, and GPUs are measured while programs for them are made.
+        """
+        if platform_of(self.mesh) != "tpu":
+            shapes = shapes[:1]
+        if not shapes:
             yield
             return
-        with ThreadPoolExecutor(1) as beside:
-            self._ahead[shape] = beside.submit(self._compile, shape)
+        beside = ThreadPoolExecutor(min(len(shapes), os.cpu_count() or 1), thread_name_prefix="jax_extract-compile")
+        try:
+            self._ahead |= {shape: beside.submit(self._compile, shape) for shape in shapes}
             yield
+            wait([self._ahead[shapes[0]]])
+        except BaseException:
+            beside.shutdown(wait=False, cancel_futures=True)
+            raise
+        beside.shutdown(wait=False)
 
     def use(self, params: Parameters) -> None:
         """Takes the parameters of a program that was made of their shapes alone."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +134,7 @@ class TorchBackend:
         plan: CapturePlan,
         weights: Any,
         shapes: Iterable[SlabShape],
-        first: SlabShape | None,
+        needed: Sequence[SlabShape],
         rows_travel: bool = False,
     ) -> Any:
         import torch

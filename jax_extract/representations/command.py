@@ -127,7 +127,7 @@ class _Representations:
         if (first := next(windows, None)) is None:
             raise UserError("the walks hold no token; make the dataset anew with jax-extract walks")
         budget = ByteBudget(STEPS_IN_MEMORY * job.bytes_on_host(first.shapes))
-        program = job.program(job.weights(), first.shapes, first.shapes[-1])
+        program = job.program(job.weights(), first.shapes, first.shapes[-1:])
         means = TokenMeans(job.sites, vocab_size)
         total = vocab_size if self.config.source == "tokens" else None
         with self.terminal.progress(total, "extract") as bar:

@@ -1,7 +1,7 @@
 """Programs are made beside what else is done, on TPUs all at once.
 
 Guarded: which are made ahead, and that a step finds them; that they are made at the same time; what a failure while the
-weights are read leaves behind. No TPU is here: the mesh says that it is one, and CPU programs are compiled.
+weights are read leaves behind. No TPU is here: CPU programs are compiled as a TPU's would be.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pytest
 from tiny_models import tiny_folder
 
 from jax_extract.devices.mesh import make_mesh
+from jax_extract.devices.platform import TPU
 from jax_extract.extraction import program as module
 from jax_extract.extraction.capture import capture_plan
 from jax_extract.extraction.program import CaptureProgram
@@ -50,7 +51,7 @@ def _made(program: CaptureProgram, monkeypatch: pytest.MonkeyPatch, together: in
 
 
 def test_on_tpus_all_programs_are_made_at_once(program: CaptureProgram, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "platform_of", lambda _: "tpu")
+    monkeypatch.setattr(module, "platform_defaults", lambda: TPU)
     monkeypatch.setattr(os, "cpu_count", lambda: len(SHAPES))
     made = _made(program, monkeypatch, len(SHAPES))
     with program.compiling(SHAPES):
@@ -74,7 +75,7 @@ def test_elsewhere_the_first_is_made_ahead_and_the_others_when_they_are_needed(
 def test_a_failure_beside_them_is_told_as_it_is(
     program: CaptureProgram, monkeypatch: pytest.MonkeyPatch, needed: list[SlabShape]
 ) -> None:
-    monkeypatch.setattr(module, "platform_of", lambda _: "tpu")
+    monkeypatch.setattr(module, "platform_defaults", lambda: TPU)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     made = _made(program, monkeypatch, 1)
     with pytest.raises(OSError, match="weights"), program.compiling(needed):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,11 @@ def _written(directory: Path) -> tuple[int, int]:
 
 
 # -------------------------------------------------------------------------------- bytes and files
+
+
+@pytest.mark.parametrize(("at_once", "seconds"), [(False, 25.0), (True, 15.0)])
+def test_programs_that_are_compiled_at_once_take_as_long_as_one(at_once: bool, seconds: float) -> None:
+    assert replace(COMPUTE, compiles_at_once=at_once).start_seconds(programs=2) == seconds
 
 
 def test_the_figures_of_the_users_document_come_out() -> None:

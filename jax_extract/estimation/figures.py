@@ -82,7 +82,7 @@ class Estimate:
         """Loading and compiling, which every worker does."""
         if self.compute is None:
             return 0.0
-        return self.compute.load_seconds + self.compute.compile_seconds * len(self.work.steps)
+        return self.compute.start_seconds(len(self.work.steps))
 
     @property
     def reading_seconds(self) -> float:

@@ -49,12 +49,18 @@ class ComputeProbe:
     compile_seconds: for one program, which is one slab shape.
     step_seconds: of those shapes that were tried, captures copied to the host.
     tried: how many steps were timed.
+    compiles_at_once: all programs, side by side.
     """
 
     load_seconds: float
     compile_seconds: float
     step_seconds: Mapping[SlabShape, float]
     tried: int
+    compiles_at_once: bool = False
+
+    def start_seconds(self, programs: int) -> float:
+        """Until so many programs can run."""
+        return self.load_seconds + self.compile_seconds * (1 if self.compiles_at_once else programs)
 
     def seconds(self, wanted: Mapping[SlabShape, float]) -> float:
         """For so many steps of each shape; shapes that were not tried cost what a token costs in those that were."""
@@ -106,7 +112,8 @@ def probe_computing(
         spent = time.perf_counter() - stepping
         if processes.of_first(lambda spent=spent: spent > 2 * _SHAPE_SECONDS):  # a slow machine; one shape will do
             break
-    return ComputeProbe(load_seconds, sum(compile_seconds) / len(compile_seconds), step_seconds, tried)
+    compile_one = sum(compile_seconds) / len(compile_seconds)
+    return ComputeProbe(load_seconds, compile_one, step_seconds, tried, job.backend.defaults.compiles_at_once)
 
 
 def _slabs_of(parts: Iterable[Part], shape: SlabShape) -> list[Part]:

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_extract.devices.memory import require_room
 from jax_extract.devices.mesh import BATCH_AXES, platform_of
+from jax_extract.devices.platform import platform_defaults
 from jax_extract.devices.sharding import BATCH_SPEC, CAPTURE_SPEC, make_gather, named
 from jax_extract.inputs.planning.slabs import SlabShape
 from jax_extract.store.writer import Blocks
@@ -95,10 +96,9 @@ class CaptureProgram:
     def compiling(self, shapes: Sequence[SlabShape]) -> Iterator[None]:
         """Inside, executables are made beside what else is done, as reading parameters; at its end the first is there.
 
-        On TPUs all of them at once, for steps leave the host's processors idle. Elsewhere the first alone: steps on CPU
-        devices need the processors themselves, and GPUs are measured while programs for them are made.
+        The others come at the same time, or when they are needed: `PlatformDefaults.compiles_at_once`.
         """
-        if platform_of(self.mesh) != "tpu":
+        if not platform_defaults().compiles_at_once:
             shapes = shapes[:1]
         if not shapes:
             yield

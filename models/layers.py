@@ -59,8 +59,7 @@ class Numerics:
         Once such a term is in an accumulator, each later one is rounded to that term's precision.
         """
         d = weight.shape[1]
-        parts = -(-d // (self.longest_sum or d))
-        cuts = [d * part // parts for part in range(1, parts)]
+        cuts = list(range(self.longest_sum or d, d, self.longest_sum or d))
         y = reduce(jnp.add, map(self.linear, jnp.split(x, cuts, axis=2), jnp.split(weight, cuts, axis=1)))
         return y if bias is None else y + bias.astype(jnp.float32)[None, None, :]
 

@@ -156,6 +156,8 @@ def _steady(arrived: list[tuple[float, int]]) -> float:
     """
     total = arrived[-1][1]
     middle = [(at, done) for at, done in arrived if 0.2 * total <= done <= 0.9 * total]
+    if len(middle) < 2:
+        raise SystemExit("too few tokens for a rate; give --tokens more")
     (began, before), (ended, after) = middle[0], middle[-1]
     return (after - before) / (ended - began)
 

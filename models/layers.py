@@ -54,9 +54,10 @@ class Numerics:
         return y if bias is None else y + bias.astype(jnp.float32)[None, None, :]
 
     def long_linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
-        """The same, for sums over d in which one term may outweigh all others: no accumulator takes over `longest_sum`.
+        """The same, for sums over d in which one term may outweigh all others.
 
-        Once such a term is in an accumulator, each later one is rounded to that term's precision.
+        Once such a term is in an accumulator, each later one is rounded to that term's precision: so no accumulator
+        is given more than `longest_sum` of them.
         """
         d = weight.shape[1]
         cuts = list(range(self.longest_sum or d, d, self.longest_sum or d))

@@ -71,16 +71,27 @@ def test_elsewhere_the_first_is_made_ahead_and_the_others_when_they_are_needed(
     assert made == [SHAPES[0], SHAPES[2]]
 
 
-@pytest.mark.parametrize("needed", [SHAPES, []])
-def test_a_failure_beside_them_is_told_as_it_is(
-    program: CaptureProgram, monkeypatch: pytest.MonkeyPatch, needed: list[SlabShape]
+@pytest.mark.parametrize("fails", [True, False])
+def test_what_was_not_begun_when_the_computation_ends_or_fails_never_is(
+    program: CaptureProgram, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
     monkeypatch.setattr(module, "platform_defaults", lambda: TPU)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     made = _made(program, monkeypatch, 1)
-    with pytest.raises(OSError, match="weights"), program.compiling(needed):
-        raise OSError("the weights cannot be read")
+    if fails:
+        with pytest.raises(OSError, match="weights"), program.compiling(SHAPES):
+            raise OSError("the weights cannot be read")
+    else:
+        with program.compiling(SHAPES):
+            pass
+        program.close()
     for thread in threading.enumerate():
         if thread.name.startswith("jax_extract-compile"):
             thread.join(30)
-    assert len(made) < max(1, len(needed)), "those that had not begun never do"
+    assert SHAPES[-1] not in made
+
+
+def test_a_program_of_nothing_is_closed_too(program: CaptureProgram) -> None:
+    with program.compiling([]):
+        pass
+    program.close()

@@ -25,6 +25,7 @@ from small_run import (
 
 from jax_extract import UserError, load_shard, open_activations
 from jax_extract.cli import main
+from jax_extract.extraction import jax_backend
 from jax_extract.extraction.prepare import Job
 from jax_extract.store.storage.local import Directory
 
@@ -102,6 +103,7 @@ def test_a_run_begun_before_there_was_a_plan_for_the_whole_mesh_goes_on_as_it_wa
     model: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = Job.plan_settings
+    monkeypatch.setattr(jax_backend, "LONGEST_SUM", 5)  # which changes the rows of this model too
     with monkeypatch.context() as before:  # the settings that such runs have
         as_before = {"version": 1, "samples_a_row": 0, "attention_block": 1}
         before.setattr(Job, "plan_settings", lambda *given: dataclasses.replace(now(*given), **as_before))
@@ -115,6 +117,8 @@ def test_a_run_begun_before_there_was_a_plan_for_the_whole_mesh_goes_on_as_it_wa
     assert main(["extract", *_words(model, tasks, tmp_path / "begun", "--positions", "all")]) == 0
     assert _rows(tmp_path / "begun") == _rows(tmp_path / "whole")
     assert json.loads((tmp_path / "begun/_run/run.json").read_text())["identity"] == run["identity"]
+    run_here(model, tasks, tmp_path / "new", layers_to_extract=(10, 11), batch_size=4, positions="all")
+    assert _rows(tmp_path / "new") != _rows(tmp_path / "whole")
 
 
 def test_a_finished_run_started_again_does_nothing_and_says_so(

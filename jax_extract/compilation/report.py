@@ -32,7 +32,7 @@ class Report:
     planned: of the run's own samples; None where none are given: then slabs are full.
     costs: of a step, of every shape of the plan.
     others: programs for the other shapes of the plan, as far as they were compiled; None where one does not fit.
-    compile_seconds: that a processor of this machine works at the slowest program; None where none was timed.
+    compile_seconds: that a processor of this machine works at the slowest program of those compiled; None without any.
     """
 
     config: CompileConfig

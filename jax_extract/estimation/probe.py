@@ -112,8 +112,9 @@ def probe_computing(
         spent = time.perf_counter() - stepping
         if processes.of_first(lambda spent=spent: spent > 2 * _SHAPE_SECONDS):  # a slow machine; one shape will do
             break
-    compile_one = sum(compile_seconds) / len(compile_seconds)
-    return ComputeProbe(load_seconds, compile_one, step_seconds, tried, job.backend.defaults.compiles_at_once)
+    at_once = job.backend.defaults.compiles_at_once  # then the slowest program counts
+    compile_one = max(compile_seconds) if at_once else sum(compile_seconds) / len(compile_seconds)
+    return ComputeProbe(load_seconds, compile_one, step_seconds, tried, at_once)
 
 
 def _slabs_of(parts: Iterable[Part], shape: SlabShape) -> list[Part]:

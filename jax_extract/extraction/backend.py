@@ -59,6 +59,10 @@ class Program(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Gives up what is being made ready and was not needed."""
+        ...
+
 
 class Loadable(Protocol):
     """The weights of a job, not read yet."""

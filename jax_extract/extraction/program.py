@@ -76,6 +76,7 @@ class CaptureProgram:
         self._jit = capture_function(port, config, plan, mesh, numerics, specs, rows_travel)
         self._compiled: dict[SlabShape, jax.stages.Compiled] = {}
         self._ahead: dict[SlabShape, Future[jax.stages.Compiled]] = {}
+        self._beside: ThreadPoolExecutor | None = None
 
     @property
     def devices(self) -> int:
@@ -103,15 +104,19 @@ class CaptureProgram:
         if not shapes:
             yield
             return
-        beside = ThreadPoolExecutor(min(len(shapes), os.cpu_count() or 1), thread_name_prefix="jax_extract-compile")
+        self._beside = ThreadPoolExecutor(min(len(shapes), os.cpu_count() or 1), "jax_extract-compile")
         try:
-            self._ahead |= {shape: beside.submit(self._compile, shape) for shape in shapes}
+            self._ahead |= {shape: self._beside.submit(self._compile, shape) for shape in shapes}
             yield
             wait([self._ahead[shapes[0]]])
         except BaseException:
-            beside.shutdown(wait=False, cancel_futures=True)
+            self.close()
             raise
-        beside.shutdown(wait=False)
+
+    def close(self) -> None:
+        """What is not being compiled yet never is: this process need not wait for it when it ends."""
+        if self._beside is not None:
+            self._beside.shutdown(wait=False, cancel_futures=True)
 
     def use(self, params: Parameters) -> None:
         """Takes the parameters of a program that was made of their shapes alone."""

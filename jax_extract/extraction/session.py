@@ -7,6 +7,7 @@ whose names were taken meanwhile, come in a later one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import uuid
@@ -86,7 +87,8 @@ class Session:
                 keeper.keep(planned)
         wind_up = _KEEPS_SECONDS
         try:
-            self._compute(windows, committed, tokens, make_program(), keeper if is_stream else None)
+            with contextlib.closing(make_program()) as program:
+                self._compute(windows, committed, tokens, program, keeper if is_stream else None)
             wind_up = 0.0  # all is committed
         finally:
             if keeper and (trouble := keeper.close(wind_up)):

@@ -104,6 +104,9 @@ class TorchProgram:
     def compiled(self, shape: SlabShape) -> None:
         """Nothing is."""
 
+    def close(self) -> None:
+        """Nothing is made ready beside the computation."""
+
     def bytes_on_host(self, shape: SlabShape) -> int:
         return captured_bytes(self.plan, self._widths, shape)
 

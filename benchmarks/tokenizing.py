@@ -121,7 +121,7 @@ def _measure(side: str, length: str, count: str, tokenizer: str) -> dict[str, fl
     if side == SIDES[1]:
         pipeline.LARGE_SAMPLES = pipeline.LARGE_CHARACTERS = sys.maxsize
     if side == SIDES[2]:
-        pipeline.LARGE_SAMPLES = 0
+        pipeline.LARGE_SAMPLES = pipeline.FEW_CORES = 0
     alone = side == SIDES[0]
     chunks = [[sample.text for sample in chunk] for chunk in pipeline.chunks_of(samples)] if alone else []
 
@@ -149,13 +149,13 @@ def _measure(side: str, length: str, count: str, tokenizer: str) -> dict[str, fl
 
 
 def _steady(arrived: list[tuple[float, int]]) -> float:
-    """Tokens a second without the first fifth, in which processes start, and the last tenth, when they run out of work.
+    """Tokens a second without the first two fifths, in which processes start, and the last tenth, when work runs out.
 
     Args:
       arrived: when so many tokens were done.
     """
     total = arrived[-1][1]
-    middle = [(at, done) for at, done in arrived if 0.2 * total <= done <= 0.9 * total]
+    middle = [(at, done) for at, done in arrived if 0.4 * total <= done <= 0.9 * total]
     if len(middle) < 2:
         raise SystemExit("too few tokens for a rate; give --tokens more")
     (began, before), (ended, after) = middle[0], middle[-1]

@@ -106,6 +106,21 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
 # ------------------------------------------------------------------------------------------------- tokens
 
 
+@pytest.mark.parametrize(
+    ("cores", "characters", "starts"), [(2, 10, True), (4, 2_000, False), (5, 2_000, True), (0, 10, False)]
+)
+def test_processes_are_started_where_they_are_faster_than_threads(
+    beside: list[workers.Workers],
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    characters: int,
+    starts: bool,
+) -> None:
+    monkeypatch.setattr(pipeline, "worth_starting", lambda: cores)
+    table_of(samples_of(["ab" * (characters // 2)] * 2), letters())
+    assert len(beside) == starts
+
+
 @pytest.mark.usefixtures("small_chunks")
 def test_every_text_has_the_tokens_that_the_tokenizer_gives_of_it_alone() -> None:
     samples = samples_of(ODD)

@@ -24,6 +24,10 @@ CHUNK_CHARACTERS = 1 << 20
 # What is encoded before processes are started, each of which takes a quarter of a second of a core to begin.
 LARGE_SAMPLES = 32_768
 LARGE_CHARACTERS = 1 << 23
+# On few cores threads are faster with texts as long as this (`benchmarks/tokenizing.py`); with short ones they wait for
+# one another, to allocate memory.
+FEW_CORES = 4
+LONG_CHARACTERS = 1_000
 
 
 def chunks_of(samples: Iterable[Sample]) -> Iterator[Chunk]:
@@ -93,10 +97,11 @@ class _Stage:
         if prepared is None or not prepared.texts:
             self._under_way.append((chunk, prepared, None))
             return
-        if self._may_start and (self._samples >= LARGE_SAMPLES or self._characters >= LARGE_CHARACTERS):
-            self._start()
+        is_large = self._samples >= LARGE_SAMPLES or self._characters >= LARGE_CHARACTERS
         self._samples += len(prepared.texts)
         self._characters += sum(map(len, prepared.texts))
+        if self._may_start and is_large:
+            self._start()
         self._under_way.append((chunk, prepared, self._workers and self._workers.send(prepared.texts)))
 
     def finished(self, most: int) -> Iterator[tuple[Chunk, Encoded | None]]:
@@ -112,6 +117,8 @@ class _Stage:
     def _start(self) -> None:
         self._may_start = False
         count = worth_starting()
+        if count <= FEW_CORES and self._characters >= LONG_CHARACTERS * self._samples:
+            return
         if count and (setup := self._encoder.setup()) is not None:
             self._workers = Workers(setup, count)
 

@@ -262,7 +262,7 @@ class NullStorage(Directory):
         super().__init__(root)
         self._checksums = checksums
 
-    def create(self, name: str, own: str) -> CountingFile:  # type: ignore[override]
+    def create(self, name: str, own: str) -> CountingFile:  # type: ignore[override] (no file of a directory)
         return CountingFile(name, self._checksums)
 
 

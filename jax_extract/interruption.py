@@ -29,7 +29,7 @@ _told = False  # whether it was told to
 
 def listen() -> None:
     """From here on Ctrl-C ends this process; for commands, whose process nobody else shares."""
-    global listening  # noqa: PLW0603
+    global listening  # noqa: PLW0603 (a process has one Ctrl-C)
     if threading.current_thread() is not threading.main_thread():
         return
     listening = True
@@ -61,7 +61,7 @@ def say() -> None:
 
 
 def _in_main_thread(*_: object) -> None:
-    global _told  # noqa: PLW0603
+    global _told  # noqa: PLW0603 (as in `unwinding`)
     if _unwinds and not _told:
         _told = True
         raise KeyboardInterrupt

@@ -114,6 +114,17 @@ def write_arc(path: Path, tasks: int = 4) -> Path:
     return path
 
 
+class Told(Terminal):
+    """Keeps the lines that it is told."""
+
+    def __init__(self, lines: list[str] | None = None) -> None:
+        super().__init__(silent=True)
+        self.lines: list[str] = [] if lines is None else lines
+
+    def line(self, label: str, text: str) -> None:
+        self.lines.append(f"{label} {text}")
+
+
 def run_here(model: Path, tasks_file: Path | None, directory: Path, **options: Any) -> dict[str, Any]:
     """An extraction in this process, silent; returns the metadata."""
     tasks = None if tasks_file is None else str(tasks_file)

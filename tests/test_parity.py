@@ -304,6 +304,18 @@ def test_a_sum_in_parts_has_every_term_once(terms: int) -> None:
     assert np.array_equal(summed, x @ weight.T + bias)
 
 
+def test_an_extraction_divides_the_sums_of_the_last_product_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> Rows:
+        return extracted(tiny_folder("qwen2_tied"), [random_ids([40])[0]])[0]
+
+    divided = rows()
+    monkeypatch.setattr(jax_backend, "LONGEST_SUM", 5)
+    otherwise = rows()
+    same = {hook for hook, layer in divided if layer == 0 and np.array_equal(divided[hook, 0], otherwise[hook, 0])}
+    assert {"attention_out", "after_attention", "ffn_gate", "ffn_up", "ffn_hidden"} <= same
+    assert not {"ffn_out", "after_block"} & same
+
+
 def test_a_sum_with_one_massive_term_is_exact() -> None:
     draw = np.random.default_rng(0)
     x, weight = (draw.standard_normal(shape, np.float32) for shape in ((1, 64, 3_072), (256, 3_072)))

@@ -103,7 +103,7 @@ def test_a_run_begun_before_there_was_a_plan_for_the_whole_mesh_goes_on_as_it_wa
     model: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = Job.plan_settings
-    monkeypatch.setattr(jax_backend, "LONGEST_SUM", 5)  # which changes the rows of this model too
+    monkeypatch.setattr(jax_backend, "LONGEST_SUM", 5)
     with monkeypatch.context() as before:  # the settings that such runs have
         as_before = {"version": 1, "samples_a_row": 0, "attention_block": 1}
         before.setattr(Job, "plan_settings", lambda *given: dataclasses.replace(now(*given), **as_before))
@@ -118,7 +118,8 @@ def test_a_run_begun_before_there_was_a_plan_for_the_whole_mesh_goes_on_as_it_wa
     assert _rows(tmp_path / "begun") == _rows(tmp_path / "whole")
     assert json.loads((tmp_path / "begun/_run/run.json").read_text())["identity"] == run["identity"]
     run_here(model, tasks, tmp_path / "new", layers_to_extract=(10, 11), batch_size=4, positions="all")
-    assert _rows(tmp_path / "new") != _rows(tmp_path / "whole")
+    new = json.loads((tmp_path / "new/_run/run.json").read_text())
+    assert new["numerics"]["accumulation"] == "float32, 5 terms at most"
 
 
 def test_a_finished_run_started_again_does_nothing_and_says_so(

@@ -110,7 +110,7 @@ def _torus(nodes: int, neighbours: int, _: np.random.Generator) -> Edges:
         raise UserError(f"a torus of {nodes} nodes is no square; give a square number from 9, such as --nodes 100")
     if neighbours not in (4, 8):
         raise UserError(f"a node of a torus cannot have {neighbours} neighbours; give --neighbours 8 or 4")
-    steps = [(0, 1), (1, 0)] + ([(1, 1), (1, -1)] if neighbours == 8 else [])  # noqa: PLR2004
+    steps = [(0, 1), (1, 0)] + ([(1, 1), (1, -1)] if neighbours == 8 else [])  # noqa: PLR2004 (the diagonals)
     return {
         _edge(row * side + column, (row + down) % side * side + (column + right) % side)
         for row in range(side)

@@ -236,10 +236,10 @@ _OF_RUNS = frozenset(("shard_format", "one_file_per_layer", "distributed", "allo
 
 def _samples(texts: Texts) -> list[Sample]:
     if isinstance(texts, str | Mapping):
-        return list(named_texts(texts))  # type: ignore[arg-type]
+        return list(named_texts(texts))  # type: ignore[arg-type] (it tells who gives others)
     given = list(texts)
     samples = [text for text in given if isinstance(text, Sample)]
-    return samples if len(samples) == len(given) else list(named_texts(given))  # type: ignore[arg-type]
+    return samples if len(samples) == len(given) else list(named_texts(given))  # type: ignore[arg-type] (as above)
 
 
 def _words(hook_points: Sequence[str] | str | None) -> tuple[str, ...]:

@@ -310,4 +310,4 @@ def _elsewhere(config: PostTrainingConfig) -> Subject:
         if not isinstance(base, str) or not base:
             raise UserError(f"{folder} is an adapter and does not say of which model; give --base_model")
     said = {"training": config.model_path, "base_model": {"model_path": base, "revision": None} if base else None}
-    return Subject(name, FINAL_STEP, base if adapter else config.model_path, None, adapter, prompts, said)  # type: ignore[arg-type]
+    return Subject(name, FINAL_STEP, base if adapter else config.model_path, None, adapter, prompts, said)  # type: ignore[arg-type] (checked)

@@ -133,7 +133,7 @@ class _Storage:
 def _array(storage: object, offset: object, shape: object, strides: object, *_: object) -> np.ndarray:
     """Stands for torch's function that makes a tensor of a storage; contiguous ones only."""
     plain = isinstance(storage, np.ndarray) and type(offset) is int and isinstance(shape, tuple)
-    if not plain or not all(type(n) is int and n >= 0 for n in (offset, *shape)):  # type: ignore[misc]
+    if not plain or not all(type(n) is int and n >= 0 for n in (offset, *shape)):  # type: ignore[misc] (`plain`)
         raise pickle.UnpicklingError("it holds a tensor that is not plain")
     assert isinstance(storage, np.ndarray) and isinstance(offset, int) and isinstance(shape, tuple)
     if (

@@ -22,7 +22,7 @@ def save_optimizer(folder: Path, state: Any) -> None:
     try:
         with _silent_orbax() as ocp:
             ocp.save(str(folder.absolute()), jax.tree.leaves(state))
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # noqa: BLE001 (orbax raises kinds of several libraries)
         raise OSError(errno.EIO, _first_line(error), str(folder)) from None
 
 

@@ -108,7 +108,7 @@ class TrainProgram:
         with _as_optax_computes():
             updates, optimizer = self._optimizer.update(gradient, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
-        return TrainState(params, optimizer), total / count  # type: ignore[arg-type]
+        return TrainState(params, optimizer), total / count  # type: ignore[arg-type] (optax keeps its kind)
 
 
 def _as_optax_computes() -> ExitStack:

@@ -36,7 +36,7 @@ ROPE_KEYS = frozenset(
 
 # Of every Llama that is scaled so; the length that it was trained with before is a power of two.
 LOW, HIGH = 1.0, 4.0
-ORIGINAL_LENGTHS = (8_192, *(1 << power for power in range(5, 21) if power != 13))  # noqa: PLR2004
+ORIGINAL_LENGTHS = (8_192, *(1 << power for power in range(5, 21) if power != 13))  # noqa: PLR2004 (8,192, the first)
 FACTOR_ERROR = 1e-5  # relative; the converter computes in float32, and other lengths are further away
 
 

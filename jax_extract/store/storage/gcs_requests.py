@@ -259,7 +259,7 @@ def _new_client() -> storage.Client:
 def _release(response: requests.Response, *_: object, **__: object) -> None:
     """Reads an error to its end; the session would leave its connection open where it renews credentials."""
     if response.status_code >= http.client.BAD_REQUEST:
-        response.content  # noqa: B018
+        response.content  # noqa: B018 (asking for it reads it)
 
 
 def _may_pass(error: BaseException) -> bool:

@@ -215,7 +215,7 @@ def _opened(ledger: Ledger, count: int, done: Collection[int]) -> list[KeptWindo
         try:
             return KeptWindow.open(ledger, number, is_done=number in done and number > 0)
         except UserError as error:
-            return str(error)
+            return str(error).removesuffix(f"; {token_files.MEND}")  # it is made again without anybody's help
 
     with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="jax_extract-kept") as pool:
         return list(pool.map(one, range(count)))

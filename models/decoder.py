@@ -1,62 +1,161 @@
-"""What every decoder does around its blocks: they are scanned, a layer's parameters whole only while it runs.
+"""A forward through a decoder: the one place where a port, attention and taps come together.
 
-In: a block, the final norm, the stream that enters the first block, taps, attention, parameters of the blocks. Out:
-taps filled, and attention with what it remembers.
+In: a port with its configuration, how products are computed, parameters, tokens and where they lie, what is kept and
+changed. Out: taps filled, attention with what it remembers, logits. Blocks are scanned, a layer's parameters whole only
+while it runs. Dimension letters: b rows of the batch, t tokens, d width of the stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import cast
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from models.hooks import Taps
-from models.ports import Gather, Parameters
-from models.self_attention import SelfAttention
+from models.capture_plan import CapturePlan
+from models.interventions import Intervention
+from models.layers import Numerics
+from models.packing import Packing
+from models.ports import Carry, Gather, ModelConfig, Parameters, Port, hook_width
+from models.self_attention import SelfAttention, WithinRows
+from models.taps import Taps
 
-# (parameters of the layer, stream float32 [b, t, d], taps, attention, layer int32) -> the same three
-Carry = tuple[Array, Taps, SelfAttention]
-Block = Callable[[Parameters, Array, Taps, SelfAttention, Array], Carry]
+Attention = TypeVar("Attention", bound=SelfAttention)
+Probes = Mapping[str, Array]
 
 
-def run_decoder(
-    block: Block,
-    final_norm: Callable[[Array], Array],
-    x: Array,
-    taps: Taps,
-    attention: SelfAttention,
-    blocks: Parameters | list[Parameters],
-    gather: Gather,
-) -> tuple[Taps, SelfAttention]:
-    """Runs `taps.num_blocks` blocks on the stream x, float32 [b, t, d], and the final norm where it is wanted.
+def already_whole(_: str, parameters: Any) -> Any:
+    """The `gather` of parameters that no device shares with another."""
+    return parameters
 
-    Args:
-      blocks: their parameters, stacked on a leading layer axis; or a list with those of each. A list is compiled layer
-        by layer, and nothing is copied out of a stack: for steps so short that reading parameters is all they do.
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model that is computed here.
+
+    Attributes:
+      gather: makes parameters whole of this device's shards, at the moment they are needed.
     """
 
-    def body(carry: Carry, xs: tuple[Parameters, Array]) -> tuple[Carry, None]:
-        shards, layer = xs
-        return block(gather("blocks", shards), *carry, layer), None
+    port: Port
+    config: ModelConfig
+    numerics: Numerics
+    gather: Gather = already_whole
 
-    x, taps = taps.visit("embeddings", None, x)
-    n = taps.num_blocks
-    carry = (x, taps, attention)
-    if isinstance(blocks, list):
-        for layer, shards in enumerate(blocks[:n]):
-            known = cast(Array, np.int32(layer))  # while compiling, so that a cache of lists can be indexed with it
-            carry = block(gather("blocks", shards), *carry, known)
-    elif n:
-        stacked = jax.tree.map(lambda p: p[:n], blocks)
-        carry, _ = jax.lax.scan(body, carry, (stacked, jnp.arange(n, dtype=jnp.int32)))
-    x, taps, attention = carry
-    # The input of the block after the last one that runs is the output of that one.
-    if n in dict(taps.plan.layers).get("residual_before", ()):
-        x, taps = taps.visit("residual_before", jnp.int32(n), x)
-    if taps.plan.needs_final_norm:
-        _, taps = taps.visit("final_norm", None, final_norm(x))
-    return taps, attention
+    def capture(
+        self,
+        params: Parameters,
+        tokens: Array,
+        packing: Packing,
+        plan: CapturePlan,
+        interventions: Sequence[Intervention] = (),
+    ) -> dict[str, Array]:
+        """Hook point -> what is kept of it, [slots, b, rows, width]; no block above the deepest one that is kept runs.
+
+        Args:
+          tokens: int32 [b, t].
+          packing: whose they are.
+        """
+        taps = self.taps(plan, packing, interventions)
+        return self.run(params, tokens, taps, WithinRows(packing.positions))[0].buffers
+
+    def taps(
+        self,
+        plan: CapturePlan,
+        packing: Packing,
+        interventions: Sequence[Intervention] = (),
+        num_blocks: int | None = None,
+    ) -> Taps:
+        """Empty ones, for so many blocks; as many as the plan needs for None."""
+        widths = {hook: hook_width(self.config, hook) for hook, _ in plan.layers}
+        blocks = plan.blocks_needed(self.config.num_hidden_layers) if num_blocks is None else num_blocks
+        return Taps.start(plan, blocks, packing, widths, interventions)
+
+    def run(self, params: Parameters, tokens: Array, taps: Taps, attention: Attention) -> tuple[Taps, Attention]:
+        """Runs `taps.num_blocks` blocks over tokens int32 [b, t], and the final norm where it is kept."""
+        x, taps = self.embed(params, tokens, taps, attention)
+        x, taps, attention = self.blocks(params, x, taps, attention)
+        if taps.plan.needs_final_norm:
+            _, taps = self.final_norm(params, x, taps)
+        return taps, attention
+
+    def embed(self, params: Parameters, tokens: Array, taps: Taps, attention: SelfAttention) -> tuple[Array, Taps]:
+        """tokens int32 [b, t] -> the stream that enters the first block, float32 [b, t, d]."""
+        with jax.named_scope("embeddings"):
+            x = self.port.embed(self.config, params, tokens, attention, self.gather)
+        return taps.visit("embeddings", None, x)
+
+    def blocks(
+        self,
+        params: Parameters,
+        x: Array,
+        taps: Taps,
+        attention: Attention,
+        first: int | Array = 0,
+        probes: Probes | None = None,
+    ) -> tuple[Array, Taps, Attention]:
+        """Runs the blocks from `first` to `taps.num_blocks` on the stream x, float32 [b, t, d].
+
+        Args:
+          params: the blocks' lie stacked on a leading layer axis, or as a list with those of each. A list is compiled
+            layer by layer, and nothing is copied out of a stack: for steps so short that reading parameters is all
+            they do, and for gradients with respect to parameters.
+          first: traced, it lets one program begin anywhere; then there is no gradient.
+          probes: hook point -> [taps.num_blocks - first, b, t, width]; see `Taps.probes`. What a block computes is then
+            computed again on the way back, so that of each layer the stream alone is remembered.
+        """
+        port, config, n = self.port, self.config, taps.num_blocks
+        stack, shared = params["blocks"], port.shared(config, attention)
+
+        def block(carry: Carry, shards: Parameters, layer: Array) -> Carry:
+            return port.block(config, self.gather("blocks", shards), *carry, layer, shared, self.numerics)
+
+        def of_layer(layer: Array) -> Parameters:
+            return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, layer, 0, keepdims=False), stack)
+
+        carry: Carry = (x, taps, attention)
+        if isinstance(stack, list):
+            for layer, shards in enumerate(stack[:n]):
+                # Known while compiling, so that a cache of lists can be indexed with it.
+                carry = block(carry, shards, cast(Array, np.int32(layer)))
+        elif not isinstance(first, int):
+            carry = jax.lax.fori_loop(
+                first, jnp.int32(n), lambda layer, carry: block(carry, of_layer(layer), layer), carry
+            )
+        elif first == 0 and n == _layers(stack) and not probes:
+            layers = jnp.arange(n, dtype=jnp.int32)
+            if n:
+                carry, _ = jax.lax.scan(lambda carry, xs: (block(carry, *xs), None), carry, (stack, layers))
+        elif n > first:
+
+            def body(carry: Carry, xs: tuple[Array, dict[str, Array]]) -> tuple[Carry, None]:
+                x, taps, attention = carry
+                taps = dataclasses.replace(taps, probes=xs[1])
+                x, taps, attention = block((x, taps, attention), of_layer(xs[0]), xs[0])
+                return (x, dataclasses.replace(taps, probes={}), attention), None
+
+            layers = jnp.arange(first, n, dtype=jnp.int32)
+            carry, _ = jax.lax.scan(jax.checkpoint(body) if probes else body, carry, (layers, dict(probes or {})))
+        x, taps, attention = cast(tuple[Array, Taps, Attention], carry)
+        # The input of the block after the last one that runs is the output of that one.
+        changed = {intervention.hook for intervention in taps.interventions}
+        if n in dict(taps.plan.layers).get("residual_before", ()) or "residual_before" in changed:
+            x, taps = taps.visit("residual_before", jnp.int32(n), x)
+        return x, taps, attention
+
+    def final_norm(self, params: Parameters, x: Array, taps: Taps) -> tuple[Array, Taps]:
+        """The stream behind the last block -> the same behind the final norm."""
+        return taps.visit("final_norm", None, self.port.final_norm(self.config, params, x, self.gather))
+
+    def logits(self, params: Parameters, rows: Array) -> Array:
+        """Rows of `final_norm`, float32 [b, t, d] -> float32 [b, t, vocab]."""
+        return self.port.logits(self.config, params, rows, self.numerics, self.gather)
+
+
+def _layers(stack: Parameters) -> int:
+    return jax.tree.leaves(stack)[0].shape[0]

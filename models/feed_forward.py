@@ -11,9 +11,9 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array
 
-from models.hooks import Taps
 from models.layers import Numerics
 from models.ports import Parameters
+from models.taps import Taps
 
 
 def gated(

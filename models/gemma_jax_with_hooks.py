@@ -19,13 +19,13 @@ from jax import Array
 
 from models import head, hf_config
 from models.config_fields import Fields
-from models.decoder import Carry, run_decoder
 from models.feed_forward import gated
 from models.hf_config import positive, size
-from models.hooks import GATED, HookPoints, Taps
-from models.layers import ACTIVATIONS, Numerics, Rotary, embed, rms_norm, rotate, soft_capped, split_heads
-from models.ports import Gather, Module, Parameters, Port, TensorSource
+from models.hooks import GATED, HookPoints
+from models.layers import ACTIVATIONS, Numerics, Rotary, TokenPlaces, embed, rms_norm, rotate, soft_capped, split_heads
+from models.ports import Carry, Gather, Module, Parameters, Port, TensorSource
 from models.self_attention import AttentionRule, SelfAttention
+from models.taps import Taps
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
 _GELU = ACTIVATIONS["gelu_pytorch_tanh"]
@@ -189,29 +189,17 @@ def unused_tensors(config: GemmaConfig) -> frozenset[str]:
 # ------------------------------------------------------------------------------------------- forward
 
 
-def forward(
-    config: GemmaConfig,
-    params: Parameters,
-    tokens: Array,
-    taps: Taps,
-    attention: SelfAttention,
-    numerics: Numerics,
-    gather: Gather,
-) -> tuple[Taps, SelfAttention]:
-    """Runs `taps.num_blocks` blocks over rows of samples; see `Port.forward`."""
-    with jax.named_scope("embeddings"):
-        x = embed(gather("embedding", params["embedding"]), tokens) * jnp.float32(config.hidden_size**0.5)
-    everywhere, nearby = (rotary.tables(attention, config.head_dim) for rotary in config.rotaries)
+def embedded(config: GemmaConfig, params: Parameters, tokens: Array, places: TokenPlaces, gather: Gather) -> Array:
+    return embed(gather("embedding", params["embedding"]), tokens) * jnp.float32(config.hidden_size**0.5)
 
-    def one(p: Parameters, x: Array, taps: Taps, attention: SelfAttention, layer: Array) -> Carry:
-        sees_all = config.attention.window_of(layer) == 0
-        tables = jax.tree.map(lambda wide, near: jnp.where(sees_all, wide, near), everywhere, nearby)
-        return block(config, p, x, taps, attention, layer, tables, numerics)
 
-    def final_norm(x: Array) -> Array:
-        return _norm(config, x, gather("final_norm", params["final_norm"]))
+def rotations(config: GemmaConfig, places: TokenPlaces) -> list[tuple[Array, Array]]:
+    """Of layers that see everything, and of those with a window."""
+    return [rotary.tables(places, config.head_dim) for rotary in config.rotaries]
 
-    return run_decoder(one, final_norm, x, taps, attention, params["blocks"], gather)
+
+def final_norm(config: GemmaConfig, params: Parameters, x: Array, gather: Gather) -> Array:
+    return _norm(config, x, gather("final_norm", params["final_norm"]))
 
 
 def logits(config: GemmaConfig, params: Parameters, x: Array, numerics: Numerics, gather: Gather) -> Array:
@@ -226,17 +214,20 @@ def block(
     taps: Taps,
     attention: SelfAttention,
     layer: Array,
-    tables: tuple[Array, Array],
+    tables: list[tuple[Array, Array]],
     numerics: Numerics,
 ) -> Carry:
     """One decoder block on the residual stream x, float32 [b, t, d]; `p` holds this layer's parameters."""
+    everywhere, nearby = tables
+    sees_all = config.attention.window_of(layer) == 0
+    tables_here = jax.tree.map(lambda wide, near: jnp.where(sees_all, wide, near), everywhere, nearby)
     x, taps = taps.visit("residual_before", layer, x)
     with jax.named_scope("attention"):
         qkv = numerics.linear(_norm(config, x, p["attention_norm"]), p["qkv"])
         query, key, value = split_heads(qkv, config.num_attention_heads, config.num_key_value_heads)
         if config.qk_norm:
             query, key = _norm(config, query, p["query_norm"]), _norm(config, key, p["key_norm"])
-        query, key = rotate(query, tables), rotate(key, tables)
+        query, key = rotate(query, tables_here), rotate(key, tables_here)
         mixed, attention = attention.attend(config.attention, layer, query, key, value, numerics)
         update = numerics.linear(mixed, p["attention_output"])
         if config.norms_behind:
@@ -417,7 +408,10 @@ PORT = Port(
     structure=Gemma,
     sources=sources,
     unused_tensors=unused_tensors,
-    forward=forward,
+    embed=embedded,
+    shared=rotations,
+    block=block,
+    final_norm=final_norm,
     logits=logits,
     prefix="model.",
     modules=_modules,

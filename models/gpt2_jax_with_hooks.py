@@ -18,13 +18,13 @@ from jax import Array
 
 from models import head, hf_config
 from models.config_fields import Fields
-from models.decoder import Carry, run_decoder
 from models.feed_forward import ungated
 from models.hf_config import size, switch
-from models.hooks import UNGATED, HookPoints, Taps
-from models.layers import ACTIVATIONS, Numerics, Rotary, embed, layer_norm, split_heads
-from models.ports import Gather, Module, Parameters, Port, TensorSource
+from models.hooks import UNGATED, HookPoints
+from models.layers import ACTIVATIONS, Numerics, Rotary, TokenPlaces, embed, layer_norm, split_heads
+from models.ports import Carry, Gather, Module, Parameters, Port, TensorSource
 from models.self_attention import AttentionRule, SelfAttention
+from models.taps import Taps
 
 MODEL_TYPES = ("gpt2",)
 
@@ -174,28 +174,18 @@ def unused_tensors(config: GPT2Config) -> frozenset[str]:
 # ------------------------------------------------------------------------------------------- forward
 
 
-def forward(
-    config: GPT2Config,
-    params: Parameters,
-    tokens: Array,
-    taps: Taps,
-    attention: SelfAttention,
-    numerics: Numerics,
-    gather: Gather,
-) -> tuple[Taps, SelfAttention]:
-    """Runs `taps.num_blocks` blocks over rows of samples; see `Port.forward`."""
-    with jax.named_scope("embeddings"):
-        x = embed(gather("embedding", params["embedding"]), tokens)
-        x = x + embed(gather("position_embedding", params["position_embedding"]), attention.positions)
+def embedded(config: GPT2Config, params: Parameters, tokens: Array, places: TokenPlaces, gather: Gather) -> Array:
+    x = embed(gather("embedding", params["embedding"]), tokens)
+    return x + embed(gather("position_embedding", params["position_embedding"]), places.positions)
 
-    def one(p: Parameters, x: Array, taps: Taps, attention: SelfAttention, layer: Array) -> Carry:
-        return block(config, p, x, taps, attention, layer, numerics)
 
-    def final_norm(x: Array) -> Array:
-        weight, bias = (gather(name, params[name]) for name in ("final_norm", "final_norm_bias"))
-        return layer_norm(x, weight, bias, config.layer_norm_eps)
+def nothing_shared(config: GPT2Config, places: TokenPlaces) -> None:
+    """Positions are in the stream that enters the first block."""
 
-    return run_decoder(one, final_norm, x, taps, attention, params["blocks"], gather)
+
+def final_norm(config: GPT2Config, params: Parameters, x: Array, gather: Gather) -> Array:
+    weight, bias = (gather(name, params[name]) for name in ("final_norm", "final_norm_bias"))
+    return layer_norm(x, weight, bias, config.layer_norm_eps)
 
 
 def block(
@@ -205,6 +195,7 @@ def block(
     taps: Taps,
     attention: SelfAttention,
     layer: Array,
+    _: None,
     numerics: Numerics,
 ) -> Carry:
     """One decoder block on the residual stream x, float32 [b, t, d]; `p` holds this layer's parameters."""
@@ -307,7 +298,10 @@ PORT = Port(
     structure=GPT2,
     sources=sources,
     unused_tensors=unused_tensors,
-    forward=forward,
+    embed=embedded,
+    shared=nothing_shared,
+    block=block,
+    final_norm=final_norm,
     logits=head.logits,
     prefix="transformer.",
     modules=_modules,

@@ -18,13 +18,13 @@ from jax import Array
 
 from models import head, hf_config
 from models.config_fields import Fields
-from models.decoder import Carry, run_decoder
 from models.feed_forward import ungated
 from models.hf_config import size, switch
-from models.hooks import UNGATED, HookPoints, Taps
-from models.layers import ACTIVATIONS, Numerics, Rotary, embed, layer_norm, rotate
-from models.ports import Gather, Module, Parameters, Port, TensorSource
+from models.hooks import UNGATED, HookPoints
+from models.layers import ACTIVATIONS, Numerics, Rotary, TokenPlaces, embed, layer_norm, rotate
+from models.ports import Carry, Gather, Module, Parameters, Port, TensorSource
 from models.self_attention import AttentionRule, SelfAttention
+from models.taps import Taps
 
 MODEL_TYPES = ("gpt_neox",)
 
@@ -180,28 +180,17 @@ def unused_tensors(config: GPTNeoXConfig) -> frozenset[str]:
 # ------------------------------------------------------------------------------------------- forward
 
 
-def forward(
-    config: GPTNeoXConfig,
-    params: Parameters,
-    tokens: Array,
-    taps: Taps,
-    attention: SelfAttention,
-    numerics: Numerics,
-    gather: Gather,
-) -> tuple[Taps, SelfAttention]:
-    """Runs `taps.num_blocks` blocks over rows of samples; see `Port.forward`."""
-    with jax.named_scope("embeddings"):
-        x = embed(gather("embedding", params["embedding"]), tokens)
-    tables = config.rotary.tables(attention, config.rotated)
+def embedded(config: GPTNeoXConfig, params: Parameters, tokens: Array, places: TokenPlaces, gather: Gather) -> Array:
+    return embed(gather("embedding", params["embedding"]), tokens)
 
-    def one(p: Parameters, x: Array, taps: Taps, attention: SelfAttention, layer: Array) -> Carry:
-        return block(config, p, x, taps, attention, layer, tables, numerics)
 
-    def final_norm(x: Array) -> Array:
-        weight, bias = (gather(name, params[name]) for name in ("final_norm", "final_norm_bias"))
-        return layer_norm(x, weight, bias, config.layer_norm_eps)
+def rotations(config: GPTNeoXConfig, places: TokenPlaces) -> tuple[Array, Array]:
+    return config.rotary.tables(places, config.rotated)
 
-    return run_decoder(one, final_norm, x, taps, attention, params["blocks"], gather)
+
+def final_norm(config: GPTNeoXConfig, params: Parameters, x: Array, gather: Gather) -> Array:
+    weight, bias = (gather(name, params[name]) for name in ("final_norm", "final_norm_bias"))
+    return layer_norm(x, weight, bias, config.layer_norm_eps)
 
 
 def block(
@@ -320,7 +309,10 @@ PORT = Port(
     structure=GPTNeoX,
     sources=sources,
     unused_tensors=unused_tensors,
-    forward=forward,
+    embed=embedded,
+    shared=rotations,
+    block=block,
+    final_norm=final_norm,
     logits=head.logits,
     prefix="gpt_neox.",
     modules=_modules,

@@ -14,13 +14,15 @@ from flax import nnx
 from jax import Array
 
 from models.config_fields import Fields
-from models.hooks import HookPoints, Taps
-from models.layers import Numerics, Rotary
+from models.hooks import HOOK_POINTS, HookPoints
+from models.layers import Numerics, Rotary, TokenPlaces
 from models.self_attention import AttentionRule, SelfAttention
+from models.taps import Taps
 
 Module = tuple[str, Literal["input", "output"]]  # a submodule's path, `{i}` standing for the layer, and what of it
 Parameters = dict[str, Any]  # nested dictionaries of arrays, as `nnx.to_pure_dict` gives them
 Gather = Callable[[str, Any], Any]  # (parameter path prefix, local shards) -> whole arrays
+Carry = tuple[Array, Taps, SelfAttention]  # what goes from block to block; the stream is float32 [b, t, d]
 
 
 @dataclass(frozen=True)
@@ -111,24 +113,33 @@ class Port(Family):
         the head among them if asked for; call it under `nnx.eval_shape`.
       sources: (configuration) -> parameter path (dotted) -> where it comes from, the head's included.
       unused_tensors: (configuration) -> names that a checkpoint may have and the forward never reads.
-      forward: (configuration, parameters, tokens int32 [b, t], taps, attention, numerics, gather) -> taps filled, and
-        attention with what it remembers. Runs `taps.num_blocks` blocks, whose parameters `gather` makes whole of this
-        device's shards at the moment they are needed; `taps.packing` says whose the tokens are.
+      embed: (configuration, parameters, tokens int32 [b, t], where they lie, gather) -> the stream that enters the
+        first block, float32 [b, t, d].
+      shared: (configuration, where the tokens lie) -> what every block is given, computed once, as rotations are.
+      block: (configuration, parameters of the layer, stream, taps, attention, layer int32, what is shared, numerics) ->
+        the stream behind it, taps filled, attention with what it remembers.
+      final_norm: (configuration, parameters, stream float32 [b, t, d], gather) -> float32 [b, t, d].
       logits: (configuration, parameters, rows of `final_norm` float32 [b, t, d], numerics, gather) -> float32
         [b, t, vocab], by the head.
+
+    Parameters are this device's shards; `gather` makes those outside of blocks whole, at the moment they are needed.
+    `models.decoder.Decoder` runs these one after the other.
     """
 
     fields: Mapping[str, Fields]
     structure: Callable[[Any, int, str, bool], nnx.Module]
     sources: Callable[[Any], Mapping[str, TensorSource]]
     unused_tensors: Callable[[Any], frozenset[str]]
-    forward: Callable[[Any, Parameters, Array, Taps, SelfAttention, Numerics, Gather], tuple[Taps, SelfAttention]]
+    embed: Callable[[Any, Parameters, Array, TokenPlaces, Gather], Array]
+    shared: Callable[[Any, TokenPlaces], Any]
+    block: Callable[[Any, Parameters, Array, Taps, SelfAttention, Array, Any, Numerics], Carry]
+    final_norm: Callable[[Any, Parameters, Array, Gather], Array]
     logits: Callable[[Any, Parameters, Array, Numerics, Gather], Array]
 
 
-def hook_width(config: ModelConfig, width: str) -> int:
-    """Values a row has at a hook point of width `d_model` or `d_ff`."""
-    return config.hidden_size if width == "d_model" else config.intermediate_size
+def hook_width(config: ModelConfig, hook: str) -> int:
+    """Values a row has at a hook point."""
+    return {"d_model": config.hidden_size, "d_ff": config.intermediate_size}[HOOK_POINTS[hook].width]
 
 
 def longest_sample(config: ModelConfig) -> int:

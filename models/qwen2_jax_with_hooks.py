@@ -20,14 +20,14 @@ from jax import Array
 
 from models import head, hf_config
 from models.config_fields import Fields
-from models.decoder import Carry, run_decoder
 from models.errors import UserError
 from models.feed_forward import gated
 from models.hf_config import size, switch
-from models.hooks import GATED, HookPoints, Taps
-from models.layers import ACTIVATIONS, Numerics, Rotary, embed, rms_norm, rotate, split_heads
-from models.ports import Gather, Module, Parameters, Port, TensorSource
+from models.hooks import GATED, HookPoints
+from models.layers import ACTIVATIONS, Numerics, Rotary, TokenPlaces, embed, rms_norm, rotate, split_heads
+from models.ports import Carry, Gather, Module, Parameters, Port, TensorSource
 from models.self_attention import AttentionRule, SelfAttention
+from models.taps import Taps
 
 DEFAULT_SAE_LAYERS = list(range(10, 24))  # Layers 10-23
 
@@ -245,27 +245,16 @@ def unused_tensors(config: Qwen2Config) -> frozenset[str]:
 # ------------------------------------------------------------------------------------------- forward
 
 
-def forward(
-    config: Qwen2Config,
-    params: Parameters,
-    tokens: Array,
-    taps: Taps,
-    attention: SelfAttention,
-    numerics: Numerics,
-    gather: Gather,
-) -> tuple[Taps, SelfAttention]:
-    """Runs `taps.num_blocks` blocks over rows of samples; see `Port.forward`."""
-    with jax.named_scope("embeddings"):
-        x = embed(gather("embedding", params["embedding"]), tokens)
-    tables = config.rotary.tables(attention, config.head_dim)
+def embedded(config: Qwen2Config, params: Parameters, tokens: Array, places: TokenPlaces, gather: Gather) -> Array:
+    return embed(gather("embedding", params["embedding"]), tokens)
 
-    def one(p: Parameters, x: Array, taps: Taps, attention: SelfAttention, layer: Array) -> Carry:
-        return block(config, p, x, taps, attention, layer, tables, numerics)
 
-    def final_norm(x: Array) -> Array:
-        return rms_norm(x, gather("final_norm", params["final_norm"]), config.rms_norm_eps)
+def rotations(config: Qwen2Config, places: TokenPlaces) -> tuple[Array, Array]:
+    return config.rotary.tables(places, config.head_dim)
 
-    return run_decoder(one, final_norm, x, taps, attention, params["blocks"], gather)
+
+def final_norm(config: Qwen2Config, params: Parameters, x: Array, gather: Gather) -> Array:
+    return rms_norm(x, gather("final_norm", params["final_norm"]), config.rms_norm_eps)
 
 
 def block(
@@ -438,7 +427,10 @@ PORT = Port(
     structure=Qwen2,
     sources=sources,
     unused_tensors=unused_tensors,
-    forward=forward,
+    embed=embedded,
+    shared=rotations,
+    block=block,
+    final_norm=final_norm,
     logits=head.logits,
     prefix="model.",
     modules=_modules,

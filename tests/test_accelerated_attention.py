@@ -27,7 +27,7 @@ from jax_extract.inputs.planning.slabs import SlabShape
 from models import self_attention
 from models.accelerated_attention import attention_backend, cudnn_attention, splash_attention
 from models.attention import causal_attention
-from models.hooks import CapturePlan
+from models.capture_plan import CapturePlan
 from models.layers import Numerics
 from models.positions import Positions
 from models.qwen2_jax_with_hooks import PORT, Qwen2Config

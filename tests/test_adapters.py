@@ -31,11 +31,11 @@ from jax_extract.terminal import Terminal
 from jax_extract.verification.command import verify
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
-from models.hooks import CapturePlan, Taps
+from models.capture_plan import CapturePlan
+from models.decoder import Decoder
 from models.layers import Numerics
 from models.packing import Packing
 from models.positions import Positions
-from models.self_attention import WithinRows
 
 BOUND = 1e-5  # of a row of logits, relative
 _LLAMA = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
@@ -104,12 +104,9 @@ def our_logits(base: Path, adapter: Path, token_ids: np.ndarray) -> np.ndarray:
     params = weights.load(jax_backend.open_mesh("1,1"), "float32")
     rows = Packing(jnp.full((1, 1), len(token_ids), jnp.int32), len(token_ids))
     plan = CapturePlan((("final_norm", ()),), Positions("all"))
-    taps = Taps.start(plan, layers, rows, {"final_norm": model.config.hidden_size})
-    numerics, attention = Numerics(), WithinRows(rows.positions)
-    tokens = jnp.asarray(token_ids)[None]
-    taps, _ = model.port.forward(model.config, params, tokens, taps, attention, numerics, lambda _, whole: whole)
-    normed = taps.buffers["final_norm"][0]
-    return np.asarray(model.port.logits(model.config, params, normed, numerics, lambda _, whole: whole)[0])
+    decoder = Decoder(model.port, model.config, Numerics())
+    normed = decoder.capture(params, jnp.asarray(token_ids)[None], rows, plan)["final_norm"][0]
+    return np.asarray(decoder.logits(params, normed)[0])
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -32,7 +32,7 @@ from jax_extract.inputs.planning.slabs import PlanSettings
 from jax_extract.weights.open_model import OpenModel
 from models import accelerated_attention, packing
 from models.accelerated_attention import attention_block, computed_pairs, kernel_attention, seen_pairs
-from models.hooks import CapturePlan
+from models.capture_plan import CapturePlan
 from models.layers import Numerics
 from models.packing import Packing
 from models.positions import Positions

@@ -32,7 +32,7 @@ from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.storage.local import Directory, LocalFile
 from jax_extract.store.upload import Uploader
 from jax_extract.store.writer import Blocks, PartWriter, RowPiece
-from models.hooks import CapturePlan
+from models.capture_plan import CapturePlan
 from models.positions import Positions
 
 ALL = Positions.parse("all")

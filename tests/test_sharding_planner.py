@@ -146,7 +146,7 @@ from jax_extract.devices.mesh import make_mesh
 from jax_extract.devices.sharding import Layout, named, parameter_specs
 from jax_extract.extraction.program import capture_function, slab_inputs
 from jax_extract.inputs.planning.slabs import SlabShape
-from models.hooks import CapturePlan
+from models.capture_plan import CapturePlan
 from models.layers import Numerics, Rotary
 from models.positions import Positions
 from models.qwen2_jax_with_hooks import PORT, Qwen2Config

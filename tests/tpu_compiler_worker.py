@@ -24,7 +24,7 @@ from jax_extract.devices.planner import STEPS_HELD, Request, choose_layout, layo
 from jax_extract.devices.sharding import Layout
 from jax_extract.extraction.program import captured_bytes
 from jax_extract.inputs.planning.slabs import SlabShape
-from models.hooks import CapturePlan
+from models.capture_plan import CapturePlan
 from models.positions import Positions
 
 DEFAULT_LAYERS = tuple(range(10, 24))

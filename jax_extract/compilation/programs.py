@@ -21,7 +21,7 @@ from jax_extract.extraction.jax_backend import compute_numerics, with_attention
 from jax_extract.extraction.program import capture_function, slab_inputs
 from jax_extract.inputs.planning.slabs import SlabShape
 from jax_extract.weights.load import laid_out, parameter_shapes
-from models.hooks import CapturePlan
+from models.capture_plan import CapturePlan
 from models.layers import Numerics
 from models.ports import Port
 

@@ -17,7 +17,7 @@ from jax_extract.extraction.capture import sites_of
 from jax_extract.extraction.jax_backend import JaxBackend, compute_numerics
 from jax_extract.extraction.prepare import Job
 from jax_extract.weights.open_model import OpenModel
-from models.hooks import CapturePlan
+from models.capture_plan import CapturePlan
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from jax_extract.devices.platform import PlatformDefaults
 from jax_extract.inputs.planning.slabs import PlanSettings, SlabShape
 from jax_extract.store.writer import Blocks
 from jax_extract.weights.open_model import OpenModel
-from models.hooks import CapturePlan
+from models.capture_plan import CapturePlan
 
 
 class Program(Protocol):

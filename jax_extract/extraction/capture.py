@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from jax_extract.errors import UserError
 from jax_extract.store.parts import Site
 from jax_extract.weights.open_model import OpenModel
-from models.hooks import HOOK_POINTS, CapturePlan, resolve_hook_points
+from models.capture_plan import CapturePlan
+from models.hooks import HOOK_POINTS, resolve_hook_points
 from models.ports import ModelConfig, hook_width, longest_sample
 from models.positions import Positions
 from models.qwen2_jax_with_hooks import DEFAULT_SAE_LAYERS
@@ -54,7 +55,7 @@ def capture_plan(
 
 def sites_of(plan: CapturePlan, config: ModelConfig) -> list[Site]:
     """Every captured tensor with its width, in file order."""
-    return [Site(hook, layer, hook_width(config, HOOK_POINTS[hook].width)) for hook, layer in plan.sites()]
+    return [Site(hook, layer, hook_width(config, hook)) for hook, layer in plan.sites()]
 
 
 def sequence_limit(wanted: int | None, config: ModelConfig) -> int:

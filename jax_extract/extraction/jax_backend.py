@@ -28,9 +28,9 @@ from jax_extract.inputs.planning.slabs import PlanSettings, SlabShape
 from jax_extract.weights.load import Weights, parameter_shapes
 from jax_extract.weights.open_model import OpenModel
 from models.accelerated_attention import LARGEST_BLOCK, attention_backend, attention_block
+from models.capture_plan import CapturePlan
 from models.config_fields import TORCH_MEND
 from models.errors import NotComputedHere
-from models.hooks import CapturePlan
 from models.layers import LONGEST_SUM, Numerics
 from models.ports import ModelConfig
 

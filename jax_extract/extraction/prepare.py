@@ -36,7 +36,7 @@ from jax_extract.inputs.tokenizing.share import Share
 from jax_extract.inputs.wrapping import Kept, Wrapping
 from jax_extract.store.parts import Site
 from jax_extract.weights.open_model import OpenModel
-from models.hooks import CapturePlan
+from models.capture_plan import CapturePlan
 from models.ports import longest_sample
 
 _UNCUT = sys.maxsize  # tokens of a document

@@ -28,12 +28,13 @@ from jax_extract.devices.platform import platform_defaults
 from jax_extract.devices.sharding import BATCH_SPEC, CAPTURE_SPEC, make_gather, named
 from jax_extract.inputs.planning.slabs import SlabShape
 from jax_extract.store.writer import Blocks
-from models.hooks import HOOK_POINTS, CapturePlan, Taps, slots
+from models.capture_plan import CapturePlan
+from models.decoder import Decoder
 from models.layers import Numerics
 from models.packing import Packing
 from models.ports import ModelConfig, Parameters, Port, hook_width
 from models.positions import Positions
-from models.self_attention import WithinRows
+from models.taps import slots
 
 # A step: some hundredths of a second on the links of a pod, a tenth on the way into a host. Where rows stay, few parts
 # leave most of many hosts idle, which costs more.
@@ -200,8 +201,7 @@ def captured_bytes(
     num_blocks = plan.blocks_needed(config.num_hidden_layers)
     keeps_spare = _keeps_spare(platform, rows_travel)
     values = sum(
-        (slots(layers, num_blocks) if keeps_spare else max(1, len(layers)))
-        * hook_width(config, HOOK_POINTS[hook].width)
+        (slots(layers, num_blocks) if keeps_spare else max(1, len(layers))) * hook_width(config, hook)
         for hook, layers in plan.layers
     )
     return values * shape.rows * plan.positions.slots(shape.length, shape.samples) * itemsize
@@ -231,16 +231,11 @@ def capture_function(
     rows_travel: bool = False,
 ) -> Any:
     """The jitted (params, tokens, lengths) -> captures, before compilation; where rows travel, whole on each device."""
-    num_blocks = plan.blocks_needed(config.num_hidden_layers)
-    widths = {hook: hook_width(config, HOOK_POINTS[hook].width) for hook, _ in plan.layers}
-    gather = make_gather(dict(specs))
+    decoder = Decoder(port, config, numerics, make_gather(dict(specs)))
     keeps_spare = _keeps_spare(platform_of(mesh), rows_travel)
 
     def one_device(params: Parameters, tokens: Array, lengths: Array) -> dict[str, Array]:
-        packing = Packing(lengths, tokens.shape[1])
-        taps = Taps.start(plan, num_blocks, packing, widths)
-        taps, _ = port.forward(config, params, tokens, taps, WithinRows(packing.positions), numerics, gather)
-        buffers = taps.buffers
+        buffers = decoder.capture(params, tokens, Packing(lengths, tokens.shape[1]), plan)
         if keeps_spare:
             return buffers
         buffers = {hook: buffers[hook][: max(1, len(layers))] for hook, layers in plan.layers}

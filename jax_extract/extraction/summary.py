@@ -28,7 +28,7 @@ from jax_extract.store.finite import FLOAT16_ENDS
 from jax_extract.store.formats import SUFFIXES
 from jax_extract.terminal import Terminal, bytes_text, plural, ranges_text, share_text
 from jax_extract.weights.open_model import OpenModel
-from models.hooks import CapturePlan
+from models.capture_plan import CapturePlan
 
 _LEFT_OUT_NAMED = 3
 IDLE_TOLD = 0.1  # of what devices compute: more than that has a line of its own

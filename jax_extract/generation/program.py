@@ -22,11 +22,12 @@ from jax.sharding import PartitionSpec as P
 from jax_extract.devices.mesh import BATCH_AXES, platform_of
 from jax_extract.devices.sharding import BATCH_SPEC, CAPTURE_SPEC, STACKED, make_gather, named
 from jax_extract.generation.sampling import Sampling
-from models.hooks import CapturePlan, Taps
+from models.capture_plan import CapturePlan
+from models.decoder import Decoder
 from models.kv_cache import Decoding, KeyValueCache, Prefill, apart
 from models.layers import Numerics
 from models.packing import Packing
-from models.ports import Gather, ModelConfig, Parameters, Port
+from models.ports import ModelConfig, Parameters, Port
 from models.positions import Positions
 
 NO_TOKEN = -1  # behind the end of an answer
@@ -75,7 +76,7 @@ class AnswerProgram:
         specs = jax.tree.map(lambda parameter: parameter.sharding.spec, params)
         self._seed = np.uint32(sampling.seed)
         unseeded = dataclasses.replace(sampling, seed=0)
-        self._model = _Model(port, config, numerics, unseeded, tuple(stops), make_gather(specs))
+        self._model = _Model(Decoder(port, config, numerics, make_gather(specs)), unseeded, tuple(stops))
         # A step of one token reads every parameter and computes little: on a CPU, a copy out of a stack would take
         # most of its time. Accelerators read slices where they lie.
         has_layers_apart = platform_of(mesh) == "cpu"
@@ -148,17 +149,14 @@ class AnswerProgram:
 class _Model:
     """What one device computes."""
 
-    port: Port
-    config: ModelConfig
-    numerics: Numerics
+    decoder: Decoder
     sampling: Sampling
     stops: tuple[int, ...]
-    gather: Gather
 
     def start(self, columns: int, lengths: Array, samples: Array, prompt_columns: Array, seed: Array) -> Answering:
-        config = self.config
+        config = self.decoder.config
         shape = (config.num_hidden_layers, config.num_key_value_heads, columns, config.head_dim)
-        cache = KeyValueCache.empty(lengths, prompt_columns, shape, self.numerics.dtype)
+        cache = KeyValueCache.empty(lengths, prompt_columns, shape, self.decoder.numerics.dtype)
         return Answering(cache, jnp.zeros_like(lengths), lengths == 0, samples, jnp.int32(0), seed)
 
     def read(self, params: Parameters, state: Answering, tokens: Array, lengths: Array, rows: Array) -> Answering:
@@ -194,11 +192,8 @@ class _Model:
 
     def _logits(self, params: Parameters, tokens: Array, rows: Packing, memory: Any) -> tuple[Array, Any]:
         """Of the last token of each sample, float32 [b, samples of a row, vocab]."""
-        config = self.config
-        taps = Taps.start(_LAST_ROW, config.num_hidden_layers, rows, {"final_norm": config.hidden_size})
-        taps, memory = self.port.forward(config, params, tokens, taps, memory, self.numerics, self.gather)
-        normed = taps.buffers["final_norm"][0]
-        return self.port.logits(config, params, normed, self.numerics, self.gather), memory
+        taps, memory = self.decoder.run(params, tokens, self.decoder.taps(_LAST_ROW, rows), memory)
+        return self.decoder.logits(params, taps.buffers["final_norm"][0]), memory
 
 
 def _ready(state: Answering) -> Answering:

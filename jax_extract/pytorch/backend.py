@@ -20,7 +20,7 @@ from jax_extract.inputs.planning.slabs import PlanSettings, SlabShape
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
 from jax_extract.weights.unported import AllWeights
-from models.hooks import HOOK_POINTS, CapturePlan
+from models.capture_plan import CapturePlan
 from models.ports import Port, hook_width, same_rotations_to
 
 # Nothing is compiled, so that every shape is worth having; a GPU needs more tokens to be busy.
@@ -177,4 +177,4 @@ class TorchBackend:
 
 
 def _widths(plan: CapturePlan, model: OpenModel) -> dict[str, int]:
-    return {hook: hook_width(model.config, HOOK_POINTS[hook].width) for hook, _ in plan.layers}
+    return {hook: hook_width(model.config, hook) for hook, _ in plan.layers}

@@ -21,7 +21,7 @@ import torch
 from jax_extract.errors import UserError
 from jax_extract.inputs.planning.slabs import SlabShape
 from jax_extract.pytorch.loading import forget_lengths
-from models.hooks import CapturePlan
+from models.capture_plan import CapturePlan
 from models.ports import Module
 from models.positions import Positions
 

@@ -24,7 +24,8 @@ from jax.sharding import PartitionSpec as P
 from jax_extract.devices.mesh import BATCH_AXES
 from jax_extract.devices.sharding import BATCH_SPEC, STACKED, named
 from jax_extract.training.attention import CausalRows
-from models.hooks import CapturePlan, Taps
+from models.capture_plan import CapturePlan
+from models.decoder import Decoder
 from models.layers import Numerics
 from models.packing import Packing
 from models.ports import ModelConfig, Parameters, Port
@@ -138,17 +139,13 @@ def _lost(
 ) -> Array:
     """Sum of the nats that the predictions of walks int32 [b, t] lose, each of the next token."""
 
-    def whole(_: str, value: Any) -> Any:
-        return value
-
+    decoder = Decoder(port, config, numerics)
     rows = Packing(lengths[:, None], tokens.shape[1])
     n = config.num_hidden_layers
     # Layer by layer: the backward pass of a scan would stack what every layer keeps for it.
     apart = {**params, STACKED: [jax.tree.map(lambda p, i=i: p[i], params[STACKED]) for i in range(n)]}
-    taps = Taps.start(_LAST_NORM, n, rows, {"final_norm": config.hidden_size})
-    taps, _ = port.forward(config, apart, tokens, taps, CausalRows(rows.positions), numerics, whole)
-    x = taps.buffers["final_norm"][0][:, :-1]
-    logits = port.logits(config, params, x, numerics, whole)
+    taps, _ = decoder.run(apart, tokens, decoder.taps(_LAST_NORM, rows), CausalRows(rows.positions))
+    logits = decoder.logits(params, taps.buffers["final_norm"][0][:, :-1])
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     predicted = jnp.arange(tokens.shape[1] - 1, dtype=jnp.int32)[None] < lengths[:, None] - 1
     return jnp.sum(jnp.where(predicted, nats, jnp.float32(0)))

@@ -31,7 +31,6 @@ from jax_extract.verification.reference import SiteVerdict, plan_of
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
 from jax_extract.weights.unported import AllWeights
-from models.hooks import HOOK_POINTS
 from models.ports import Port, hook_width
 
 _SAMPLES_NAMED = 5  # on a line; verification.json names more
@@ -178,7 +177,7 @@ def _open_model(ledger: Ledger, layout: Layout, model_path: str | None, adapter:
     if found != weights:
         raise UserError(f"the weights of {source} are {found[:19]}… and those of the run {weights[:19]}…; {_WRONG}")
     for site in layout.sites:
-        if (width := hook_width(model.config, HOOK_POINTS[site.hook].width)) != site.width:
+        if (width := hook_width(model.config, site.hook)) != site.width:
             raise UserError(f"{source} has {width} values a row at {site.hook} and the run {site.width}; {_WRONG}")
     return model
 

@@ -25,12 +25,13 @@ from jax_extract.errors import UserError
 from jax_extract.store.parts import Site
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
-from models.hooks import HOOK_POINTS, CapturePlan, Taps
+from models.capture_plan import CapturePlan
+from models.decoder import Decoder
+from models.hooks import HOOK_POINTS
 from models.layers import LONGEST_SUM, Numerics
 from models.packing import Packing
-from models.ports import Module, Parameters, Port, hook_width
+from models.ports import Module, Parameters, Port
 from models.positions import MEAN_POSITION, Positions
-from models.self_attention import WithinRows
 
 SiteKey = tuple[str, int | None]  # hook point, layer
 Rows = Iterator[tuple[Site, np.ndarray]]
@@ -265,15 +266,12 @@ class OwnForward:
                 yield site, sample.select(arrays[site.hook][plan.slot(*site.key), 0])
 
     def _forward(self, plan: CapturePlan) -> Callable[[Parameters, jax.Array], dict[str, jax.Array]]:
-        config, port = self._model.config, self._model.port
-        widths = {hook: hook_width(config, HOOK_POINTS[hook].width) for hook, _ in plan.layers}
-        blocks = plan.blocks_needed(config.num_hidden_layers)
+        numerics = Numerics("float32", longest_sum=LONGEST_SUM)
+        decoder = Decoder(self._model.port, self._model.config, numerics)
 
         def forward(params: Parameters, tokens: jax.Array) -> dict[str, jax.Array]:
             packing = Packing(jnp.full((1, 1), tokens.shape[1], jnp.int32), tokens.shape[1])
-            taps = Taps.start(plan, blocks, packing, widths)
-            attention, numerics = WithinRows(packing.positions), Numerics("float32", longest_sum=LONGEST_SUM)
-            return port.forward(config, params, tokens, taps, attention, numerics, lambda _, whole: whole)[0].buffers
+            return decoder.capture(params, tokens, packing, plan)
 
         return forward
 

@@ -1,0 +1,71 @@
+"""A change of what flows through one hook point, as a compiled forward makes it.
+
+In: rows of a batch at a hook point. Out: the same with some of them changed. What decides the program is static: the
+hook point and the kind of change. Layers, tokens and operands are traced, so that one program serves all of them.
+Dimension letters: b rows of the batch, t tokens, d width, n rows that are put or added.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+UNCHANGED = -1
+
+# A pure function of rows float32 [t, d] of one row of the batch, and an operand of any kind -> rows alike.
+Function = Callable[[Array, Any], Array]
+Kind = Literal["zero", "add", "replace"] | Function
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Intervention:
+    """Attributes:
+    hook: hook point (static).
+    kind: what is done (static).
+    shared: for each leaf of a function's operand, whether all rows of the batch have the same (static).
+    layers: bool [1 or b, blocks + 1], at which layers, the same for all rows of the batch or for each; the entry
+      behind the last block is the stream that leaves it.
+    rows: int32 [b, t]: which row of the operand each token gets; UNCHANGED leaves it. A function gets the whole
+      operand, and any other number means that its result is taken.
+    operand: float32 [n, d] of what is put or added; None where there is none; of a function, any pytree, each of whose
+      leaves that is not shared has a leading axis b.
+    """
+
+    hook: str = dataclasses.field(metadata={"static": True})
+    kind: Kind = dataclasses.field(metadata={"static": True})
+    layers: Array
+    rows: Array
+    operand: Any = None
+    shared: tuple[bool, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    def apply(self, x: Array, layer: Array | None) -> Array:
+        """x float32 [b, t, d] with the change made; `layer` is None at hook points that have none."""
+        if layer is None:
+            return self._changed(x, self.rows)
+        at = jnp.take(self.layers, layer, axis=1)
+        rows = jnp.where(at[:, None], self.rows, jnp.int32(UNCHANGED))
+        # A branch, so that what is meant for one layer costs nothing at the others.
+        return jax.lax.cond(jnp.any(at), self._changed, lambda x, _: x, x, rows)
+
+    def _changed(self, x: Array, rows: Array) -> Array:
+        here = (rows != UNCHANGED)[:, :, None]
+        if self.kind == "zero":
+            return jnp.where(here, jnp.float32(0), x)
+        if callable(self.kind):
+            return jnp.where(here, self._result(self.kind, x), x)
+        given = self.operand[0][None, None] if len(self.operand) == 1 else jnp.take(self.operand, rows, 0, mode="clip")
+        return jnp.where(here, x + given if self.kind == "add" else given, x)
+
+    def _result(self, function: Function, x: Array) -> Array:
+        leaves, structure = jax.tree.flatten(self.operand)
+        shared = self.shared or (True,) * len(leaves)
+        axes = jax.tree.unflatten(structure, [None if alike else 0 for alike in shared])
+        # An operand that is None has no leaves, and no axes either.
+        return jax.vmap(function, in_axes=(0, axes if leaves else None))(x, self.operand)

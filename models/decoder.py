@@ -143,9 +143,10 @@ class Decoder:
             carry, _ = jax.lax.scan(jax.checkpoint(body) if probes else body, carry, (layers, dict(probes or {})))
         x, taps, attention = cast(tuple[Array, Taps, Attention], carry)
         # The input of the block after the last one that runs is the output of that one.
-        changed = {intervention.hook for intervention in taps.interventions}
-        if n in dict(taps.plan.layers).get("residual_before", ()) or "residual_before" in changed:
+        if n in dict(taps.plan.layers).get("residual_before", ()):
             x, taps = taps.visit("residual_before", jnp.int32(n), x)
+        else:
+            x = taps.change("residual_before", jnp.int32(n), x)
         return x, taps, attention
 
     def final_norm(self, params: Parameters, x: Array, taps: Taps) -> tuple[Array, Taps]:

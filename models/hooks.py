@@ -62,7 +62,17 @@ _WHY_NOT = {
     "after_attention": "attention and the feed-forward network read the same stream, so there is none between them",
     "embeddings": "what enters its first block has positions in it already, so it has another name",
 }
+_BEHIND_ALL_BLOCKS = 2**31
 _NO_PORT = "no port computes it, so only the ends of its blocks are known"
+
+
+def depth(hook: str, layer: int | None) -> tuple[int, int]:
+    """Orders hook points as a forward comes to them."""
+    order = list(HOOK_POINTS).index(hook)
+    if layer is None:
+        return (-1, order) if hook == "embeddings" else (_BEHIND_ALL_BLOCKS, order)
+    return layer, order
+
 
 # What else the two ends of a block are called: by TransformerLens 3 (`blocks.{i}.hook_out`), and by analogy.
 _OTHER_NAMES = {

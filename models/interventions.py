@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from models.errors import UserError
+
 UNCHANGED = -1
 
 # A pure function of rows float32 [t, d] of one row of the batch, and an operand of any kind -> rows alike.
@@ -67,5 +69,13 @@ class Intervention:
         leaves, structure = jax.tree.flatten(self.operand)
         shared = self.shared or (True,) * len(leaves)
         axes = jax.tree.unflatten(structure, [None if alike else 0 for alike in shared])
-        # An operand that is None has no leaves, and no axes either.
-        return jax.vmap(function, in_axes=(0, axes if leaves else None))(x, self.operand)
+        # A caller's function is written for JAX's own rules of promotion. An operand without leaves has no axes.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            result = jax.vmap(function, in_axes=(0, axes if leaves else None))(x, self.operand)
+        if getattr(result, "shape", None) != x.shape:
+            name = getattr(function, "__name__", "change")
+            raise UserError(
+                f"the function {name!r} at {self.hook!r} is given rows {list(x.shape[1:])} and returns "
+                f"{list(result.shape[1:]) if hasattr(result, 'shape') else type(result).__name__}; return rows alike"
+            )
+        return result.astype(jnp.float32)

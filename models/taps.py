@@ -66,11 +66,7 @@ class Taps:
 
     def visit(self, hook: str, layer: Array | None, x: Array) -> tuple[Array, Taps]:
         """Passes x [batch, tokens, width] through a hook point: changes it, then keeps it."""
-        for intervention in self.interventions:
-            if intervention.hook == hook:
-                x = intervention.apply(x, layer)
-        if hook in self.probes:
-            x = x + self.probes[hook]
+        x = self.change(hook, layer, x)
         if hook not in self.buffers:
             return x, self
         buffer = self.buffers[hook]
@@ -78,6 +74,13 @@ class Taps:
         slot = jnp.int32(0) if layer is None else self._slot_table(hook)[layer]
         buffer = jax.lax.dynamic_update_index_in_dim(buffer, kept, slot, axis=0)
         return x, dataclasses.replace(self, buffers={**self.buffers, hook: buffer})
+
+    def change(self, hook: str, layer: Array | None, x: Array) -> Array:
+        """x as interventions and probes leave it."""
+        for intervention in self.interventions:
+            if intervention.hook == hook:
+                x = intervention.apply(x, layer)
+        return x + self.probes[hook] if hook in self.probes else x
 
     def _slot_table(self, hook: str) -> Array:
         wanted = dict(self.plan.layers)[hook]

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jax_extract.errors import UserError
     from jax_extract.forward.edits import Edit
+    from jax_extract.forward.metrics import answer_log_probability, logit_difference
     from jax_extract.interactive.model import Model, load_model
     from jax_extract.interactive.notebook import extract
-    from jax_extract.interactive.outcome import Outcome, ScoredAnswer
+    from jax_extract.interactive.outcome import EditEffects, Gradients, Outcome, ScoredAnswer
     from jax_extract.post_training.extractors import LoRARepresentationExtractor, RepresentationExtractor
     from jax_extract.post_training.names import Representations, find_representations
     from jax_extract.store.formats import load_shard
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Edit",
+    "EditEffects",
+    "Gradients",
     "LoRARepresentationExtractor",
     "Model",
     "Outcome",
@@ -34,14 +37,20 @@ __all__ = [
     "SampleActivations",
     "ScoredAnswer",
     "UserError",
+    "answer_log_probability",
     "extract",
     "find_representations",
     "load_model",
     "load_shard",
+    "logit_difference",
     "open_activations",
 ]
 
 _MODULES = {
+    "Gradients": "interactive.outcome",
+    "EditEffects": "interactive.outcome",
+    "logit_difference": "forward.metrics",
+    "answer_log_probability": "forward.metrics",
     "Edit": "forward.edits",
     "Model": "interactive.model",
     "Outcome": "interactive.outcome",

@@ -28,22 +28,24 @@ Kind = Literal["zero", "add", "replace"] | Function
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Intervention:
-    """Attributes:
-    hook: hook point (static).
-    kind: what is done (static).
-    shared: for each leaf of a function's operand, whether all rows of the batch have the same (static).
-    layers: bool [1 or b, blocks + 1], at which layers, the same for all rows of the batch or for each; the entry
-      behind the last block is the stream that leaves it.
-    rows: int32 [b, t]: which row of the operand each token gets; UNCHANGED leaves it. A function gets the whole
-      operand, and any other number means that its result is taken.
-    operand: float32 [n, d] of what is put or added; None where there is none; of a function, any pytree, each of whose
-      leaves that is not shared has a leading axis b.
+    """Arrays are of NumPy on the host.
+
+    Attributes:
+      hook: hook point (static).
+      kind: what is done (static).
+      shared: for each leaf of a function's operand, whether all rows of the batch have the same (static).
+      layers: bool [1 or b, blocks + 1], at which layers, the same for all rows of the batch or for each; the entry
+        behind the last block is the stream that leaves it.
+      rows: int32 [b, t]: which row of the operand each token gets; UNCHANGED leaves it. A function gets the whole
+        operand, and any other number means that its result is taken.
+      operand: float32 [n, d] of what is put or added; None where there is none; of a function, any pytree, whose leaves
+        have a leading axis b where they are not shared.
     """
 
     hook: str = dataclasses.field(metadata={"static": True})
     kind: Kind = dataclasses.field(metadata={"static": True})
-    layers: Array
-    rows: Array
+    layers: Any
+    rows: Any
     operand: Any = None
     shared: tuple[bool, ...] = dataclasses.field(default=(), metadata={"static": True})
 

@@ -1,6 +1,7 @@
 """Hugging Face's model with forward hooks that make the changes of edits: the truth of tests/test_edits.py.
 
-In: a tiny torch model, changes as functions of rows. Out: every hook point afterwards, and logits. Written for the tests
+In: a tiny torch model, changes as functions of rows. Out: every hook point afterwards, and logits. Written for the
+tests
 alone: the product's own torch backend is held to it too.
 """
 

@@ -1,1 +1,1 @@
-"""A forward that is looked into: edits, logits, log-probabilities of answers, gradients. Everything is values in and out."""
+"""A forward that is looked into and changed: edits, logits, log-probabilities of answers, gradients."""

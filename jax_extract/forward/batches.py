@@ -1,8 +1,8 @@
 """How samples lie in the batches of a forward that is called again and again: in few shapes, so that hardly any is new.
 
-In: lengths of samples. Out: `Batch`es of rows in which samples lie one behind the other, every device with as many rows.
-An extraction chooses shapes that suit its whole input (`inputs.planning`); here there may be five short texts, and five
-others with the next call.
+In: lengths of samples. Out: `Batch`es of rows in which samples lie one behind the other, every device with as many
+rows. An extraction chooses shapes that suit its whole input (`inputs.planning`); here there may be five short texts,
+and five others with the next call.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def batches_of(lengths: Sequence[int], devices: int, defaults: PlatformDefaults,
     longest = lengths[order[0]]
     fair = -(-sum(lengths) // devices)
     at_most_one = defaults.samples_a_row == 1
-    columns = _columns(longest if at_most_one else max(longest, min(fair, _FULL, most_tokens)), defaults)
+    columns = columns_of(longest if at_most_one else max(longest, min(fair, _FULL, most_tokens)), defaults)
     rows = _rows(order, lengths, columns, 1 if at_most_one else defaults.samples_a_row or len(order))
-    size = devices * min(rounded(-(-len(rows) // devices)), _power_below(max(1, most_tokens // columns)))
+    size = devices * min(rounded(-(-len(rows) // devices)), power_below(max(1, most_tokens // columns)))
     found = []
     for start in range(0, len(rows), size):
         some = rows[start : start + size]
@@ -102,11 +102,11 @@ def rounded(count: int) -> int:
     return 1 << max(0, count - 1).bit_length()
 
 
-def _power_below(count: int) -> int:
+def power_below(count: int) -> int:
     return 1 << (count.bit_length() - 1)
 
 
-def _columns(length: int, defaults: PlatformDefaults) -> int:
+def columns_of(length: int, defaults: PlatformDefaults) -> int:
     """A power of two or the number halfway to the next."""
     columns = max(_SHORTEST, defaults.length_multiple)
     while columns < length:

@@ -1,7 +1,7 @@
 """Edits: what a forward is asked to change, in the user's words, and what that comes to for given samples.
 
-In: `Edit`s, a model, tokenised samples. Out: `Edits`, which names everything that does not exist before anything runs, and
-gives the `Intervention`s of a batch. Positions count the tokens of a sample, never the columns of a batch.
+In: `Edit`s, a model, tokenised samples. Out: `Edits`, which names everything that does not exist before anything
+runs, and gives the `Intervention`s of a batch. Positions count the tokens of a sample, never the columns of a batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jax_extract.errors import UserError
-from jax_extract.inputs.token_table import TokenizedSample
+from jax_extract.inputs.token_table import PROMPT_TOKENS, TokenizedSample
 from jax_extract.weights.open_model import OpenModel
 from models.capture_plan import CapturePlan
 from models.hooks import HOOK_POINTS, depth, resolve_hook_points
@@ -48,8 +48,8 @@ class Edit:
       layer: one layer or several, counted from 0, or from the end if negative; None where the hook point has none.
       value: [width], or [positions, width] with a row for each of `positions` (of each token, where these are None).
       scale: of `add`.
-      positions: token positions of the sample, from its end if negative (while answering, from that of its prompt); None
-        is all. In `source` they count from its own end.
+      positions: token positions of the sample; if negative, from the end of its prompt, behind which answers follow;
+        None is all. In `source` they count from the end there.
       samples: ids, or places in the input; None is all.
       source: a run that holds the hook point.
 
@@ -125,7 +125,7 @@ def _name(function: Any) -> str:
 def _whole_numbers(given: Any, what: str) -> tuple[int, ...] | None:
     if given is None:
         return None
-    several = given if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+    several: Any = given if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
     try:
         found = tuple(operator.index(each) for each in several)
     except TypeError:
@@ -138,7 +138,7 @@ def _whole_numbers(given: Any, what: str) -> tuple[int, ...] | None:
 
 
 def _array(value: Any, here: str, axes: tuple[int, ...]) -> np.ndarray:
-    """float32 of arrays and torch tensors; UserError where it is none, or has other axes, or values that are no numbers."""
+    """float32 of an array or torch tensor; UserError where it is none, has other axes, or is not finite."""
     if hasattr(value, "detach"):
         value = value.detach().float().cpu().numpy()
     try:
@@ -168,8 +168,8 @@ class Placed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _AtLayers:
-    """An edit of some layers, all of which have the same operand.
+class Resolved:
+    """An edit of some layers of a model, all of which have the same operand.
 
     Attributes:
       rows: what is put or added, [1, width] or [positions, width]; None where it is of the sample, or of no array.
@@ -184,24 +184,25 @@ class _AtLayers:
     @property
     def kind(self) -> Kind:
         change: Any = self.edit.change
-        return {"mean": "replace", "patch": "replace"}.get(change, change) if isinstance(change, str) else change
+        return "replace" if change in ("mean", "patch") else change
 
     def concerns(self, sample: TokenizedSample) -> bool:
         samples: Any = self.edit.samples
         return samples is None or sample.sample_id in samples or sample.sample_index in samples
 
-    def positions(self, sample: TokenizedSample, length: int) -> np.ndarray:
+    def positions(self, sample: TokenizedSample) -> np.ndarray:
         """int64, from 0; UserError where the sample has no such token."""
         given: Any = self.edit.positions
         if given is None:
-            return np.arange(length)
+            return np.arange(sample.length)
+        end = sample.prompt_length
         for position in given:
-            if not -length <= position < length:
+            if not -end <= position < sample.length:
                 raise UserError(
                     f"{self.edit!r} names position {position}, and sample {sample.sample_id!r} has the positions 0 to "
-                    f"{length - 1}; name others, or leave the sample out with samples="
+                    f"{sample.length - 1}; name others, or leave the sample out with samples="
                 )
-        found = np.array([position % length for position in given])
+        found = np.array([position if position >= 0 else end + position for position in given])
         if len(np.unique(found)) != len(found):
             raise UserError(f"{self.edit!r} names a token of sample {sample.sample_id!r} twice; name each once")
         return found
@@ -209,15 +210,19 @@ class _AtLayers:
     def operand_of(self, sample: TokenizedSample) -> np.ndarray:
         """float32 [positions, width]: what each of its positions gets."""
         if self.rows is not None:
-            count = len(self.positions(sample, sample.length))
+            count = len(self.positions(sample))
             if len(self.rows) not in (1, count):
                 raise UserError(
-                    f"{self.edit!r} has {len(self.rows)} rows for the {count} positions of sample {sample.sample_id!r}; "
-                    "give a row for each, or one for all"
+                    f"{self.edit!r} has {len(self.rows)} rows for the {count} positions of sample "
+                    f"{sample.sample_id!r}; give a row for each, or one for all"
                 )
             return self.rows
         there, chosen = self._source_rows(sample)
         return there.get(layer=self._layer, hook=self.hook)[chosen].astype(np.float32)
+
+    @cached_property
+    def operand_of_function(self) -> Any:
+        return jax.tree.map(_as_operand, self.edit.value)
 
     def check(self, sample: TokenizedSample) -> None:
         """UserError where the sample lacks a position, or the source lacks the sample or its rows."""
@@ -226,7 +231,7 @@ class _AtLayers:
         elif self.rows is not None:
             self.operand_of(sample)
         else:
-            self.positions(sample, sample.length)
+            self.positions(sample)
 
     @property
     def _layer(self) -> int | None:
@@ -240,7 +245,8 @@ class _AtLayers:
         ids = source.sample_ids
         there = source.sample(ids[0] if len(ids) == 1 else sample.sample_id)
         tokens = len(there.token_ids)
-        wanted = self.positions(sample, sample.length)
+        end = int(there.meta.get(PROMPT_TOKENS, tokens))
+        wanted = self.positions(sample)
         given: Any = self.edit.positions
         if given is None and tokens != sample.length:
             raise UserError(
@@ -248,7 +254,7 @@ class _AtLayers:
                 f"has {sample.length}; name the positions"
             )
         if given is not None:
-            wanted = np.array([position if position >= 0 else tokens + position for position in given])
+            wanted = np.array([position if position >= 0 else end + position for position in given])
         place = {int(position): row for row, position in enumerate(there.positions)}
         if lacking := [int(position) for position in wanted if int(position) not in place]:
             raise UserError(
@@ -267,15 +273,15 @@ class Edits:
       blocks: of the model.
     """
 
-    each: tuple[_AtLayers, ...]
+    each: tuple[Resolved, ...]
     blocks: int
 
     @classmethod
-    def of(cls, edits: Iterable[Edit], model: OpenModel) -> Edits:
+    def of(cls, edits: Edit | Iterable[Edit], model: OpenModel) -> Edits:
         """UserError where the model lacks a hook point or a layer, or a value has another width."""
         if isinstance(edits, Edit):
             edits = (edits,)
-        found: list[_AtLayers] = []
+        found: list[Resolved] = []
         for edit in edits:
             if not isinstance(edit, Edit):
                 raise UserError(f"edits are Edit(…), not {edit!r:.60}")
@@ -317,13 +323,13 @@ class Edits:
         placed = tuple(placed)
         return tuple(self._intervention(one, placed, shape) for one in self.each)
 
-    def _intervention(self, one: _AtLayers, placed: Sequence[Placed], shape: tuple[int, int]) -> Intervention:
+    def _intervention(self, one: Resolved, placed: Sequence[Placed], shape: tuple[int, int]) -> Intervention:
         rows = np.full(shape, UNCHANGED, np.int32)
         given: list[np.ndarray] = []
         for place in placed:
             if not one.concerns(place.sample):
                 continue
-            columns = one.positions(place.sample, place.sample.length) - place.first + place.column
+            columns = one.positions(place.sample) - place.first + place.column
             numbers = np.zeros(len(columns), np.int32)
             if one.edit.change == "patch":
                 numbers = np.arange(len(columns)) + sum(map(len, given))
@@ -333,7 +339,7 @@ class Edits:
             rows[place.row, columns] = numbers
         operand = one.rows if one.edit.change != "patch" else _padded(given, one.width)
         if callable(one.edit.change):
-            operand = jax.tree.map(_as_operand, one.edit.value)
+            operand = one.operand_of_function
         return Intervention(one.hook, one.kind, self.at(one.layers), rows, operand)
 
     def at(self, layers: Iterable[int]) -> np.ndarray:
@@ -348,7 +354,7 @@ class Edits:
         return min((depth(one.hook, layer) for one in self.each for layer in one.layers or (None,)), default=None)
 
 
-def _at_layers(edit: Edit, model: OpenModel) -> list[_AtLayers]:
+def _at_layers(edit: Edit, model: OpenModel) -> list[Resolved]:
     (hook, named), *others = resolve_hook_points([edit.hook], model.family.hook_points(model.config)).items()
     if others:
         raise UserError(f"{edit!r} means {hook!r} and {others[0][0]!r}; name one hook point")
@@ -371,9 +377,9 @@ def _at_layers(edit: Edit, model: OpenModel) -> list[_AtLayers]:
     if isinstance(edit.value, np.ndarray) and not callable(edit.change) and edit.value.shape[-1] != width:
         raise UserError(f"{edit!r} has a value {edit.value.shape[-1]} wide; {hook!r} of this model is {width} wide")
     if edit.source is None:
-        return [_AtLayers(edit, hook, chosen, width, _rows(edit))]
+        return [Resolved(edit, hook, chosen, width, _rows(edit))]
     several = [(layer,) for layer in chosen] or [()]
-    return [_AtLayers(edit, hook, one, width, _source_mean(edit, hook, one)) for one in several]
+    return [Resolved(edit, hook, one, width, _source_mean(edit, hook, one)) for one in several]
 
 
 def _rows(edit: Edit) -> np.ndarray | None:

@@ -1,15 +1,15 @@
 """The compiled forward of the door: activations that are kept, logits at chosen tokens, log-probabilities of answers.
 
-In: a decoder with a head, parameters on a mesh, a batch, interventions. Out: arrays on the host. The body is written per
-device (`shard_map`): each computes its own rows, and only parameters cross devices. One program serves every layer, token
-and operand of an intervention; what is compiled for is in `Wanted`, in the shapes, and in the kinds of interventions.
-Dimension letters: b rows, t tokens, n samples of a row, d width, v vocabulary, k rows of logits, a tokens of answers.
+In: a decoder with a head, parameters on a mesh, a batch, interventions. Out: arrays on the host. The body is written
+per device (`shard_map`): each computes its own rows, and only parameters cross devices. One program serves every
+layer, token and operand of an intervention; what is compiled for is in `Wanted`, in the shapes, and in the kinds of
+interventions. Dimension letters: b rows, t tokens, n samples of a row, d width, v vocabulary, k rows of logits, a
+tokens of answers.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -53,11 +53,11 @@ class Inputs(NamedTuple):
     answers: int32 [b, a], these tokens.
     """
 
-    tokens: np.ndarray
-    lengths: np.ndarray
-    logits_at: np.ndarray
-    answers_at: np.ndarray
-    answers: np.ndarray
+    tokens: Any
+    lengths: Any
+    logits_at: Any
+    answers_at: Any
+    answers: Any
 
 
 class Outputs(NamedTuple):
@@ -67,7 +67,7 @@ class Outputs(NamedTuple):
     answers: float32 [b, a], the log-probability of each token of an answer, in nats.
     """
 
-    kept: Mapping[str, Any]
+    kept: Any
     logits: Any
     answers: Any
 
@@ -77,8 +77,8 @@ class ForwardProgram:
         """`params` are those of all blocks, and of the head."""
         self.mesh = mesh
         self.params = params
-        self._specs = jax.tree.map(lambda parameter: parameter.sharding.spec, params)
-        self.decoder = Decoder(port, config, numerics, make_gather(self._specs))
+        self.specs = jax.tree.map(lambda parameter: parameter.sharding.spec, params)
+        self.decoder = Decoder(port, config, numerics, make_gather(self.specs))
         self._run = jax.jit(self._on_mesh, static_argnums=0)
 
     def run(self, wanted: Wanted, inputs: Inputs, interventions: tuple[Intervention, ...] = ()) -> Outputs:
@@ -92,7 +92,7 @@ class ForwardProgram:
         return jax.shard_map(
             partial(self._on_device, wanted),
             mesh=self.mesh,
-            in_specs=(self._specs, given, tuple(map(specs_of, interventions))),
+            in_specs=(self.specs, given, tuple(map(specs_of, interventions))),
             out_specs=Outputs(CAPTURE_SPEC, BATCH_SPEC, BATCH_SPEC),
             check_vma=False,  # what was gathered is equal on all devices, which it cannot see
         )(params, inputs, interventions)

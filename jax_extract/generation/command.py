@@ -64,7 +64,7 @@ from jax_extract.generation.reading import Reading, readings
 from jax_extract.generation.sampling import Sampling
 from jax_extract.inputs.arc_task import ArcTask
 from jax_extract.inputs.sources import Source
-from jax_extract.inputs.token_table import TokenizedSample
+from jax_extract.inputs.token_table import PROMPT_TOKENS, TokenizedSample
 from jax_extract.inputs.tokenize import InputCounts, tokenizer_digest
 from jax_extract.inputs.wrapping import Kept
 from jax_extract.terminal import Terminal, plural, share_text
@@ -122,7 +122,7 @@ class _Continued:
     def __call__(self, sample: TokenizedSample) -> TokenizedSample:
         answer = self.answers[sample.sample_index]
         tokens = np.concatenate([sample.token_ids, np.asarray(answer.token_ids, np.int32)])
-        meta = {**sample.meta, "prompt_tokens": sample.length}
+        meta = {**sample.meta, PROMPT_TOKENS: sample.length}
         full_length = sample.full_length + len(answer.token_ids)
         return dataclasses.replace(sample, token_ids=tokens, full_length=full_length, meta=meta)
 

@@ -1,7 +1,7 @@
 """A model that stays loaded, and is asked.
 
-In: a folder, a hub id or a GGUF file. Out: `Model`: `run` for activations, logits and answers under edits, `extract` and
-`generate` as the commands do them, without files.
+In: a folder, a hub id or a GGUF file. Out: `Model`: `run` for activations, logits and answers under edits, `extract`
+and `generate` as the commands do them, without files.
 """
 
 from __future__ import annotations
@@ -22,10 +22,16 @@ from jax_extract.extraction.jax_backend import JaxBackend
 from jax_extract.extraction.prepare import Job
 from jax_extract.forward.batches import Batch, batches_of
 from jax_extract.forward.edits import Edit, Edits, Placed
-from jax_extract.forward.program import ForwardProgram, Inputs, Outputs, Wanted
+from jax_extract.forward.gradients import gradients
+from jax_extract.forward.metrics import Function, Metric
+from jax_extract.forward.program import ForwardProgram, Inputs, Wanted
+from jax_extract.forward.suffix import SuffixProgram
+from jax_extract.forward.sweeps import measure
 from jax_extract.inputs.token_table import TokenizedSample
 from jax_extract.inputs.wrapping import Kept, Wrapping
-from jax_extract.interactive.outcome import Outcome, ScoredAnswer
+from jax_extract.interactive.collecting import Collected, collected_gradients
+from jax_extract.interactive.judged import judged
+from jax_extract.interactive.outcome import EditEffects, Gradients, Outcome
 from jax_extract.interactive.requests import (
     Capture,
     LogitPositions,
@@ -37,15 +43,10 @@ from jax_extract.interactive.requests import (
     tokenized,
     with_answers,
 )
-from jax_extract.store.memory import MemorySink
-from jax_extract.store.parts import PartContent
-from jax_extract.store.reader import Run
-from jax_extract.store.writer import RowPiece
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
 from models.hooks import HookPoints
 from models.ports import longest_sample
-from models.positions import Positions
 
 _LOGITS_AT_ONCE = 1 << 27  # values of a device, unless one text alone has more
 
@@ -104,8 +105,8 @@ class Model:
     def __repr__(self) -> str:
         config = self._opened.config
         return (
-            f"Model({self.name!r}, {config.model_type}, {config.num_hidden_layers} layers, d_model {config.hidden_size}, "
-            f"{self._backend.dtype} on {self._backend.name})"
+            f"Model({self.name!r}, {config.model_type}, {config.num_hidden_layers} layers, "
+            f"d_model {config.hidden_size}, {self._backend.dtype} on {self._backend.name})"
         )
 
     @property
@@ -147,7 +148,8 @@ class Model:
           positions: of each sample, that are captured; as `--positions` has them.
           edits: changes on the way; those at one hook point act in the order given.
           logits: "last" or "all", or positions of each sample, negative from its end.
-          answers: of each text, whose log-probability is wanted; a sample is then a text with its answer behind it. They are
+          answers: of each text, whose log-probability is wanted; a sample is then a text with its answer behind it.
+            They are
             tokenised by themselves: an answer that begins a word begins with a space.
           chat_template: put each text through the tokenizer's chat template, as a user's turn.
           add_special_tokens: as the tokenizer does, always or never; None: to texts, and not twice.
@@ -162,9 +164,7 @@ class Model:
             asked for could show; a text without a token or with more than the model takes.
         """
         started = time.perf_counter()
-        wrapping = Wrapping(chat_template, add_special_tokens=add_special_tokens, kept=Kept.from_now_on())
-        samples = tokenized(named_inputs(texts), self._opened, wrapping)
-        prompts = samples
+        samples = prompts = self._prompts(texts, chat_template, add_special_tokens)
         plan = capture_plan(capture, positions, self._opened)
         given: list[np.ndarray] = []
         if answers is not None:
@@ -176,24 +176,110 @@ class Model:
         if not plan.layers and logits is None and answers is None:
             raise UserError("nothing is asked for; give capture=, logits= or answers=")
         wanted = Wanted(plan, logits is not None, answers is not None)
-        before = [
-            np.arange(len(p), len(p) + len(a)) - 1 for p, a in zip((p.token_ids for p in prompts), given, strict=False)
-        ]
-        collected = _Collected(self._job(plan), samples)
-        none = [np.zeros(0, np.int64)] * len(samples)
+        before = [np.arange(p.length, s.length) - 1 for p, s in zip(prompts, samples, strict=True)]
+        collected = Collected(self._job(plan), samples)
         token_ids = [sample.token_ids for sample in samples]
         for batch in self._batches([s.length for s in samples], max(map(len, at)) if wanted.logits else 0, at):
             inputs = Inputs(
                 batch.tokens(token_ids),
                 batch.lengths(token_ids),
                 batch.spread(at, shift=True),
-                batch.spread(before or none, shift=True),
-                batch.spread(given or none),
+                batch.spread(before, shift=True),
+                batch.spread(given or before),
             )
             placed = [Placed(row, column, samples[number]) for row, column, number in batch.members]
             interventions = made.interventions(placed, (batch.rows, batch.columns))
             collected.take(batch, self._program.run(wanted, inputs, interventions), [len(each) for each in at], given)
         return collected.outcome(wanted, given, time.perf_counter() - started)
+
+    def run_edits(
+        self,
+        texts: Texts,
+        edits: Sequence[Edit | Sequence[Edit]],
+        metric: Metric | Function,
+        *,
+        chat_template: bool = False,
+        add_special_tokens: bool | None = None,
+    ) -> EditEffects:
+        """Every edit of every text, each in a forward of its own, judged by one number.
+
+        The blocks below the lowest edit run once, and those above as a batch over edits.
+
+        Args:
+          texts: as of `run`.
+          edits: each an `Edit`, or several that are made together.
+          metric: `answer_log_probability(answers)`, `logit_difference(right, wrong)`, or a pure JAX function of the
+            logits float32 [vocabulary] behind the text, which may return arrays. It is compiled anew where it is
+            another function.
+
+        Returns:
+          `EditEffects`: `values` [edits, texts] and `without` [texts], of no edit.
+
+        Raises:
+          UserError: as `run`; an edit that concerns none of the texts.
+        """
+        prompts = self._prompts(texts, chat_template, add_special_tokens)
+        samples, measured = judged(prompts, metric, self._opened)
+        sets = [Edits.of(one, self._opened) for one in ([edits] if isinstance(edits, Edit) else edits)]
+        if not sets:
+            raise UserError("there are no edits; give at least one")
+        for one in sets:
+            one.check(samples)
+        values, without = measure(self._suffix, samples, sets, measured, self._backend.devices, self._backend.defaults)
+        return EditEffects(values, without)
+
+    def gradient(
+        self,
+        texts: Texts,
+        hook: str | Mapping[str, Any] | Iterable[str],
+        layer: int | Iterable[int] | str | None = None,
+        metric: Metric | Function | None = None,
+        *,
+        edits: Iterable[Edit] = (),
+        chat_template: bool = False,
+        add_special_tokens: bool | None = None,
+    ) -> Gradients:
+        """The gradient of a number with respect to activations, at every token; any number of sites in one way back.
+
+        Args:
+          texts: as of `run`.
+          hook: a hook point, or several with their layers as `run` has them in `capture`.
+          layer: of the one hook point.
+          metric: as of `run_edits`; a function must return one number.
+          edits: under which it is taken.
+
+        Returns:
+          `Gradients`: `grad.run.sample("0").get(layer=12)` float32 [tokens, width] of d metric / d activation, and
+          `grad.values` [texts], the metric itself.
+
+        Raises:
+          UserError: as `run`.
+        """
+        if metric is None:
+            raise UserError("a gradient is of a metric; give metric=answer_log_probability(…) or logit_difference(…)")
+        capture: Capture = {hook: layer} if isinstance(hook, str) else hook
+        if not isinstance(hook, str) and layer is not None:
+            raise UserError("give the layers of several hook points with them, as in {'after_block': [3, 4]}")
+        prompts = self._prompts(texts, chat_template, add_special_tokens)
+        samples, measured = judged(prompts, metric, self._opened)
+        plan = capture_plan(capture, "all", self._opened)
+        if not plan.layers:
+            raise UserError("a gradient is with respect to a hook point; name one")
+        made = Edits.of(edits, self._opened)
+        made.check(samples)
+        found = gradients(
+            *(self._suffix, self._opened.config, samples, plan, made, measured),
+            *(self._backend.devices, self._backend.defaults),
+        )
+        return collected_gradients(self._job(plan), samples, found)
+
+    def _prompts(self, texts: Texts, chat_template: bool, add_special_tokens: bool | None) -> list[TokenizedSample]:
+        wrapping = Wrapping(chat_template, add_special_tokens=add_special_tokens, kept=Kept.from_now_on())
+        return tokenized(named_inputs(texts), self._opened, wrapping)
+
+    @cached_property
+    def _suffix(self) -> SuffixProgram:
+        return SuffixProgram(self._program)
 
     def _batches(self, lengths: Sequence[int], logits: int, at: Sequence[np.ndarray]) -> list[Batch]:
         defaults = self._backend.defaults
@@ -207,61 +293,3 @@ class Model:
         sites = tuple(sites_of(plan, self._opened.config))
         most = longest_sample(self._opened.config)
         return Job(self._opened, plan, sites, self._backend, most, most)
-
-
-class _Collected:
-    """What comes out of batches, by sample."""
-
-    def __init__(self, job: Job, samples: Sequence[TokenizedSample]) -> None:
-        self._job = job
-        self._samples = samples
-        self._sink = MemorySink(job.sites, job.plan.dtype)
-        self._logits: dict[int, np.ndarray] = {}
-        self._answers: dict[int, np.ndarray] = {}
-
-    def take(self, batch: Batch, outputs: Outputs, logits: Sequence[int], answers: Sequence[np.ndarray]) -> None:
-        positions = self._job.plan.positions
-        members = [self._samples[number] for _, _, number in batch.members]
-        part = self._sink.begin(_content(members, len(self._sink.parts) + 1, positions))
-        if self._job.sites:
-            begun = [0] * batch.rows
-            pieces = []
-            for (row, _, _), sample in zip(batch.members, members, strict=True):
-                pieces.append(RowPiece(row, begun[row], positions.rows(sample.length)))
-                begun[row] += pieces[-1].count
-            blocks = {site.key: outputs.kept[site.hook][self._job.plan.slot(*site.key)] for site in self._job.sites}
-            part.append(blocks, pieces, lambda: None)
-        if outputs.logits.shape[1]:
-            self._logits |= batch.gathered(outputs.logits, logits)
-        if outputs.answers.shape[1]:
-            self._answers |= batch.gathered(outputs.answers, [len(answer) for answer in answers])
-
-    def outcome(self, wanted: Wanted, answers: Sequence[np.ndarray], seconds: float) -> Outcome:
-        job, samples = self._job, self._samples
-        metadata: Mapping[str, Any] = {
-            **job.identity(),
-            **job.description(),
-            "total_samples": len(samples),
-            "total_tokens": sum(sample.length for sample in samples),
-            "numerics": job.backend.fingerprint(),
-            "seconds": seconds,
-        }
-        numbers = range(len(samples))
-        logits = [self._logits[number] for number in numbers] if wanted.logits else []
-        scored = [ScoredAnswer(answers[i], self._answers[i]) for i in numbers] if wanted.answers else []
-        return Outcome(Run(metadata, job.sites, self._sink.parts), logits, scored)
-
-
-def _content(members: Sequence[TokenizedSample], part: int, positions: Positions) -> PartContent:
-    return PartContent(
-        batch=1,
-        part=part,
-        parts_in_batch=1,
-        sample_indices=np.array([sample.sample_index for sample in members], np.int64),
-        sample_ids=tuple(sample.sample_id for sample in members),
-        token_ids=tuple(sample.token_ids for sample in members),
-        positions=tuple(positions.of(sample.length) for sample in members),
-        full_lengths=np.array([sample.full_length for sample in members], np.int64),
-        meta=tuple(sample.meta for sample in members),
-        plan="",
-    )

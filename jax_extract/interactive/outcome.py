@@ -58,3 +58,36 @@ class Outcome:
         if self.answers:
             said.append("answers")
         return f"Outcome({'; '.join(said)})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EditEffects:
+    """Attributes:
+    values: [edits, texts, …], the metric under each edit.
+    without: [texts, …], the metric without any.
+    """
+
+    values: np.ndarray
+    without: np.ndarray
+
+    @property
+    def effects(self) -> np.ndarray:
+        """[edits, texts, …]: what each edit changes."""
+        return self.values - self.without[None]
+
+    def __repr__(self) -> str:
+        return f"EditEffects({self.values.shape[0]} edits of {self.values.shape[1]} texts)"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Gradients:
+    """Attributes:
+    run: as a run of activations is read, but its rows are the gradient of the metric of their sample.
+    values: float32 [texts], the metric.
+    """
+
+    run: Run
+    values: np.ndarray
+
+    def __repr__(self) -> str:
+        return f"Gradients({len(self.run)} samples; {', '.join(self.run.hook_points)} at layers {self.run.layers})"

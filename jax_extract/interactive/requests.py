@@ -1,6 +1,7 @@
 """What a caller asks of a loaded model, checked and made plain: texts, what is captured, logits, answers.
 
-In: the caller's words. Out: tokenised samples, a capture plan, positions; everything that cannot be done is refused here.
+In: the caller's words. Out: tokenised samples, a capture plan, positions; everything that cannot be done is refused
+here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from jax_extract.errors import UserError
 from jax_extract.extraction.capture import choose_layers
 from jax_extract.inputs.samples import Sample
-from jax_extract.inputs.token_table import TokenizedSample
+from jax_extract.inputs.token_table import PROMPT_TOKENS, TokenizedSample
 from jax_extract.inputs.tokenize import tokenize
 from jax_extract.inputs.tokenizing.counts import InputCounts
 from jax_extract.inputs.wrapping import Kept, Wrapping
@@ -34,23 +35,22 @@ _LARGEST_TOKEN = 2**31 - 1
 
 def named_inputs(texts: Texts) -> Iterator[Sample]:
     """Texts, or token ids, with their ids where they are a mapping; else these are "0", "1", …; one may come alone."""
-    if isinstance(texts, str) or _is_token_ids(texts):
-        texts = [texts]  # type: ignore[list-item] (it is one text)
-    if not isinstance(texts, Mapping | Sequence | np.ndarray):
+    given: Any = [texts] if isinstance(texts, str) or is_token_ids(texts) else texts
+    if not isinstance(given, Mapping | Sequence | np.ndarray):
         raise UserError(f"texts are a list of strings or of token ids, or a mapping of ids to them, not {texts!r:.60}")
-    named = texts.items() if isinstance(texts, Mapping) else ((str(i), text) for i, text in enumerate(texts))
+    named = given.items() if isinstance(given, Mapping) else ((str(i), text) for i, text in enumerate(given))
     for name, text in named:
         if not isinstance(name, str):
             raise UserError(f"the ids of texts are strings, not {name!r:.60}")
         if isinstance(text, str):
             yield Sample(name, text)
-        elif _is_token_ids(text):
+        elif is_token_ids(text):
             yield Sample(name, "", token_ids=tuple(int(token) for token in text))
         else:
             raise UserError(f"text {name!r} is neither a string nor a list of token ids: {text!r:.60}")
 
 
-def _is_token_ids(given: Any) -> bool:
+def is_token_ids(given: Any) -> bool:
     if isinstance(given, np.ndarray):
         return given.ndim == 1 and np.issubdtype(given.dtype, np.integer)
     return isinstance(given, Sequence) and len(given) > 0 and all(isinstance(token, int) for token in given)
@@ -84,21 +84,21 @@ def with_answers(
 
     Answers are tokenised by themselves, without special tokens: one that is to begin a word begins with a space.
     """
-    if isinstance(answers, str) or _is_token_ids(answers):
-        answers = [answers]  # type: ignore[list-item] (it is one answer)
-    if len(answers) != len(prompts):
-        raise UserError(f"{len(answers)} answers were given for {len(prompts)} texts; give one for each")
+    each: Any = [answers] if isinstance(answers, str) or is_token_ids(answers) else answers
+    if len(each) != len(prompts):
+        raise UserError(f"{len(each)} answers were given for {len(prompts)} texts; give one for each")
     plain = Wrapping(add_special_tokens=False, kept=Kept(one_opening=False))
-    found = [sample.token_ids for sample in tokenized(_named_answers(answers, prompts), model, plain)]
+    found = [sample.token_ids for sample in tokenized(_named_answers(each, prompts), model, plain)]
     allowed = longest_sample(model.config)
     samples = []
     for prompt, tokens in zip(prompts, found, strict=True):
         if (length := prompt.length + len(tokens)) > allowed:
             raise UserError(
-                f"text {prompt.sample_id!r} has {length} tokens with its answer and the model takes {allowed}; shorten it"
+                f"text {prompt.sample_id!r} has {length} tokens with its answer and the model takes {allowed}; shorten "
+                "it"
             )
         both = np.concatenate([prompt.token_ids, tokens])
-        meta = {**prompt.meta, "prompt_tokens": prompt.length}
+        meta = {**prompt.meta, PROMPT_TOKENS: prompt.length}
         samples.append(dataclasses.replace(prompt, token_ids=both, full_length=length, meta=meta))
     return samples, found
 
@@ -159,14 +159,14 @@ def logit_positions(asked: LogitPositions, samples: Sequence[TokenizedSample]) -
     if isinstance(asked, str):
         if asked not in ("last", "all"):
             raise UserError(f"unknown logits {asked!r}; expected None, 'last', 'all', or positions such as [0, -1]")
-        return [np.arange(s.length) if asked == "all" else np.array([s.length - 1]) for s in samples]
-    if not all(isinstance(position, int | np.integer) for position in asked):
-        raise UserError(f"logits are asked for at whole numbers, not {asked!r:.60}")
+        return [np.arange(s.length) if asked == "all" else np.array([s.prompt_length - 1]) for s in samples]
+    if not len(asked) or not all(isinstance(position, int | np.integer) for position in asked):
+        raise UserError(f"logits are asked for at whole numbers, such as [0, -1], not {asked!r:.60}")
     for sample in samples:
         for position in asked:
-            if not -sample.length <= position < sample.length:
+            if not -sample.prompt_length <= position < sample.length:
                 raise UserError(
                     f"logits are asked for at position {position}, and sample {sample.sample_id!r} has the positions 0 "
                     f"to {sample.length - 1}"
                 )
-    return [np.array([position % s.length for position in asked], np.int64) for s in samples]
+    return [np.array([p if p >= 0 else s.prompt_length + p for p in asked], np.int64) for s in samples]

@@ -63,11 +63,23 @@ class Intervention:
         if self.kind == "zero":
             return jnp.where(here, jnp.float32(0), x)
         if callable(self.kind):
-            return jnp.where(here, self._result(self.kind, x), x)
+            return jnp.where(here, self.result(x), x)
         given = self.operand[0][None, None] if len(self.operand) == 1 else jnp.take(self.operand, rows, 0, mode="clip")
         return jnp.where(here, x + given if self.kind == "add" else given, x)
 
-    def _result(self, function: Function, x: Array) -> Array:
+    def of_rows(self, rows: Any) -> Intervention:
+        """Of these rows of the batch alone; a slice or numbers."""
+        if not callable(self.kind):
+            return dataclasses.replace(self, rows=self.rows[rows])
+        leaves, structure = jax.tree.flatten(self.operand)
+        shared = self.shared or (True,) * len(leaves)
+        some = [leaf if alike else leaf[rows] for leaf, alike in zip(leaves, shared, strict=True)]
+        return dataclasses.replace(self, rows=self.rows[rows], operand=jax.tree.unflatten(structure, some))
+
+    def result(self, x: Array) -> Array:
+        """What its function makes of x float32 [b, t, d], of all tokens."""
+        function = self.kind
+        assert callable(function), "others are no functions"
         leaves, structure = jax.tree.flatten(self.operand)
         shared = self.shared or (True,) * len(leaves)
         axes = jax.tree.unflatten(structure, [None if alike else 0 for alike in shared])

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from jax_extract.devices import compilation_cache
+from jax_extract.devices import compilation_cache, libtpu
 from jax_extract.errors import UserError
 from jax_extract.extraction.capture import sites_of
 from jax_extract.extraction.jax_backend import JaxBackend
@@ -25,7 +25,7 @@ from jax_extract.forward.edits import Edit, Edits, Placed
 from jax_extract.forward.gradients import gradients
 from jax_extract.forward.metrics import Function, Metric
 from jax_extract.forward.program import ForwardProgram, Inputs, Wanted
-from jax_extract.forward.suffix import SuffixProgram
+from jax_extract.forward.suffix import Suffix, SuffixProgram
 from jax_extract.forward.sweeps import measure
 from jax_extract.inputs.token_table import TokenizedSample
 from jax_extract.inputs.wrapping import Kept, Wrapping
@@ -47,6 +47,10 @@ from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
 from models.hooks import HookPoints
 from models.ports import longest_sample
+
+if TYPE_CHECKING:
+    from jax_extract.pytorch.backend import TorchBackend
+    from jax_extract.pytorch.forward import TorchForward
 
 _LOGITS_AT_ONCE = 1 << 27  # values of a device, unless one text alone has more
 
@@ -83,6 +87,19 @@ def load_model(
     ):
         if given not in allowed:
             raise UserError(f"{name} is {given!r}; expected {' or '.join(map(repr, filter(None, allowed)))}")
+    libtpu.silence()
+    if backend == "torch":
+        if mesh_shape is not None:
+            raise UserError("the torch backend has one device; leave mesh_shape out, or use backend='jax'")
+        from jax_extract.pytorch.backend import TorchBackend
+        from jax_extract.pytorch.forward import TorchSuffix
+
+        torch_backend = TorchBackend.open(device, dtype)
+        found = OpenModel.open(str(model), revision, adapter, needs_port=False)
+        forward = torch_backend.forward(found)
+        return Model(found, torch_backend, forward, TorchSuffix(forward))
+    if device is not None:
+        raise UserError("device= is of the torch backend; JAX takes all devices that it sees")
     compilation_cache.start()
     opened = JaxBackend.open(mesh_shape, dtype)
     if opened.devices > opened.devices_of_host:
@@ -91,7 +108,8 @@ def load_model(
     computing = opened.under(found, None)
     weights = Weights(found.checkpoint, found.port, found.config, found.config.num_hidden_layers, head=True)
     params = weights.load(computing.mesh, computing.dtype, computing.layout_of_whole(weights))
-    return Model(found, computing, ForwardProgram(found.port, found.config, params, computing.mesh, computing.numerics))
+    program = ForwardProgram(found.port, found.config, params, computing.mesh, computing.numerics)
+    return Model(found, computing, program, SuffixProgram(program))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -99,8 +117,9 @@ class Model:
     """A loaded model; `load_model` makes one. All texts of a call are computed together, in as few batches as fit."""
 
     _opened: OpenModel
-    _backend: JaxBackend
-    _program: ForwardProgram
+    _backend: JaxBackend | TorchBackend
+    _program: ForwardProgram | TorchForward
+    _suffix: Suffix
 
     def __repr__(self) -> str:
         config = self._opened.config
@@ -276,10 +295,6 @@ class Model:
     def _prompts(self, texts: Texts, chat_template: bool, add_special_tokens: bool | None) -> list[TokenizedSample]:
         wrapping = Wrapping(chat_template, add_special_tokens=add_special_tokens, kept=Kept.from_now_on())
         return tokenized(named_inputs(texts), self._opened, wrapping)
-
-    @cached_property
-    def _suffix(self) -> SuffixProgram:
-        return SuffixProgram(self._program)
 
     def _batches(self, lengths: Sequence[int], logits: int, at: Sequence[np.ndarray]) -> list[Batch]:
         defaults = self._backend.defaults

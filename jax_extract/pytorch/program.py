@@ -64,7 +64,7 @@ class TorchProgram:
         self._same_to = same_rotations_to
         self._dtype = _DTYPES[plan.dtype]
         self._captured: dict[SiteKey, torch.Tensor] = {}
-        self._selection: _Selection | None = None
+        self._selection: Selection | None = None
         self._sites = len(list(plan.sites()))
         for hook, layer in plan.sites():
             self._listen(modules, hook, layer)
@@ -128,7 +128,7 @@ class TorchProgram:
         """Of rows [b, t] that are computed together: [b, slots, width]."""
         if self._same_to is not None:
             forget_lengths(self._model)
-        self._selection = _Selection.of_rows(self.plan.positions, lengths[:, 0], tokens.shape[1], self._device)
+        self._selection = Selection.of_rows(self.plan.positions, lengths[:, 0], tokens.shape[1], self._device)
         self._captured = {}
         given: dict[str, torch.Tensor] = {"input_ids": torch.from_numpy(tokens.astype(np.int64)).to(self._device)}
         if self._needs_mask:
@@ -179,7 +179,7 @@ def captured_bytes(plan: CapturePlan, widths: Mapping[str, int], shape: SlabShap
 
 
 @dataclass(frozen=True)
-class _Selection:
+class Selection:
     """Which rows of [b, t, d] are kept.
 
     Attributes:
@@ -191,7 +191,7 @@ class _Selection:
     shares: torch.Tensor | None
 
     @classmethod
-    def of_rows(cls, positions: Positions, lengths: np.ndarray, tokens: int, device: torch.device) -> _Selection:
+    def of_rows(cls, positions: Positions, lengths: np.ndarray, tokens: int, device: torch.device) -> Selection:
         if positions.kind == "all":
             return cls(None, None)
         if positions.kind == "mean":

@@ -212,7 +212,8 @@ def test_plans_of_before_hold_several_samples_a_row_only_where_they_are_packed()
 
 
 @pytest.mark.parametrize(("text", "travel"), [
-    ("last", True), ("mean", True), ("mean_from:1", True), ("from:1", False), ("first:4", True), ("at:0,7", True), ("every:8", False), ("all", False),
+    ("last", True), ("mean", True), ("mean_from:1", True), ("first:4", True), ("at:0,7", True),
+    ("every:8", False), ("from:1", False), ("all", False),
 ])  # fmt: skip
 def test_rows_travel_where_they_are_few(text: str, travel: bool) -> None:
     assert rows_travel(Positions.parse(text), MOST_TRAVELLING_BYTES) == travel

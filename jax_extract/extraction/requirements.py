@@ -48,7 +48,11 @@ def require_rows(parts: Iterable[Part], job: Job) -> None:
 def require_a_row_each(parts: Iterable[Part], job: Job) -> None:
     """UserError where a layer's one file, which is read as a row a sample, would lack one."""
     positions = job.plan.positions
-    short = [part.table.sample_ids[i] for part in parts for i in np.flatnonzero(positions.rows_of(part.lengths) == 0)]
+    short: list[str] = []
+    for part in parts:
+        if len(places := np.flatnonzero(positions.rows_of(part.lengths) == 0)):
+            ids = part.table.sample_ids
+            short += [ids[place] for place in places.tolist()]
     if short:
         more = f" (and {plural(len(short) - 1, 'other sample')})" if len(short) > 1 else ""
         raise UserError(

@@ -126,7 +126,7 @@ def inspect(config: InspectConfig) -> int:
 
 def _inspect_run(run: Run, path: str) -> None:
     meta = run.metadata
-    _say(f"{path}: {meta['model_name']}, {meta['model_type']}, {meta['num_hidden_layers']} layers")
+    _title(path, f"{meta['model_name']}, {meta['model_type']}, {meta['num_hidden_layers']} layers")
     _say(
         f"  {plural(meta['total_samples'], 'sample')}, {plural(meta['total_tokens'], 'token')}, "
         f"{plural(meta['total_rows'], 'row')} a site (positions {meta['positions']}), {bytes_text(meta['total_bytes'])}"
@@ -162,7 +162,7 @@ def _inspect_shard(path: str) -> int:
         as_committed, said = _as_committed(path, file)
     activations: np.ndarray = shard["activations"]
     samples, rows = plural(len(shard["sample_ids"]), "sample"), plural(len(activations), "row")
-    _say(f"{path}: {samples}, {rows}, stored as {shard['dtype']}")
+    _title(path, f"{samples}, {rows}, stored as {shard['dtype']}")
     _say(f"  {said}")
     print()
     site = Site(shard["hook"], shard["layer"], activations.shape[1])
@@ -280,8 +280,17 @@ def _columns() -> int:
     return max(_NARROWEST, min(_WIDEST, shutil.get_terminal_size((_WIDEST, 24)).columns))
 
 
+def _title(path: str, text: str) -> None:
+    """A path is never cut: where it leaves no room for the text, that goes below it."""
+    if len(path) + len(": ") + len(text) <= _columns():
+        print(f"{path}: {text}")
+    else:
+        print(f"{path}:")
+        _say(f"  {text}")
+
+
 def _say(text: str) -> None:
-    """A line, or several where it is too wide; what has no spaces in it, such as a path, stays whole."""
+    """A line, or several where it is too wide, cut between words."""
     indent = text[: len(text) - len(text.lstrip())]
     wrapped = textwrap.wrap(
         text, _columns(), subsequent_indent=f"{indent}  ", break_long_words=False, break_on_hyphens=False

@@ -8,15 +8,19 @@ that give no row; and that bfloat16 and float16 are the cast float32 rows.
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from small_run import Told
 from tiny_models import random_ids, row_errors, text_of, tiny_folder
 
 from jax_extract import extract
+from jax_extract.config import ExtractConfig
 from jax_extract.errors import UserError
+from jax_extract.extraction.command import extract_to_directory
 from models.positions import Positions
 
 LENGTHS = (1, 2, 5, 9, 17, 33, 40)
@@ -164,6 +168,28 @@ def test_the_rows_counted_beforehand_are_the_rows_given(text: str) -> None:
         assert positions.keeps_first == (0 in positions.of(length)) or (text, length) == ("last", 1)
         assert (positions.of(length) < 0).any() or (positions.of(length) >= positions.begins).all()
     assert positions.one_row_per_sample == (text in ("last", "mean", "mean_from:2"))
+
+
+@pytest.mark.parametrize(
+    ("positions", "told"),
+    [
+        ("from:9", ["note 4 samples have no token at positions from:9 and give no row"]),
+        ("mean_from:1", ["note 1 sample has no token at positions mean_from:1 and gives no row"]),
+        ("first:2", []),
+    ],
+)
+def test_how_many_samples_give_no_row_is_told(positions: str, told: list[str], tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("".join(f"{text_of(ids)}\n" for ids in random_ids(LENGTHS)))
+    terminal = Told()
+    config = ExtractConfig(
+        model_path=str(tiny_folder("llama")),
+        tasks_file=str(tmp_path / "in.txt"),
+        activations_dir=str(tmp_path / "run"),
+        layers_to_extract=(1,),
+        positions=positions,
+    )
+    extract_to_directory(config, terminal)
+    assert [line for line in terminal.lines if line.startswith("note")] == told
 
 
 def test_texts_without_a_token_are_refused_in_the_notebook_too() -> None:

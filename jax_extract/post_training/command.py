@@ -95,8 +95,7 @@ def representations(config: PostTrainingConfig, terminal: Terminal | None = None
     if begun is not None and begun != DEFAULT_POOLING:
         terminal.line(
             "note",
-            f"the rows are --pooling {begun}, as those that are there; the default is {DEFAULT_POOLING} now, which "
-            "another --output_dir and --base_dir, or --overwrite True, would have",
+            f"the rows are --pooling {begun}, as those that are there; new folders have {DEFAULT_POOLING}",
         )
     if config.skip_half_saved and (passed_over := half_saved_models(config.results)):
         terminal.line("half-saved", f"passed over: {', '.join(folder.name for folder in passed_over)}")

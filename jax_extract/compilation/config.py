@@ -35,7 +35,7 @@ class CompileConfig:
       revision: branch, tag or commit of a hub model.
       layers_to_extract: layers, counted from 0; by default 10 to 23, or what the model has of them.
       hook_points: where in the block, by name, TransformerLens name or glob.
-      positions: which tokens: all, last, mean, first:n, every:k, at:i,j,…
+      positions: which tokens: all, from:k, last, mean, mean_from:k, first:n, every:k, at:i,j,…
       dtype: of the computation.
       capture_dtype: of the stored values.
       batch_size: sequences per chip.

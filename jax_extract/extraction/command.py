@@ -34,6 +34,7 @@ from jax_extract.extraction.planned_input import PlannedInput
 from jax_extract.extraction.prepare import Job, wrapping_of
 from jax_extract.extraction.requirements import (
     host_budget,
+    require_a_row_each,
     require_one_window,
     require_room,
     require_rows,
@@ -41,7 +42,15 @@ from jax_extract.extraction.requirements import (
 )
 from jax_extract.extraction.resumption import FINGERPRINT, Fingerprint, Resumption
 from jax_extract.extraction.session import Session, Windows, keep_in
-from jax_extract.extraction.summary import tell_input, tell_layout, tell_notes, tell_plan, tell_request, tell_result
+from jax_extract.extraction.summary import (
+    tell_input,
+    tell_layout,
+    tell_notes,
+    tell_plan,
+    tell_request,
+    tell_result,
+    tell_without_rows,
+)
 from jax_extract.inputs.planning.slabs import PlanSettings, Shapes, SlabShape
 from jax_extract.inputs.planning.windows import shapes_of
 from jax_extract.inputs.sources import Source, open_source
@@ -301,8 +310,10 @@ class _Extraction:
         parts = [part for window in windows for part in window.parts]
         if self.config.one_file_per_layer:
             require_one_window(counts.samples)
+            require_a_row_each(parts, self.job)
         require_rows(parts, self.job)
         tell_plan(parts, self.job.step_counts(parts), self.terminal)
+        tell_without_rows(parts, self.job, self.terminal)
         pending = [part for part in parts if part.key not in committed]
         parties = max(self.processes.count, self.config.num_workers or 1)
         sizes = [self.job.bytes_stored(part.lengths) for part in pending]

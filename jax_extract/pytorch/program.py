@@ -184,30 +184,33 @@ class Selection:
 
     Attributes:
       columns: int64 [b, slots]; None where all are, or their mean.
-      shares: float32 [b, t], of each token in the mean; None where it is none.
+      shares: float32 [b, t - first], of each token in the mean; None where it is none.
+      first: the position at which the mean begins.
     """
 
-    columns: torch.Tensor | None
-    shares: torch.Tensor | None
+    columns: torch.Tensor | None = None
+    shares: torch.Tensor | None = None
+    first: int = 0
 
     @classmethod
     def of_rows(cls, positions: Positions, lengths: np.ndarray, tokens: int, device: torch.device) -> Selection:
         if positions.kind == "all":
-            return cls(None, None)
+            return cls()
         if positions.kind == "mean":
-            counts = np.maximum(lengths, 1)[:, None]
-            shares = (np.arange(tokens)[None, :] < counts) / counts
-            return cls(None, torch.from_numpy(shares.astype(np.float32)).to(device))
+            first = positions.count
+            counts = np.maximum(lengths - first, 1)[:, None]
+            shares = (np.arange(tokens - first)[None, :] < counts) / counts
+            return cls(shares=torch.from_numpy(shares.astype(np.float32)).to(device), first=first)
         columns = np.zeros((len(lengths), positions.slots(tokens)), np.int64)
         for row, length in enumerate(lengths):
             kept = positions.of(max(int(length), 1))
             columns[row, : len(kept)] = kept
-        return cls(torch.from_numpy(columns).to(device), None)
+        return cls(torch.from_numpy(columns).to(device))
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """x [b, t, d] -> [b, slots, d]."""
         if self.shares is not None:
-            return torch.einsum("bt,btd->bd", self.shares, x.float())[:, None]
+            return torch.einsum("bt,btd->bd", self.shares, x[:, self.first :].float())[:, None]
         if self.columns is None:
             return x
         return torch.gather(x, 1, self.columns[:, :, None].expand(-1, -1, x.shape[-1]))

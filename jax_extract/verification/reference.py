@@ -74,19 +74,21 @@ class Wanted:
 
     Attributes:
       token_ids: int32 [tokens], exactly what the model sees.
-      positions: int32 [stored], the token position of each stored row; -1 alone stands for the mean over all.
+      positions: int32 [stored], the token position of each stored row; -1 alone stands for a mean.
       beginnings: int [more], the last position of each beginning whose `last` row (or mean) follows those rows.
+      begins: the position before which a run stores nothing, and at which means begin.
     """
 
     token_ids: np.ndarray
     positions: np.ndarray
     beginnings: np.ndarray
+    begins: int = 0
 
     @classmethod
-    def of(cls, token_ids: np.ndarray, positions: np.ndarray, beginnings: int) -> Wanted:
-        """At most so many beginnings, of lengths spread evenly."""
-        last = np.linspace(0, len(token_ids) - 1, min(beginnings, len(token_ids)))
-        return cls(token_ids, positions, np.unique(last.astype(np.int64)))
+    def of(cls, token_ids: np.ndarray, positions: np.ndarray, beginnings: int, begins: int = 0) -> Wanted:
+        """At most so many beginnings, of lengths spread evenly, each long enough for a row."""
+        last = np.linspace(begins, len(token_ids) - 1, min(beginnings, len(token_ids) - begins))
+        return cls(token_ids, positions, np.unique(last.astype(np.int64)), begins)
 
     @property
     def count(self) -> int:
@@ -96,8 +98,8 @@ class Wanted:
         """values [tokens, width] -> rows [count, width]."""
         if self.positions.tolist() != [MEAN_POSITION]:
             return values[np.concatenate([self.positions, self.beginnings])]
-        sums = np.cumsum(values, axis=0, dtype=np.float64)
-        last = np.append([len(values) - 1], self.beginnings)
+        sums = np.cumsum(values[self.begins :], axis=0, dtype=np.float64)
+        last = np.append([len(values) - 1], self.beginnings) - self.begins
         return sums[last] / (last + 1)[:, None]
 
 

@@ -65,6 +65,8 @@ class ExtractConfig:
       layers_to_extract: layers, counted from 0; by default 10 to 23, or what the model has of them.
       hook_points: where in the block, by name, TransformerLens name or glob.
       positions: which tokens: all, from:k, last, mean, mean_from:k, first:n, every:k, at:i,j,…
+      edits: a YAML file of changes that the forward makes: rows zeroed, added to, replaced, patched from another run;
+        docs/interventions.md.
       backend: jax, or torch for any causal language model that Hugging Face has, by forward hooks, on one device.
       device: of the torch backend: cpu, cuda or cuda:N; by default the first GPU, if there is one.
       dtype: of the computation; by default bfloat16 on TPU and GPU, float32 on CPU.
@@ -124,6 +126,7 @@ class ExtractConfig:
     layers_to_extract: tuple[int, ...] | None = None
     hook_points: tuple[str, ...] = (DEFAULT_HOOK_POINT,)
     positions: str = "last"
+    edits: str | None = None
     backend: Literal["jax", "torch"] = "jax"
     device: str | None = None
     dtype: Literal["float32", "bfloat16"] | None = None

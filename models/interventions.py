@@ -34,6 +34,7 @@ class Intervention:
       hook: hook point (static).
       kind: what is done (static).
       shared: for each leaf of a function's operand, whether all rows of the batch have the same (static).
+      by_device: the operand has n rows for each device, and `rows` are numbers of those of its own (static).
       layers: bool [1 or b, blocks + 1], at which layers, the same for all rows of the batch or for each; the entry
         behind the last block is the stream that leaves it.
       rows: int32 [b, t]: which row of the operand each token gets; UNCHANGED leaves it. A function gets the whole
@@ -48,6 +49,7 @@ class Intervention:
     rows: Any
     operand: Any = None
     shared: tuple[bool, ...] = dataclasses.field(default=(), metadata={"static": True})
+    by_device: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def apply(self, x: Array, layer: Array | None) -> Array:
         """x float32 [b, t, d] with the change made; `layer` is None at hook points that have none."""

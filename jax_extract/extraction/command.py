@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.choice import use_devices
 from jax_extract.devices.processes import Processes, start_processes
-from jax_extract.errors import UserError
+from jax_extract.errors import UserError, user_path
 from jax_extract.extraction.as_begun import named_as_begun, of_the_same_commits
 from jax_extract.extraction.backend import Loadable
 from jax_extract.extraction.model_fields import (
@@ -298,6 +298,8 @@ class _Extraction:
         counts = every[-1].counts if every else self.job.new_counts()
         require_samples(counts, self.source)
         windows = [each.window for each in every]
+        if self.job.edits:
+            self.job.edits.check(sample for window in windows for sample in window.arrangement.table)
         if found:
             longest = max(int(window.arrangement.lengths.max()) for window in windows)
             require_meaning_as_begun(found, self.job.model, longest)
@@ -432,12 +434,16 @@ def run_of(config: ExtractConfig, job: Job, weights: Loadable, settings: PlanSet
         "numerics": job.backend.fingerprint(),
         "description": {
             **job.description(),
-            "asked": {"revision": config.revision, "adapter": config.adapter},
+            "asked": {"revision": config.revision, "adapter": config.adapter, **_asked_edits(config)},
             MODEL_FIELDS: model_fields(job.model, job.max_length),
             "source": config.dataset or config.tasks_file,
             "mesh": dict(job.backend.mesh_shape),
         },
     }
+
+
+def _asked_edits(config: ExtractConfig) -> dict[str, str]:
+    return {} if config.edits is None else {"edits": str(user_path(config.edits, "--edits").resolve())}
 
 
 def text_identity(config: ExtractConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 from jax_extract.devices.platform import PlatformDefaults
 from jax_extract.errors import UserError
 from jax_extract.extraction.backend import holds_several_a_row
+from jax_extract.forward.edits import Edits
 from jax_extract.inputs.planning.slabs import PlanSettings, SlabShape
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
@@ -173,6 +174,7 @@ class TorchBackend:
         shapes: Iterable[SlabShape],
         needed: Sequence[SlabShape],
         rows_travel: bool = False,
+        edits: Edits | None = None,
     ) -> Any:
         import torch
 
@@ -194,6 +196,7 @@ class TorchBackend:
                 _widths(plan, model),
                 needs_mask=not is_port,
                 same_rotations_to=same_rotations_to(model.config),
+                edits=edits,
             )
             program.try_out()
         return program

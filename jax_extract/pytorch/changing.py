@@ -25,9 +25,9 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 def changed(model: Any, modules: Mapping[str, Module], interventions: Sequence[Intervention]) -> Iterator[None]:
     """Inside, they are made."""
     with contextlib.ExitStack() as hooks:
-        for intervention in interventions:
+        for intervention in reversed(interventions):  # each before those that are there, and all before what looks
             for layer in layers_of(intervention):
-                hook(model, modules, intervention.hook, layer, _change(intervention, layer), hooks)
+                hook(model, modules, intervention.hook, layer, _change(intervention, layer), hooks, prepend=True)
         yield
 
 
@@ -45,6 +45,7 @@ def hook(
     layer: int | None,
     change: Change,
     hooks: contextlib.ExitStack,
+    prepend: bool = False,
 ) -> None:
     """Passes what flows through a hook point, [b, t, width], through `change`, until `hooks` are closed."""
     blocks = model.config.num_hidden_layers
@@ -55,9 +56,10 @@ def hook(
     path, side = modules[name]
     module = model.get_submodule(path.format(i=layer))
     if side == "output":
-        hooks.callback(module.register_forward_hook(_behind(change)).remove)
+        hooks.callback(module.register_forward_hook(_behind(change), prepend=prepend).remove)
     else:
-        hooks.callback(module.register_forward_pre_hook(_before(change), with_kwargs=True).remove)
+        before = module.register_forward_pre_hook(_before(change), with_kwargs=True, prepend=prepend)
+        hooks.callback(before.remove)
 
 
 def _what_attention_adds(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +22,26 @@ from jax_extract.forward.program import Inputs, Outputs, Wanted
 from jax_extract.forward.suffix import Interventions, Rows
 from jax_extract.pytorch.changing import changed, hook
 from jax_extract.pytorch.loading import forget_lengths
-from jax_extract.pytorch.program import Selection, rotated_alike
+from jax_extract.pytorch.program import Selection, TorchProgram, rotated_alike
 from models.interventions import Intervention
-from models.ports import Module
+from models.ports import Module, hook_width
+
+if TYPE_CHECKING:
+    from jax_extract.extraction.prepare import Job
+    from jax_extract.pytorch.answering import TorchAnswers
+    from jax_extract.weights.open_model import OpenModel
 
 _LOGITS_AT_ONCE = 1 << 26  # values, where nobody wants to have them
 _CAPS, _FACTORS, _DIVISORS = ("final_logit_softcapping",), ("logit_scale",), ("logits_scaling",)
 
 
 class TorchForward:
+    """Attributes:
+    base: what is before the head.
+    modules: where its hook points are.
+    device: that it lies on.
+    """
+
     def __init__(
         self,
         causal: Any,
@@ -47,9 +58,9 @@ class TorchForward:
         Raises:
           ValueError: how it makes logits of its last rows is not known.
         """
-        self._causal, self._base = causal, base
-        self._modules = modules
-        self._device = device
+        self._causal, self.base = causal, base
+        self.modules = modules
+        self.device = device
         self._needs_mask = needs_mask
         self._same_to = same_rotations_to
         for parameter in causal.parameters():
@@ -63,15 +74,15 @@ class TorchForward:
         logits, answers = np.zeros((b, 0), np.float32), np.zeros((b, 0), np.float32)
         for rows, columns in rotated_alike(inputs.lengths[:, 0], t, self._same_to):
             tokens, lengths = inputs.tokens[rows, :columns], inputs.lengths[rows]
-            selection = Selection.of_rows(wanted.plan.positions, lengths[:, 0], columns, self._device)
+            selection = Selection.of_rows(wanted.plan.positions, lengths[:, 0], columns, self.device)
             found: dict[tuple[str, int | None], torch.Tensor] = {}
             with torch.inference_mode(), contextlib.ExitStack() as hooks:
-                hooks.enter_context(changed(self._base, self._modules, [i.of_rows(rows) for i in interventions]))
+                hooks.enter_context(changed(self.base, self.modules, [i.of_rows(rows) for i in interventions]))
                 for hooked, layer in wanted.plan.sites():
-                    hook(self._base, self._modules, hooked, layer, _keeping(found, (hooked, layer), selection), hooks)
+                    hook(self.base, self.modules, hooked, layer, _keeping(found, (hooked, layer), selection), hooks)
                 x = self._last_rows(tokens, lengths)
                 if wanted.logits:
-                    some = self._logits(_taken(x, inputs.logits_at[rows])).float().cpu().numpy()
+                    some = self.logits(_taken(x, inputs.logits_at[rows])).float().cpu().numpy()
                     logits = _put(logits, some, rows, b)
                 if wanted.answers:
                     some = self._answers(x, inputs.answers_at[rows], inputs.answers[rows]).cpu().numpy()
@@ -130,19 +141,19 @@ class TorchForward:
         if self._same_to is not None:
             tokens = tokens[:, : int(lengths.max())]
         with contextlib.ExitStack() as hooks:
-            hooks.enter_context(changed(self._base, self._modules, interventions))
+            hooks.enter_context(changed(self.base, self.modules, interventions))
             if probing is not None:
                 layers, probes = probing
                 for hooked, chosen in layers.items():
                     for i, layer in enumerate(chosen):
                         at = None if hooked in ("embeddings", "final_norm") else int(layer)
-                        hook(self._base, self._modules, hooked, at, _probing(probes, (hooked, i)), hooks)
+                        hook(self.base, self.modules, hooked, at, _probing(probes, (hooked, i)), hooks)
             x = self._last_rows(tokens, lengths[:, None])
             if kind == "answer":
                 each = self._answers(x, metric.columns, metric.tokens)
                 values = (each * torch.from_numpy(metric.counts).to(each.device)).sum(dim=1)
             else:
-                logits = self._logits(_taken(x, metric.columns[:, :1]))[:, 0].float()
+                logits = self.logits(_taken(x, metric.columns[:, :1]))[:, 0].float()
                 if kind == "difference":
                     both = torch.gather(logits, 1, _indices(metric.tokens, logits.device))
                     values = both[:, 0] - both[:, 1]
@@ -154,14 +165,34 @@ class TorchForward:
     def _last_rows(self, tokens: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
         """What the head is given, [b, t, d]."""
         if self._same_to is not None:
-            forget_lengths(self._base)
-        given: dict[str, torch.Tensor] = {"input_ids": _indices(tokens, self._device)}
+            forget_lengths(self.base)
+        given: dict[str, torch.Tensor] = {"input_ids": _indices(tokens, self.device)}
         if self._needs_mask:
             columns = np.arange(tokens.shape[1])[None, :]
-            given["attention_mask"] = _indices(columns < np.maximum(lengths, 1), self._device)
-        return self._base(**given, use_cache=False).last_hidden_state
+            given["attention_mask"] = _indices(columns < np.maximum(lengths, 1), self.device)
+        return self.base(**given, use_cache=False).last_hidden_state
 
-    def _logits(self, rows: torch.Tensor) -> torch.Tensor:
+    def capture_program(self, job: Job) -> TorchProgram:
+        """What an extraction runs slabs with, of this model."""
+        widths = {hooked: hook_width(job.model.config, hooked) for hooked, _ in job.plan.layers}
+        return TorchProgram(
+            self.base,
+            self.modules,
+            job.plan,
+            self.device,
+            widths,
+            self._needs_mask,
+            self._same_to,
+            job.edits,
+        )
+
+    def answering(self, model: OpenModel) -> TorchAnswers:
+        from jax_extract.pytorch.answering import TorchAnswers
+
+        return TorchAnswers(model, self)
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of rows behind the final norm, [b, t, d] -> [b, t, vocabulary]."""
         config = self._causal.config.get_text_config()
         logits = self._causal.get_output_embeddings()(rows)
         for name in _FACTORS:
@@ -174,10 +205,10 @@ class TorchForward:
         return logits
 
     def _require_known_head(self) -> None:
-        token = torch.zeros((1, 1), dtype=torch.int64, device=self._device)
+        token = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
         with torch.inference_mode():
             expected = self._causal(input_ids=token, use_cache=False).logits
-            got = self._logits(self._base(input_ids=token, use_cache=False).last_hidden_state)
+            got = self.logits(self.base(input_ids=token, use_cache=False).last_hidden_state)
         if not torch.allclose(expected.float(), got.float(), rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
             raise ValueError("how it makes logits of its last rows is not known")
 
@@ -187,7 +218,7 @@ class TorchForward:
         pieces = []
         for start in range(0, columns.shape[1], most):
             some = slice(start, start + most)
-            logits = self._logits(_taken(x, columns[:, some])).float()
+            logits = self.logits(_taken(x, columns[:, some])).float()
             chosen = torch.gather(logits, 2, _indices(answers[:, some], x.device)[:, :, None])[:, :, 0]
             pieces.append(chosen - torch.logsumexp(logits, dim=2))
         return torch.cat(pieces, dim=1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,9 @@ import numpy as np
 import torch
 
 from jax_extract.errors import UserError
+from jax_extract.forward.edits import Edits, Placed
 from jax_extract.inputs.planning.slabs import SlabShape
+from jax_extract.pytorch.changing import changed
 from jax_extract.pytorch.loading import forget_lengths
 from models.capture_plan import CapturePlan
 from models.ports import Module
@@ -50,12 +52,15 @@ class TorchProgram:
         widths: Mapping[str, int],
         needs_mask: bool,
         same_rotations_to: int | None = None,
+        edits: Edits | None = None,
     ) -> None:
         """Args:
         needs_mask: where it is not known that the model is causal in everything it does.
         same_rotations_to: the longest batch that is rotated as shorter ones are; None where all are.
         """
         self.plan = plan
+        self.edits = edits
+        self._modules = modules
         self.hosts, self.host, self.devices_of_host, self.rows_travel = 1, 0, 1, False
         self._model = model
         self._device = device
@@ -65,6 +70,7 @@ class TorchProgram:
         self._dtype = _DTYPES[plan.dtype]
         self._captured: dict[SiteKey, torch.Tensor] = {}
         self._selection: Selection | None = None
+        self._handles: list[Any] = []
         self._sites = len(list(plan.sites()))
         for hook, layer in plan.sites():
             self._listen(modules, hook, layer)
@@ -79,11 +85,12 @@ class TorchProgram:
         key = (hook, layer)
         me = weakref.proxy(self)  # else model and program would keep each other, and the next model would lack memory
         if side == "output":
-            module.register_forward_hook(lambda _, args, result: me._keep(key, result))
+            handle = module.register_forward_hook(lambda _, args, result: me._keep(key, result))
         else:
-            module.register_forward_pre_hook(
+            handle = module.register_forward_pre_hook(
                 lambda _, args, kwargs: me._keep(key, args or kwargs["hidden_states"]), with_kwargs=True
             )
+        self._handles.append(handle)
 
     def _keep(self, key: SiteKey, value: Any) -> None:
         """Selects and casts on the device, and copies: the model may write over its own."""
@@ -105,16 +112,22 @@ class TorchProgram:
         """Nothing is."""
 
     def close(self) -> None:
-        """Nothing is made ready beside the computation."""
+        """The model is as it was before."""
+        while self._handles:
+            self._handles.pop().remove()
 
     def bytes_on_host(self, shape: SlabShape) -> int:
         return captured_bytes(self.plan, self._widths, shape)
 
-    def run(self, tokens: np.ndarray, lengths: np.ndarray) -> Any:
+    def run(self, tokens: np.ndarray, lengths: np.ndarray, placed: Iterable[Placed] = ()) -> Any:
+        changes = self.edits.interventions(placed, tokens.shape) if self.edits else ()
         groups = rotated_alike(lengths[:, 0], tokens.shape[1], self._same_to)
         try:
             with torch.inference_mode():
-                captured = [self._captured_of(tokens[rows, :columns], lengths[rows]) for rows, columns in groups]
+                captured = []
+                for rows, columns in groups:
+                    with changed(self._model, self._modules, [change.of_rows(rows) for change in changes]):
+                        captured.append(self._captured_of(tokens[rows, :columns], lengths[rows]))
                 if len(captured) == 1:
                     return _OnItsWay(captured[0], self._device)
                 return _OnItsWay(self._together(captured, [rows for rows, _ in groups], tokens.shape), self._device)

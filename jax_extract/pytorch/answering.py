@@ -7,12 +7,13 @@ Tokens are chosen by the code that chooses them for the compiled steps, so that 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import torch
+from transformers import DynamicCache
 
 from jax_extract.forward.edits import Edits, Placed
 from jax_extract.generation.answers import Answer
@@ -30,6 +31,8 @@ class TorchAnswers:
     def __init__(self, model: OpenModel, forward: TorchForward) -> None:
         self._model, self._forward = model, forward
         self._stops = stop_tokens(model)
+        takes = inspect.signature(forward.base.forward).parameters
+        self._argument = "cache" if "cache" in takes else "past_key_values"  # as transformers before 5.23 calls it
 
     def answers(self, prompts: Sequence[TokenizedSample], most: int, sampling: Sampling, edits: Edits) -> list[Answer]:
         return [self._answer(prompt, most, sampling, edits) for prompt in prompts]
@@ -40,14 +43,13 @@ class TorchAnswers:
         following = edits.while_answering(placed, 1, most)
         tokens = np.full(most, NO_TOKEN, np.int32)
         forget_lengths(self._forward.base)
-        remembered: Any = None
+        remembered = {self._argument: DynamicCache(config=self._forward.base.config)}
         new = prompt.token_ids
         for step in range(most):
             with torch.inference_mode(), changed(self._forward.base, self._forward.modules, made):
                 given = torch.from_numpy(new.astype(np.int64))[None].to(self._forward.device)
-                result = self._forward.base(input_ids=given, past_key_values=remembered, use_cache=True)
+                result = self._forward.base(input_ids=given, **remembered, use_cache=True)
                 logits = self._forward.logits(result.last_hidden_state[:, -1:])[:, 0].float().cpu().numpy()
-            remembered = result.past_key_values
             whose, seed = jnp.array([prompt.sample_index], jnp.int32), jnp.uint32(sampling.seed)
             unseeded = dataclasses.replace(sampling, seed=0)
             tokens[step] = int(unseeded.choose(jnp.asarray(logits), whose, jnp.int32(step), seed)[0])

@@ -99,13 +99,27 @@ def load_ours(model: OpenModel, layers: int, dtype: torch.dtype, head: bool = Fa
         loaded = kind.from_config(config, dtype=dtype, **_attention(model)).eval()
         loaded.tie_weights()  # which is part of what is left out
     stored = model.checkpoint.names()
+    heads = _stored_heads(loaded, model) if head else {}
     with torch.no_grad():
         for name, parameter in loaded.named_parameters():
-            whole = name if head else model.family.prefix + name
+            whole = heads.get(name, name) if head else model.family.prefix + name
             bare = whole.removeprefix(model.family.prefix)
             values = model.checkpoint.read(whole if whole in stored else bare)
             parameter.copy_(torch.from_numpy(values.astype(np.float32)))
     return loaded
+
+
+def _stored_heads(loaded: Any, model: OpenModel) -> dict[str, str]:
+    """A parameter of the head -> its name in a checkpoint, which need not be that in the model."""
+    sources = model.port.sources(model.config)
+    ours = dict(loaded.get_output_embeddings().named_parameters())
+    stored = {"weight": sources.get("head"), "bias": sources.get("head_bias")}
+    return {
+        name: source.names[0]
+        for name, parameter in loaded.named_parameters()
+        for kind, source in stored.items()
+        if source is not None and parameter is ours.get(kind)
+    }
 
 
 def hooked_modules(loaded: Any, model: OpenModel) -> Mapping[str, Module]:

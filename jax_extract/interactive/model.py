@@ -301,6 +301,24 @@ class Model:
         )
         return collected_gradients(self._job(plan), samples, found)
 
+    def logits_of(self, rows: Any) -> np.ndarray:
+        """What the final norm and the head make of rows of the residual stream: the logit lens.
+
+        Args:
+          rows: [rows, width], such as those of `after_block`.
+
+        Returns:
+          float32 [rows, vocabulary].
+
+        Raises:
+          UserError: they have another width.
+        """
+        width = self.config.hidden_size
+        values = np.asarray(rows, np.float32)
+        if values.ndim != 2 or values.shape[1] != width:  # noqa: PLR2004 (rows and width)
+            raise UserError(f"rows have the shape {list(values.shape)}; expected [rows, {width}]")
+        return self._program.logits_of(values)
+
     def extract(
         self,
         texts: Sequence[str] | Mapping[str, str],

@@ -186,6 +186,15 @@ class TorchForward:
             job.edits,
         )
 
+    def logits_of(self, rows: np.ndarray) -> np.ndarray:
+        """See `ForwardProgram.logits_of`."""
+        path, _ = self.modules.get("final_norm", ("", ""))
+        if not path:
+            raise UserError("no port computes this model, so where its final norm lies is not known here")
+        with torch.inference_mode():
+            given = torch.from_numpy(rows)[None].to(self.device, next(self._causal.parameters()).dtype)
+            return self.logits(self.base.get_submodule(path)(given))[0].float().cpu().numpy()
+
     def answering(self, model: OpenModel) -> TorchAnswers:
         from jax_extract.pytorch.answering import TorchAnswers
 

@@ -20,6 +20,7 @@ import yaml
 
 from jax_extract.errors import UserError
 from jax_extract.inputs.chat import NOT_VARIABLES
+from jax_extract.layer_words import ALIASES, OPTION, LayerWord, layer_words
 from jax_extract.store.storage.verbs import BUCKET_SCHEME
 from models.hooks import DEFAULT_HOOK_POINT
 
@@ -61,7 +62,8 @@ class ExtractConfig:
       capture_answers: keep activations of the answers' tokens too, behind those of their prompts.
       solutions_file: solutions of the ARC tasks, {"task id": [grid, …]}, where the tasks do not hold them.
       revision: branch, tag or commit of a hub model.
-      layers_to_extract: layers, counted from 0; by default 10 to 23, or what the model has of them.
+      layers_to_extract: layers (--layers and --layer mean the same), counted from 0, or from the end: 12, -1 (the
+        last), 10-23 (both among them), all, or several of these; by default 10-23, or what the model has of them.
       hook_points: where in the block, by name, TransformerLens name or glob.
       positions: which tokens: all, last, mean, first:n, every:k, at:i,j,…
       backend: jax, or torch for any causal language model that Hugging Face has, by forward hooks, on one device.
@@ -120,7 +122,7 @@ class ExtractConfig:
     capture_answers: bool = False
     solutions_file: str | None = None
     revision: str | None = None
-    layers_to_extract: tuple[int, ...] | None = None
+    layers_to_extract: tuple[LayerWord, ...] | None = None
     hook_points: tuple[str, ...] = (DEFAULT_HOOK_POINT,)
     positions: str = "last"
     backend: Literal["jax", "torch"] = "jax"
@@ -154,6 +156,7 @@ class ExtractConfig:
     def __post_init__(self) -> None:
         if isinstance(self.chat_template_kwargs, Mapping):  # as YAML and Python have it
             object.__setattr__(self, "chat_template_kwargs", _as_json(self.chat_template_kwargs))
+        object.__setattr__(self, OPTION, layer_words(self.layers_to_extract))
 
     def check(self) -> None:
         """Refuses values that no run can have; `extract_to_directory` calls it first."""
@@ -302,7 +305,7 @@ class Captures(Protocol):
     @property
     def hook_points(self) -> tuple[str, ...]: ...
     @property
-    def layers_to_extract(self) -> tuple[int, ...] | None: ...
+    def layers_to_extract(self) -> tuple[LayerWord, ...] | None: ...
 
 
 def check_captures(config: Captures) -> None:
@@ -347,7 +350,9 @@ def _check_type(name: str, value: object) -> None:
             if value in typing.get_args(option):
                 return
         elif typing.get_origin(option) is tuple:
-            if isinstance(value, tuple) and all(type(item) is typing.get_args(option)[0] for item in value):
+            members = typing.get_args(option)[0]
+            kinds = typing.get_args(members) or (members,)
+            if isinstance(value, tuple) and all(type(item) in kinds for item in value):
                 return
         elif type(value) is option or (option is float and type(value) is int):
             return
@@ -371,11 +376,15 @@ def from_mapping(values: Mapping[str, Any], defaults: ExtractConfig, origin: str
     """`defaults` with some fields replaced; UserError naming an unknown field and its nearest name."""
     known = {field.name for field in dataclasses.fields(ExtractConfig)}
     for name in values:
-        if name not in known:
+        if name not in known and name not in ALIASES:
             near = difflib.get_close_matches(str(name), known, n=1)
             nearest = f"; the nearest is {near[0]!r}" if near else ""
             raise UserError(f"{origin} has the unknown option {name!r}{nearest}")
     clean = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    if len(given := [name for name in ALIASES if name in clean]) > 1:
+        raise UserError(f"{origin} has both {given[0]} and {given[1]}, which mean the same; leave one of them out")
+    for name in given:
+        clean[OPTION] = clean.pop(name)
     if isinstance(clean.get("mesh_shape"), tuple):
         clean["mesh_shape"] = ",".join(map(str, clean["mesh_shape"]))
     return dataclasses.replace(defaults, **clean)

@@ -315,12 +315,6 @@ def test_in_a_log_progress_is_a_line_every_30_seconds_and_one_at_the_end(
     assert said.endswith("ktok/s]\n") and "120k" in said.splitlines()[-1]
 
 
-@pytest.mark.parametrize("layers", ["10-12", "10,11", "10:12"])
-def test_layers_written_as_a_range_are_told_how_to_be_written(layers: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["extract", "--model_path", "m", "--layers_to_extract", layers]) == 2
-    assert "write the layers with spaces: 10 11 12" in capsys.readouterr().err
-
-
 def test_a_second_configuration_file_is_refused_instead_of_replacing_the_first(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -17,6 +17,7 @@ from jax_extract.extraction.prepare import Job, wrapping_of
 from jax_extract.inputs.planning.windows import shapes_of
 from jax_extract.inputs.text import named_texts
 from jax_extract.inputs.wrapping import Kept
+from jax_extract.layer_words import Layers, layer_words
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.memory import MemorySink
 from jax_extract.store.reader import Run
@@ -28,7 +29,7 @@ def extract(
     model: str,
     texts: Sequence[str] | Mapping[str, str],
     *,
-    layers: Iterable[int] | int | None = None,
+    layers: Layers | None = None,
     hook_points: Iterable[str] = (DEFAULT_HOOK_POINT,),
     positions: str = "last",
     progress: bool = False,
@@ -39,7 +40,9 @@ def extract(
     Args:
       model: Hugging Face folder, hub id or .gguf file.
       texts: prompts, with ids where it is a mapping; else the ids are "0", "1", ….
-      layers, hook_points, positions: as the flags of the command.
+      layers: 12, -1 (the last), "10-23" (both among them), "all", or a list of these; by default 10 to 23, or what the
+        model has of them.
+      hook_points, positions: as the flags of the command.
       progress: show the lines and the bar of the command.
       options: further fields of `ExtractConfig`: dtype, capture_dtype, batch_size, mesh_shape,
         max_seq_length, slab_tokens, chat_template, system_prompt, chat_template_kwargs (a dictionary will do),
@@ -56,10 +59,9 @@ def extract(
         raise UserError(
             f"extract has no option {unknown[0]!r}; its options are: {', '.join(sorted(_NOTEBOOK_OPTIONS))}"
         )
-    chosen = (layers,) if isinstance(layers, int) else None if layers is None else tuple(int(i) for i in layers)
     config = ExtractConfig(
         model_path=str(model),
-        layers_to_extract=chosen,
+        layers_to_extract=layer_words(layers, "layers"),
         hook_points=(hook_points,) if isinstance(hook_points, str) else tuple(hook_points),
         positions=positions,
         **options,

@@ -23,6 +23,7 @@ from jax_extract.extraction.summary import captures_text
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.sources import Source
 from jax_extract.inputs.text import named_texts
+from jax_extract.layer_words import Layers, LayerWord, layer_words
 from jax_extract.post_training.adapter_weights import FOLDER, Matrices, adapter_weights, save_adapter_weights
 from jax_extract.store.reader import Run
 from jax_extract.store.storage.verbs import BUCKET_SCHEME
@@ -45,7 +46,7 @@ class RepresentationExtractor:
     Attributes:
       model_path: Hugging Face folder, hub id, or .gguf file.
       revision: branch, tag or commit of a hub id.
-      layers: by default all.
+      layers: as `extract` takes them: 12, -1, "10-23" or a list of these; by default all.
       hook_points: by default the output of every block and the final hidden states.
       pooling: the mean over a text's tokens, or its last token.
       max_length: of a text in tokens; longer ones are cut at the end.
@@ -58,7 +59,7 @@ class RepresentationExtractor:
     model_path: str
     _: KW_ONLY
     revision: str | None = None
-    layers: Sequence[int] | int | None = None
+    layers: Layers | None = None
     hook_points: Sequence[str] | str = ("after_block", "final_norm")
     pooling: Pooling = "mean"
     max_length: int | None = None
@@ -72,10 +73,7 @@ class RepresentationExtractor:
         """UserError for what no representations can be had of."""
         given = {"model_path": str(self.model_path), "hook_points": _words(self.hook_points)}
         if self.layers is not None:
-            layers = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
-            if not all(isinstance(layer, int) for layer in layers):
-                raise UserError(f"layers {layers!r:.80} are not whole numbers; give numbers from 0")
-            given["layers"] = layers
+            given["layers"] = layer_words(self.layers, "layers")
         if self.pooling not in _POOLING_TEXT:
             raise UserError(f"pooling {self.pooling!r} is none of {', '.join(_POOLING_TEXT)}")
         for name, value in given.items():
@@ -179,11 +177,9 @@ class RepresentationExtractor:
             "allow_numeric_change": True,  # a run of one part is computed in one session, and tells in which
         }
 
-    def _layers(self) -> tuple[int, ...]:
-        if self.layers is not None:
-            assert not isinstance(self.layers, int)  # see above
-            return tuple(self.layers)
-        return tuple(range(self._model.config.num_hidden_layers))
+    def _layers(self) -> tuple[LayerWord, ...]:
+        words = layer_words(self.layers)
+        return ("all",) if words is None else words
 
     @cached_property
     def _model(self) -> OpenModel:

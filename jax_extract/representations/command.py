@@ -58,15 +58,14 @@ def token_representations(config: RepresentationsConfig, terminal: Terminal | No
         dataset = WalkDataset.open(user_path(config.dataset_dir, "--dataset_dir"), config.text_column)
         _require_same_vocabulary(model, dataset)
     use_devices(config.device)
-    return _Representations(config, folder, dataset, _job(config, model), terminal).run()
+    return _Representations(config, folder, dataset, _job(config), terminal).run()
 
 
-def _job(config: RepresentationsConfig, model: OpenModel) -> Job:
-    layers = tuple(range(model.config.num_hidden_layers)) if config.layers is None else config.layers
+def _job(config: RepresentationsConfig) -> Job:
     return Job.open(
         ExtractConfig(
             model_path=config.model_path,
-            layers_to_extract=layers,
+            layers_to_extract=("all",) if config.layers is None else config.layers,
             hook_points=config.representations,
             positions="all",
             dtype=config.dtype,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import importlib.metadata
 import io
 import itertools
@@ -26,6 +25,7 @@ from jax_extract import interruption, startup
 from jax_extract.devices import libtpu
 from jax_extract.errors import UserError
 from jax_extract.layer_words import ALIASES, layer_words
+from models.nearest import nearest
 
 if TYPE_CHECKING:
     from jax_extract.config import ExtractConfig
@@ -307,15 +307,15 @@ def _token_representations(argv: list[str]) -> None:
 
 
 def _refuse_unknown_flags(argv: list[str], kind: type, program: str) -> None:
-    """UserError that names the flag which is meant, or what there is instead of it."""
+    """UserError that names the flag which is meant, where one is near."""
     flags = [f"--{field.name}" for field in dataclasses.fields(kind)]
     flags += [f"--{alias}" for alias in ALIASES if _layers_field(kind)]
     for word in argv:
         flag = _plain(word.partition("=")[0])
         if not word.startswith("--") or word == "--" or flag in (*flags, "--help"):
             continue
-        near = difflib.get_close_matches(flag, flags, n=1)
-        mend = f"did you mean {near[0]}? {program} --help" if near else f"{program} --help"
+        near = nearest(flag.lstrip("-"), (known.lstrip("-") for known in flags))
+        mend = f"did you mean --{near}? {program} --help" if near else f"{program} --help"
         raise UserError(f"there is no flag {word.partition('=')[0]}; {mend} lists the flags")
 
 

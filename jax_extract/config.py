@@ -7,7 +7,6 @@ can be without looking at files or devices. Flags are spelled as the fields are.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import types
 import typing
@@ -23,6 +22,7 @@ from jax_extract.inputs.chat import NOT_VARIABLES
 from jax_extract.layer_words import ALIASES, OPTION, LayerWord, layer_words
 from jax_extract.store.storage.verbs import BUCKET_SCHEME
 from models.hooks import DEFAULT_HOOK_POINT
+from models.nearest import nearest
 
 _LARGEST = 2**31 - 1
 _LEAST_CONTEXT = 2  # a token before it, and one of a text
@@ -373,13 +373,12 @@ def _expected(options: Sequence[Any]) -> str:
 
 
 def from_mapping(values: Mapping[str, Any], defaults: ExtractConfig, origin: str) -> ExtractConfig:
-    """`defaults` with some fields replaced; UserError naming an unknown field and its nearest name."""
+    """`defaults` with some fields replaced; UserError naming an unknown field and one that is near it."""
     known = {field.name for field in dataclasses.fields(ExtractConfig)}
     for name in values:
         if name not in known and name not in ALIASES:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            nearest = f"; the nearest is {near[0]!r}" if near else ""
-            raise UserError(f"{origin} has the unknown option {name!r}{nearest}")
+            meant = f"; the nearest is {near!r}" if (near := nearest(str(name), known)) else ""
+            raise UserError(f"{origin} has the unknown option {name!r}{meant}")
     clean = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     if len(given := [name for name in ALIASES if name in clean]) > 1:
         raise UserError(f"{origin} has both {given[0]} and {given[1]}, which mean the same; leave one of them out")

@@ -1,7 +1,7 @@
 """Layers as people write them: `12`, `-1` (the last one), `10-23` (both ends among them), `all`, and several of these.
 
-In: a word, a number or a list of them, from a flag, a YAML file or a notebook. Out: the words one by one, checked as far
-as they can be without a model, and for a model of so many layers the numbers that they mean.
+In: a word, a number or a list of them, from a flag, a YAML file or a notebook. Out: the words one by one, checked as
+far as they can be without a model, and for a model of so many layers the numbers that they mean.
 """
 
 from __future__ import annotations

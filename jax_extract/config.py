@@ -64,7 +64,8 @@ class ExtractConfig:
       revision: branch, tag or commit of a hub model.
       layers_to_extract: layers (--layers and --layer mean the same), counted from 0, or from the end: 12, -1 (the
         last), 10-23 (both among them), all, or several of these; by default 10-23, or what the model has of them.
-      hook_points: where in the block, by name, TransformerLens name or glob.
+      hook_points: where in the block, by name, TransformerLens name or glob. after_block of layer 12 is Hugging Face's
+        hidden_states[13], embeddings are hidden_states[0], and final_norm is hidden_states[-1].
       positions: which tokens: all, last, mean, first:n, every:k, at:i,j,…
       backend: jax, or torch for any causal language model that Hugging Face has, by forward hooks, on one device.
       device: of the torch backend: cpu, cuda or cuda:N; by default the first GPU, if there is one.

@@ -25,6 +25,7 @@ from jax_extract import interruption, startup
 from jax_extract.devices import libtpu
 from jax_extract.errors import UserError
 from jax_extract.layer_words import ALIASES, layer_words
+from jax_extract.spelling import as_said
 from models.nearest import nearest
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def guarded(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_said(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # who reads the output has gone, as in `jax-extract inspect … | head`

@@ -20,6 +20,7 @@ import numpy as np
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.choice import use_devices
 from jax_extract.errors import UserError, user_path
+from jax_extract.extraction.jax_backend import open_mesh
 from jax_extract.extraction.loop import STEPS_IN_MEMORY, LoopStatistics, run_parts
 from jax_extract.extraction.prepare import Job
 from jax_extract.extraction.summary import captures_text, tell_model
@@ -37,6 +38,7 @@ from jax_extract.store.budget import ByteBudget, default_limit
 from jax_extract.store.folders import require_usable, write_file
 from jax_extract.terminal import Terminal, bytes_text, plural
 from jax_extract.weights.open_model import OpenModel
+from models.hooks import resolve_hook_points
 
 NPZ_FILE, INFO_FILE = "token_representations.npz", "representation_info.json"
 _TOKENS_AT_ONCE, _WALKS_AT_ONCE = 512, 64
@@ -52,6 +54,11 @@ def token_representations(config: RepresentationsConfig, terminal: Terminal | No
     terminal = terminal or Terminal()
     folder = user_path(config.representation_dir, "--representation_dir")
     require_usable(folder, "--representation_dir")
+    if config.check_only:
+        resolve_hook_points(config.representations)
+        use_devices(config.device)
+        open_mesh(config.mesh_shape)
+        return {}
     model = OpenModel.open(config.model_path)
     dataset = None
     if config.dataset_dir is not None:

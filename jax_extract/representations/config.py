@@ -33,6 +33,8 @@ class RepresentationsConfig:
       device: auto, cpu, gpu or tpu.
       mesh_shape: DATA,MODEL over all devices; by default all on DATA.
       batch_size: samples that a device computes at once; by default 512 tokens, or 64 walks.
+      check_only: refuse what would be refused of these options, and compute nothing; model_path and dataset_dir may
+        still have to be made.
     """
 
     model_path: str
@@ -47,6 +49,7 @@ class RepresentationsConfig:
     device: DeviceChoice = "auto"
     mesh_shape: str | None = None
     batch_size: int | None = None
+    check_only: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", layer_words(self.layers, "--layers"))

@@ -40,6 +40,8 @@ class TrainConfig:
       text_column: field of the .jsonl files that holds the walk, words between spaces.
       overwrite: remove the training in output_dir and start anew.
       allow_numeric_change: go on although devices or library versions changed, which changes the last bits.
+      check_only: refuse what would be refused of these options, and train nothing; dataset_dir may still have to be
+        made.
     """
 
     model_config: str
@@ -60,6 +62,7 @@ class TrainConfig:
     text_column: str = TEXT_COLUMN
     overwrite: bool = False
     allow_numeric_change: bool = False
+    check_only: bool = False
 
     def check(self) -> None:
         for name in "epochs batch_size grad_accum save_steps eval_steps logging_steps".split():

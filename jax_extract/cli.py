@@ -26,6 +26,7 @@ from jax_extract.devices import libtpu
 from jax_extract.errors import UserError
 from jax_extract.layer_words import ALIASES, layer_words
 from jax_extract.spelling import as_said
+from jax_extract.terminal import folded
 from models.nearest import nearest
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ commands:
   finetune   train a model on a benchmark task, whole or by LoRA
   representations
              rows of every layer for all models that finetune has trained, and for their base model
-  compile    what a run will need on a TPU slice: memory, traffic, time, cost; by its compiler, without a TPU
+  compile    what a run will need on a TPU slice, by the TPU's compiler: memory, traffic, time, cost
   inspect    summarise a run, or one shard
   status     which parts of a run are committed, missing and torn
   verify     read a run again and recompute samples of it
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(importlib.metadata.version("jax_extract"))
         return 0
     if argv[0] not in _COMMANDS:
-        print(f"error: unknown command {argv[0]!r}; the commands are: {', '.join(_COMMANDS)}", file=sys.stderr)
+        _say_error(f"unknown command {argv[0]!r}; the commands are: {', '.join(_COMMANDS)}")
         return 2
     return guarded(lambda: _COMMANDS[argv[0]](argv[1:]))
 
@@ -101,18 +102,23 @@ def guarded(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
     except UserError as error:
-        print(f"error: {as_said(str(error))}", file=sys.stderr)
+        _say_error(as_said(str(error)))
         return 2
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # who reads the output has gone, as in `jax-extract inspect … | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return _PIPE_CLOSED
         place = f"{error.filename} cannot be used" if error.filename else "the system refused"
-        print(f"error: {place} ({error.strerror or error}); check its permissions and the disk", file=sys.stderr)
+        _say_error(f"{place} ({error.strerror or error}); check its permissions and the disk")
         return 2
     except KeyboardInterrupt:
         interruption.say()
         return interruption.EXIT_CODE
+
+
+def _say_error(sentence: str) -> None:
+    """One line in a log, where it is searched for; on a terminal as many as it takes."""
+    print(folded("error: ", sentence) if sys.stderr.isatty() else f"error: {sentence}", file=sys.stderr)
 
 
 def _quiet_libraries() -> None:

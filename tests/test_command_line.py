@@ -89,7 +89,7 @@ def test_the_documented_command_works_quietly_and_its_shards_are_where_the_docum
     assert not re.search("warn", done.stdout + done.stderr, re.IGNORECASE)
     bar = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
     assert bar
-    assert all(line.startswith("extract:") for line in bar)
+    assert all(line.startswith("computing:") for line in bar)
     inspected = run_cli("inspect", "activations", cwd=tmp_path, script=None)
     assert (inspected.returncode, inspected.stderr) == (0, "")
     assert "mean norm" in inspected.stdout
@@ -271,7 +271,7 @@ def test_the_work_goes_on_when_the_reader_of_its_log_has_gone(monkeypatch: pytes
     os.close(reader)  # as `extract 2>&1 | head -1` does
     with os.fdopen(log, "w") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
-        monkeypatch.setattr("jax_extract.terminal._LOG_SECONDS", 0.0)
+        monkeypatch.setattr("jax_extract.progress._LOG_SECONDS", 0.0)
         with Terminal().progress(3) as bar:
             for _ in range(3):
                 bar.update(1)  # raises nothing
@@ -293,8 +293,8 @@ def test_a_reader_that_has_gone_is_told_by_the_exit_code_of_the_shell() -> None:
 @pytest.mark.parametrize(
     ("total", "lines"),
     [
-        (100_000, ["extract: 30% 30.0k/100k [00:30<01:10, 1.00ktok/s]", "extract: 60% 60.0k/100k"]),
-        (None, ["extract: 30.0k [00:30, 1.00ktok/s]", "extract: 60.0k ["]),
+        (100_000, ["computing: 30% 30.0k/100k [00:30<01:10, 1.00k tokens/s]", "computing: 60% 60.0k/100k"]),
+        (None, ["computing: 30.0k [00:30, 1.00k tokens/s]", "computing: 60.0k ["]),
     ],
 )
 def test_in_a_log_progress_is_a_line_every_30_seconds_and_one_at_the_end(
@@ -312,7 +312,7 @@ def test_in_a_log_progress_is_a_line_every_30_seconds_and_one_at_the_end(
     assert "\r" not in said
     assert len(said.splitlines()) == 3
     assert all(line.startswith(start) for line, start in zip(said.splitlines(), lines, strict=False))
-    assert said.endswith("ktok/s]\n") and "120k" in said.splitlines()[-1]
+    assert said.endswith("k tokens/s]\n") and "120k" in said.splitlines()[-1]
 
 
 def test_a_second_configuration_file_is_refused_instead_of_replacing_the_first(

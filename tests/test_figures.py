@@ -64,7 +64,7 @@ def test_a_loop_and_metadata_have_the_shares_that_its_steps_have() -> None:
     together = LoopStatistics.side_by_side([vars(busy), vars(waiting)])
     assert (together.tokens, together.slab_tokens, together.idle_tokens) == (4 * 300, 8 * 512, 4 * 512)
     assert hosts_text(together) == "2 steps; the host that sat out most had nothing to compute in 1 of them (50.0%)"
-    assert hosts_text(busy) == "2 steps; every host had slabs to compute in each"
+    assert hosts_text(busy) == "2 steps; every host had something to compute in each"
     sessions = [vars(busy), vars(waiting)]
     assert metadata._share(sessions, metadata._idle) == 0.5
     assert metadata._share(sessions, metadata._padding) == pytest.approx(0.5 - 1_200 / 4_096)

@@ -14,10 +14,12 @@ from jax_extract.config import ExtractConfig
 from jax_extract.errors import UserError
 from jax_extract.extraction.loop import STEPS_IN_MEMORY, LoopStatistics, run_parts
 from jax_extract.extraction.prepare import Job, wrapping_of
+from jax_extract.inputs.planning.slabs import SlabShape
 from jax_extract.inputs.planning.windows import shapes_of
 from jax_extract.inputs.text import named_texts
 from jax_extract.inputs.wrapping import Kept
 from jax_extract.layer_words import Layers, layer_words
+from jax_extract.progress import LOADING
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.memory import MemorySink
 from jax_extract.store.reader import Run
@@ -77,12 +79,16 @@ def extract(
     pending = [part for window in windows for part in window.parts]
     shapes = shapes_of(pending)
     budget = ByteBudget(STEPS_IN_MEMORY * job.bytes_on_host(shapes))
-    with Terminal(silent=not progress).progress(counts.tokens) as bar:
+    terminal = Terminal(silent=not progress)
+    with terminal.waiting(LOADING) as waiting:
+        program = job.program(job.weights(), windows[0].shapes, say=waiting.say)
+    cost = job.step_cost
+    with terminal.progress(counts.tokens, cost=cost.of_all(job.step_counts(pending).steps)) as bar:
 
-        def advance(so_far: LoopStatistics) -> None:
-            bar.update(so_far.tokens - bar.n)
+        def advance(so_far: LoopStatistics, shape: SlabShape) -> None:
+            bar.spend(so_far.tokens - bar.n, cost(shape), so_far.seconds)
 
-        statistics = run_parts(pending, job.program(job.weights(), windows[0].shapes), sink, budget, advance)
+        statistics = run_parts(pending, program, sink, budget, advance, bar.say)
     metadata = {
         **job.identity(),
         **job.description(),

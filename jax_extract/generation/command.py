@@ -12,6 +12,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -70,12 +71,14 @@ from jax_extract.inputs.sources import Source
 from jax_extract.inputs.token_table import TokenizedSample
 from jax_extract.inputs.tokenize import InputCounts, tokenizer_digest
 from jax_extract.inputs.wrapping import Kept
+from jax_extract.progress import COMPILING, LOADING, Progress
 from jax_extract.terminal import Terminal, plural, share_text
 from jax_extract.weights.load import Weights
 from models.layers import Numerics
 
 _NO_TOKEN_BEYOND = 2**31
 _FEW_ENDED = 0.5  # of answers
+_ANSWERING = "answering"
 _SHARE_OF_MEMORY = 0.5  # of a device, that whole parameters may take
 
 
@@ -197,7 +200,8 @@ class _Inference:
         pending = [batch for batch in ordered if batch.number not in there]
         if pending:
             self._tell(samples, batches, pending, sampling)
-            program = self._program(weights, sampling)
+            with self.terminal.waiting(LOADING):
+                program = self._program(weights, sampling)
             plans = readings(batches, self._backend.devices, self.job.plan_settings(config))
             by_number = {batch.number: plan for batch, plan in zip(batches, plans, strict=True)}
             answerer = _Answerer(self, program, files, most)
@@ -413,6 +417,7 @@ class _Answerer:
     Attributes:
       most: tokens of an answer.
       counts: so far.
+      known: shapes of what was computed already, the programs of which are there.
     """
 
     inference: _Inference
@@ -420,6 +425,7 @@ class _Answerer:
     files: AnswerFiles
     most: int
     counts: _Counts = field(default_factory=_Counts)
+    known: set[tuple[int, ...]] = field(default_factory=set)
 
     def run(self, batches: Sequence[tuple[Batch, Reading]]) -> dict[int, list[Answer]]:
         done: dict[int, list[Answer]] = {}
@@ -431,7 +437,7 @@ class _Answerer:
         total = sum(prompt.length + self.most for batch, _ in batches for prompt in batch.samples)
         start = time.monotonic()
         with (
-            self.inference.terminal.progress(total, "answer") as bar,
+            self.inference.terminal.progress(total, _ANSWERING) as bar,
             on_preemption(wind_up, linger=processes.count > 1 and processes.is_first),
         ):
             for batch, reading in batches:
@@ -449,14 +455,14 @@ class _Answerer:
         """What another independent worker has answered meanwhile."""
         return self.files.read(batch) if self.inference.config.worker_id is not None else None
 
-    def _answers(self, batch: Batch, reading: Reading, bar: Any) -> list[Answer]:
+    def _answers(self, batch: Batch, reading: Reading, bar: Progress) -> list[Answer]:
         pieces = list(self._steps(batch, reading, bar))
         tokens = np.concatenate(pieces, axis=1)[:, : self.most]
         by_sample = {prompt.sample_index: tokens[place] for place, prompt in reading.prompts()}
         return [self._answer(prompt, by_sample[prompt.sample_index]) for prompt in batch.samples]
 
     @refusing_exhaustion()
-    def _steps(self, batch: Batch, reading: Reading, bar: Any) -> Iterator[np.ndarray]:
+    def _steps(self, batch: Batch, reading: Reading, bar: Progress) -> Iterator[np.ndarray]:
         """int32 [rows, STEPS] until all answers have ended or are as long as they may be."""
         lengths, samples = (np.zeros(reading.devices * reading.rows, np.int32) for _ in range(2))
         for place, prompt in reading.prompts():
@@ -464,19 +470,30 @@ class _Answerer:
         columns = batch.columns + -(-self.most // STEPS) * STEPS
         state = self.program.start(lengths, samples, batch.columns, columns)
         for slabs in reading.steps():
-            state = self.program.read(state, slabs.tokens, slabs.lengths, slabs.rows)
-            jax.block_until_ready(state.token)  # what is told to be read has been
+            with self._compiling(bar, (*slabs.tokens.shape, *slabs.lengths.shape, len(lengths), columns)):
+                state = self.program.read(state, slabs.tokens, slabs.lengths, slabs.rows)
+                jax.block_until_ready(state.token)  # what is told to be read has been
             self._count(bar, read=int(slabs.lengths.sum()))
         state = self.program.ready(state)
         for at in range(0, self.most, STEPS):
-            state, told, unfinished = self.program.answer(state)
-            piece = np.asarray(told)
+            with self._compiling(bar, (len(lengths), columns)):
+                state, told, unfinished = self.program.answer(state)
+                piece = np.asarray(told)
             self._count(bar, written=int(np.sum(piece[:, : self.most - at] != NO_TOKEN)))
             yield piece
             if not int(unfinished):
                 return
 
-    def _count(self, bar: Any, read: int = 0, written: int = 0) -> None:
+    @contextmanager
+    def _compiling(self, bar: Progress, shape: tuple[int, ...]) -> Iterator[None]:
+        """Says so where a program is compiled inside, which the first of a shape does."""
+        if shape not in self.known:
+            bar.say(COMPILING)
+        yield
+        self.known.add(shape)
+        bar.say(_ANSWERING)
+
+    def _count(self, bar: Progress, read: int = 0, written: int = 0) -> None:
         bar.update(read + written)
         self.counts.read += read
         self.counts.written += written

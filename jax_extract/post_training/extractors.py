@@ -19,7 +19,7 @@ from jax_extract.errors import UserError, user_path
 from jax_extract.extraction.command import extract_to_directory
 from jax_extract.extraction.notebook import extract
 from jax_extract.extraction.prepare import Job
-from jax_extract.extraction.summary import captures_text
+from jax_extract.extraction.summary import captures_text, slower_text
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.sources import Source
 from jax_extract.inputs.text import named_texts
@@ -102,6 +102,10 @@ class RepresentationExtractor:
         """What is captured and how it is computed, for a person."""
         backend = self._job.backend
         return f"{captures_text(self._job.plan)}; in {backend.dtype} with {backend.name} on {backend.device_kind}"
+
+    def note(self) -> str | None:
+        """Where another backend would be faster."""
+        return slower_text(self._job)
 
     @cached_property
     def _job(self) -> Job:

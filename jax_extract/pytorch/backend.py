@@ -15,7 +15,7 @@ import numpy as np
 
 from jax_extract.devices.platform import PlatformDefaults
 from jax_extract.errors import UserError
-from jax_extract.extraction.backend import holds_several_a_row
+from jax_extract.extraction.backend import Say, holds_several_a_row, silent
 from jax_extract.inputs.planning.slabs import PlanSettings, SlabShape
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
@@ -136,6 +136,7 @@ class TorchBackend:
         shapes: Iterable[SlabShape],
         needed: Sequence[SlabShape],
         rows_travel: bool = False,
+        say: Say = silent,
     ) -> Any:
         import torch
 

@@ -25,12 +25,14 @@ from jax_extract.extraction.loop import STEPS_IN_MEMORY, LoopStatistics, run_par
 from jax_extract.extraction.prepare import Job
 from jax_extract.extraction.summary import captures_text, tell_model
 from jax_extract.inputs.graphs import Graph
+from jax_extract.inputs.planning.slabs import SlabShape
 from jax_extract.inputs.planning.windows import Part, Window, plan_windows
 from jax_extract.inputs.text import jsonl_samples
 from jax_extract.inputs.token_table import TokenizedSample
 from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.inputs.walk_dataset import WalkDataset
 from jax_extract.inputs.wrapping import Wrapping
+from jax_extract.progress import LOADING
 from jax_extract.representations.averages import TokenMeans, bytes_of_sums
 from jax_extract.representations.config import RepresentationsConfig
 from jax_extract.representations.distances import GraphDistances, graph_distances, measurable
@@ -133,15 +135,16 @@ class _Representations:
         if (first := next(windows, None)) is None:
             raise UserError("the walks hold no token; make the dataset anew with jax-extract walks")
         budget = ByteBudget(STEPS_IN_MEMORY * job.bytes_on_host(first.shapes))
-        program = job.program(job.weights(), first.shapes, first.shapes[-1:])
+        with self.terminal.waiting(LOADING) as waiting:
+            program = job.program(job.weights(), first.shapes, first.shapes[-1:], waiting.say)
         means = TokenMeans(job.sites, vocab_size)
         total = vocab_size if self.config.source == "tokens" else None
-        with self.terminal.progress(total, "extract") as bar:
+        with self.terminal.progress(total) as bar:
 
-            def advance(so_far: LoopStatistics) -> None:
+            def advance(so_far: LoopStatistics, _: SlabShape) -> None:
                 bar.update(so_far.tokens - bar.n)
 
-            run_parts(_parts(itertools.chain([first], windows)), program, means, budget, advance)
+            run_parts(_parts(itertools.chain([first], windows)), program, means, budget, advance, bar.say)
         return means
 
     def _samples(self, vocab_size: int, counts: InputCounts) -> Iterator[TokenizedSample]:

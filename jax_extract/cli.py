@@ -59,11 +59,11 @@ jax-extract COMMAND --help lists the options of each.
 _PIPE_CLOSED = 128 + signal.SIGPIPE  # as a shell has it
 _CONFIG_FLAG = "--config"
 _EXTRACT_HELP = (
-    "Extract activations of a language model, matched to tokens. "
+    "Extract activations of a language model, matched to tokens.\n\n"
     f"Options can also come from a YAML file: {_CONFIG_FLAG} FILE; flags go over it."
 )
 _GENERATE_HELP = (
-    "Answer prompts, into answers.jsonl and, for ARC tasks, submission.json in --activations_dir; no activations. "
+    "Answer prompts, into answers.jsonl and, for ARC tasks, submission.json in --activations_dir.\n\n"
     f"Options can also come from a YAML file: {_CONFIG_FLAG} FILE; flags go over it."
 )
 

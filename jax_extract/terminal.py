@@ -7,6 +7,7 @@ standard error (`progress`).
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -16,6 +17,8 @@ from jax_extract.progress import COMPUTING, WIDEST, Progress, Waiting, progress
 
 _LABEL = 9
 _NARROWEST = 60  # columns; a narrower terminal breaks lines by itself
+_COMMAND = re.compile(r"jax-extract [a-z-]+( [^\s;,]+)?( --\w+)*")
+_HELD = "\0"  # a space that no line ends at
 _PRECISE = 10  # of a unit of time; below it, one digit more is told
 _SHORTEST = 0.1  # seconds
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -92,19 +95,21 @@ class _Forwarded(Progress):
 def folded(start: str, text: str, width: int | None = None) -> str:
     """`start` and a text, over several lines where it is wide; they are broken between words and begin below it.
 
+    What is to be copied stays on one line, however wide: a path, and a command of ours.
+
     Args:
       width: by default that of the terminal, `WIDEST` at most.
     """
     lines = textwrap.wrap(
-        text,
+        _COMMAND.sub(lambda command: command[0].replace(" ", _HELD), text),
         width or max(_NARROWEST, min(WIDEST, shutil.get_terminal_size((WIDEST, 0)).columns)),
         initial_indent=start,
         subsequent_indent=" " * len(start),
-        break_long_words=False,  # a path stays whole
+        break_long_words=False,
         break_on_hyphens=False,
         replace_whitespace=False,
     )
-    return "\n".join(lines) or start
+    return "\n".join(lines).replace(_HELD, " ") or start
 
 
 def bytes_text(count: float) -> str:

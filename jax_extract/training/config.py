@@ -19,7 +19,9 @@ _LARGEST_RATE = 1e38  # of float32
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a small language model on walks. The same command again goes on from the last whole checkpoint.
+    """Train a small language model on walks.
+
+    The same command again goes on from the last whole checkpoint.
 
     Attributes:
       model_config: Hugging Face config.json of a Llama, Mistral, Qwen2 or Qwen3; the data decides its vocabulary.

@@ -1,7 +1,7 @@
 """The command that goes on with a run: the one that began it, from the options that lie beside it.
 
-In: a run and the place that it was found in. Out: a command as a shell takes it, over as many lines as it needs, without
-what one of several processes says of itself, what is so by default, and passwords.
+In: a run and the place that it was found in. Out: a command as a shell takes it, over as many lines as it needs; what
+one of several processes says of itself is left out, and so is what is so by default. Passwords are not told.
 """
 
 from __future__ import annotations

@@ -30,7 +30,9 @@ Place = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PLACE")]
 
 @dataclass(frozen=True)
 class StatusConfig:
-    """Show which parts of a run are committed, missing and torn. Exit code 0 when the run is complete, else 1.
+    """Show which parts of a run are committed, missing and torn.
+
+    Exit code 0 when the run is complete, else 1.
 
     Attributes:
       place: run directory or gs://bucket/prefix.
@@ -41,7 +43,9 @@ class StatusConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Remove files that no record names. Only when nothing writes to the run: a part that is being written would go.
+    """Remove files that no record names.
+
+    Only when nothing writes to the run: a part that is being written would go.
 
     Attributes:
       place: run directory or gs://bucket/prefix.

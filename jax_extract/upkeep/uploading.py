@@ -30,7 +30,9 @@ from jax_extract.terminal import Terminal, bytes_text, plural
 
 @dataclass(frozen=True)
 class UploadConfig:
-    """Upload a run. Exit code 0 when all is in the bucket, 1 when parts are still to be computed, 2 after trouble.
+    """Upload a run.
+
+    Exit code 0 when all is in the bucket, 1 when parts are still to be computed, 2 after trouble.
 
     Attributes:
       directory: run directory.

@@ -17,7 +17,7 @@ from jax_extract.progress import COMPUTING, WIDEST, Progress, Waiting, progress
 
 _LABEL = 9
 _NARROWEST = 60  # columns; a narrower terminal breaks lines by itself
-_COMMAND = re.compile(r"jax-extract [a-z-]+( [^\s;,]+)?( --\w+)*")
+_TOGETHER = re.compile(r"jax-extract [a-z-]+( [^\s;,]+)?( --\w+)*|(?<=\d) (?=[A-Za-z])")
 _HELD = "\0"  # a space that no line ends at
 _PRECISE = 10  # of a unit of time; below it, one digit more is told
 _SHORTEST = 0.1  # seconds
@@ -95,13 +95,13 @@ class _Forwarded(Progress):
 def folded(start: str, text: str, width: int | None = None) -> str:
     """`start` and a text, over several lines where it is wide; they are broken between words and begin below it.
 
-    What is to be copied stays on one line, however wide: a path, and a command of ours.
+    What belongs together stays on one line, however wide: a path, a command of ours, a number and its unit.
 
     Args:
       width: by default that of the terminal, `WIDEST` at most.
     """
     lines = textwrap.wrap(
-        _COMMAND.sub(lambda command: command[0].replace(" ", _HELD), text),
+        _TOGETHER.sub(lambda found: found[0].replace(" ", _HELD), text),
         width or max(_NARROWEST, min(WIDEST, shutil.get_terminal_size((WIDEST, 0)).columns)),
         initial_indent=start,
         subsequent_indent=" " * len(start),

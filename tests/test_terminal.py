@@ -204,6 +204,13 @@ def test_a_long_line_goes_on_below_its_text_and_a_path_stays_whole(monkeypatch: 
     assert max(map(len, folded("", "word " * 99).splitlines())) <= WIDEST
 
 
+def test_a_command_of_ours_and_a_number_with_its_unit_stay_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for words in ("jax-extract verify gs://bucket/run --damaged", "1,500,000 tokens/s", "3 min"):
+        for before in range(80):
+            assert words in folded("", f"{'x' * before} {words} {words}")
+
+
 def test_a_row_of_a_table_keeps_its_columns_on_a_narrow_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

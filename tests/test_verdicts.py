@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
-from small_run import make_model, random_weights, write_weights
+from small_run import make_model, random_weights, whole_lines, write_weights
 
 from jax_extract.config import ExtractConfig
 from jax_extract.extraction.command import extract_to_directory
@@ -63,10 +63,10 @@ def test_rows_that_overflowed_are_counted_named_and_not_vouched_for(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(folder, tmp_path / "a", "float16")["not_finite_rows"] == 6
-    warning = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("warning"))
+    warning = next(line for line in whole_lines(capsys.readouterr().out).splitlines() if line.startswith("warning"))
     assert "6 rows hold infinite" in warning and "--capture_dtype bfloat16" in warning
     verdict = verify(str(tmp_path / "a"), samples=3)
-    out = capsys.readouterr().out
+    out = whole_lines(capsys.readouterr().out)
     assert (verdict.verdict, verdict.exit_status, verdict.damaged) == ("not finite", 1, [])
     assert all(site.ok for site in verdict.sites), "an infinity that the dtype makes of the truth is no error"
     assert [(found.hook, found.layer) for found in verdict.not_finite] == [("embeddings", None), ("residual_before", 0)]

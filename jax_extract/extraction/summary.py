@@ -155,8 +155,8 @@ def tell_plan(parts: Sequence[Part], counts: StepCounts, terminal: Terminal, few
     files = "" if len(parts) == batches else f" in {plural(len(parts), 'file')} a layer"
     terminal.line(
         "plan",
-        f"{plural(batches, 'batch')}{files}, {plural(len(shapes), 'program')} for rows of up to "
-        f"{plural(max(shapes).length, 'token')}; {shares_text(counts.shares, counts.devices > 1)}{unseen_text(counts)}",
+        f"{plural(batches, 'batch')}{files}, rows of up to {plural(max(shapes).length, 'token')} in "
+        f"{plural(len(shapes), 'shape')}; {shares_text(counts.shares, counts.devices > 1)}{unseen_text(counts)}",
     )
     if counts.shares.idle > IDLE_TOLD:
         terminal.line("note", idle_text(counts, sum(map(len, parts)), fewer))

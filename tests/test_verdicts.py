@@ -66,18 +66,19 @@ def test_rows_that_overflowed_are_counted_named_and_not_vouched_for(
     warning = next(line for line in whole_lines(capsys.readouterr().out).splitlines() if line.startswith("warning"))
     assert "6 rows hold infinite" in warning and "--capture_dtype bfloat16" in warning
     verdict = verify(str(tmp_path / "a"), samples=3)
-    out = whole_lines(capsys.readouterr().out)
+    out = capsys.readouterr().out
     assert (verdict.verdict, verdict.exit_status, verdict.damaged) == ("not finite", 1, [])
     assert all(site.ok for site in verdict.sites), "an infinity that the dtype makes of the truth is no error"
     assert [(found.hook, found.layer) for found in verdict.not_finite] == [("embeddings", None), ("residual_before", 0)]
     for found in verdict.not_finite:
         assert (found.rows, found.infinite, found.undefined, found.samples) == (3, 9, 0, 2)
         assert sorted(found.first_samples) == ["loud", "loud too"]
-    assert "residual_before of layer 0: 3 rows with 9 infinite values, of " in out and "'loud too'" in out
-    assert "--capture_dtype bfloat16 or float32" in out
+    whole = whole_lines(out)
+    assert "residual_before of layer 0: 3 rows with 9 infinite values, of " in whole and "'loud too'" in whole
+    assert "--capture_dtype bfloat16 or float32" in whole
     table = [line for line in out.splitlines() if line.strip().startswith(("embeddings  ", "residual_before  "))]
     assert [line.partition("ok")[2] for line in table] == [", but 3 rows NOT FINITE"] * 2
-    assert out.splitlines()[-1].startswith("verdict  not finite: 6 rows with infinite or undefined values")
+    assert whole.splitlines()[-1].startswith("verdict  not finite: 6 rows with infinite or undefined values")
     said = json.loads((tmp_path / "a" / VERIFICATION_FILE).read_text())
     assert said["not_finite"][0]["rows"] == 3 and said["verdict"] == "not finite"
 

@@ -247,9 +247,10 @@ def test_a_thief_whose_loot_is_to_be_written_again_goes_on() -> None:
 
     config: Any = SimpleNamespace(worker_id=1, num_workers=2)
     nothing: Any = None
-    session = Rounds(config, Processes(), nothing, Terminal(silent=True), nothing, None, nothing)
+    job: Any = SimpleNamespace(step_cost=None)  # no step is computed
+    session = Rounds(config, Processes(), job, Terminal(silent=True), nothing, None, nothing)
     closed: list[bool] = []
     program: Any = SimpleNamespace(close=lambda: closed.append(True))
-    session.compute(list, {}, None, lambda: program)
+    session.compute(list, {}, None, lambda _: program)
     assert next(asked, None) is None
     assert closed == [True], "once, after all rounds"

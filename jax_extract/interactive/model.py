@@ -50,6 +50,7 @@ from jax_extract.interactive.requests import (
     tokenized,
     with_answers,
 )
+from jax_extract.layer_words import Layers
 from jax_extract.store.reader import Run
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
@@ -323,7 +324,7 @@ class Model:
         self,
         texts: Sequence[str] | Mapping[str, str],
         *,
-        layers: Iterable[int] | int | None = None,
+        layers: Layers | None = None,
         hook_points: Iterable[str] = (DEFAULT_HOOK_POINT,),
         positions: str = "last",
         edits: Iterable[Edit] = (),
@@ -345,7 +346,7 @@ class Model:
         if made := Edits.of(edits, self._opened):
             made.require_seen(job.plan, False)
             job = replace(job, edits=made)
-        return extracted(job, config, named_texts(texts), progress, lambda _: self._capture_program(job))
+        return extracted(job, config, named_texts(texts), progress, lambda *_: self._capture_program(job))
 
     def _capture_program(self, job: Job) -> Any:
         if isinstance(self._backend, JaxBackend):

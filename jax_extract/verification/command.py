@@ -40,7 +40,9 @@ _SAMPLES_NAMED = 5  # on a line; verification.json names more
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Read every checksum of a run, and compute samples of it again. Exit code 1 when something is not as it should be.
+    """Read every checksum of a run, and compute samples of it again.
+
+    Exit code 1 when something is not as it should be.
 
     Attributes:
       place: run directory or gs://bucket/prefix.

@@ -107,7 +107,7 @@ class Comparison:
         }
         errors = {site.key: SiteErrors() for site in layout.sites}
         tokens = sum(sample.length for samples in self.chosen.values() for sample in samples)
-        with terminal.progress(tokens, "recompute") as bar:
+        with terminal.progress(tokens, "recomputing") as bar:
             for key, samples in self.chosen.items():
                 sidecar = samples[0].part.sidecar()
                 for sample in samples:

@@ -26,7 +26,9 @@ from jax_extract.store.sidecar import BLOCK_BYTES
 
 _GROUPS_IN_MEMORY = 64  # makes the stretch 1.67 times what fits; with endlessly many it would be 1.75 times
 _LEAST_PIECES_IN_MEMORY = 8
-_WHO_BYTES = 12  # sample index and position of a row
+# Sample index and position of a row. The order depends on it, and states that are stored on the order: the 4 bytes of
+# the token id, which came later, are on top.
+_WHO_BYTES = 12
 _PHASE_BITS = 24
 
 

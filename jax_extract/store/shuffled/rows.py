@@ -23,6 +23,8 @@ from jax_extract.store.file_part import StoredPart
 from jax_extract.store.parts import Site
 from jax_extract.store.shuffled.order import Epoch, Layout
 from jax_extract.store.shuffled.source import Pool, Source
+from jax_extract.store.token_text import token_texts
+from jax_extract.store.torch_tensors import require_torch, tensor_of
 
 if TYPE_CHECKING:
     from jax_extract.store.shuffled.for_jax import DeviceBatches
@@ -33,25 +35,36 @@ _PAIR = 2
 _READERS = 8  # on local disks and in buckets, one read at a time leaves most of the bandwidth unused
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ShuffledBatch:
     """Rows drawn from anywhere in a run.
 
     Attributes:
       activations: [rows, width], or [rows, layers, width] where layers were given as a sequence; the stored
-        dtype (bfloat16 as `ml_dtypes.bfloat16`). The array is the caller's to keep and to change.
+        dtype (bfloat16 as `ml_dtypes.bfloat16`); a `torch.Tensor` or a `jax.Array` where that was asked for. It is
+        the caller's to keep and to change.
       sample_indices: int64 [rows], the place of each row's sample in the input.
       positions: int32 [rows], the token position of each row; -1 where it is the mean over all tokens.
+      token_ids: int32 [rows], the token at that position; -1 where the row is a mean.
       epoch: from 0.
     """
 
-    activations: np.ndarray
+    activations: Any
     sample_indices: np.ndarray
     positions: np.ndarray
+    token_ids: np.ndarray
     epoch: int
+
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.activations.shape))
+        return f"ShuffledBatch({shape} {self.activations.dtype}, epoch {self.epoch})"
 
     def __len__(self) -> int:
         return len(self.sample_indices)
+
+    def tokens(self, tokenizer: Any) -> list[str]:
+        """The text of each row's token, as `SampleActivations.tokens` gives it."""
+        return token_texts(tokenizer, self.token_ids)
 
 
 @dataclass(frozen=True)
@@ -123,8 +136,12 @@ class ShuffledRows(Iterator[ShuffledBatch]):
     Threads read ahead from the first `next` on; `close`, or leaving its `with` block, ends them.
     """
 
-    def __init__(self, parts: Sequence[StoredPart], settings: ShuffleSettings) -> None:
+    def __init__(self, parts: Sequence[StoredPart], settings: ShuffleSettings, torch: bool = False) -> None:
+        """With `torch`, the `activations` of batches are tensors."""
+        if torch:
+            require_torch("torch=True")
         self.settings = settings
+        self._torch = torch
         self._parts = parts
         self._source = Source(parts, settings.sites)
         self._place = _Place()
@@ -157,7 +174,7 @@ class ShuffledRows(Iterator[ShuffledBatch]):
             self.close()  # a later `next` reads anew from the last batch that was handed out, and misses nothing
             raise
         self._place = self._flow.place
-        return batch
+        return replace(batch, activations=tensor_of(batch.activations)) if self._torch else batch
 
     def get_state(self) -> dict[str, Any]:
         """The place behind the last batch, as JSON: numbers, strings and lists of them."""
@@ -198,6 +215,12 @@ class ShuffledRows(Iterator[ShuffledBatch]):
             raise UserError(f"the state's place {numbers} is damaged; use an earlier state")
         return _Place(**numbers)
 
+    def __repr__(self) -> str:
+        sites = ", ".join(
+            f"{site.hook} {site.layer}" if site.layer is not None else site.hook for site in self.settings.sites
+        )
+        return f"ShuffledRows({sites}: {self.batches_per_epoch} batches of {self.settings.rows} rows an epoch)"
+
     def close(self) -> None:
         """Ends the threads that read ahead; a later `next` goes on at the same place."""
         if self._flow is not None:
@@ -214,14 +237,15 @@ class ShuffledRows(Iterator[ShuffledBatch]):
         """The same batches with `activations` as JAX arrays of this sharding, put on the devices a batch ahead."""
         from jax_extract.store.shuffled.for_jax import DeviceBatches
 
+        if self._torch:
+            raise UserError("these batches are torch tensors; leave torch=True out to have JAX arrays of them")
         return DeviceBatches(self, sharding)
 
     def for_torch(self) -> ShuffledDataset:
         """The same rows as a `torch.utils.data.IterableDataset`, divided among the workers of a `DataLoader`."""
-        try:
-            from jax_extract.store.shuffled.for_torch import ShuffledDataset
-        except ModuleNotFoundError as error:
-            raise UserError(f"for_torch needs {error.name}, which is not installed: pip install torch") from None
+        require_torch("for_torch")
+        from jax_extract.store.shuffled.for_torch import ShuffledDataset
+
         return ShuffledDataset(self._parts, self.settings)
 
 
@@ -279,7 +303,8 @@ class _Flow:
         epoch, pool = self.place.epoch, self._pool
         count = min(self._settings.rows, self._rows_out - self.place.row)
         bits = np.empty((count, *pool.bits.shape[1:]), pool.bits.dtype)
-        samples, positions = np.empty(count, np.int64), np.empty(count, np.int32)
+        samples = np.empty(count, np.int64)
+        positions, tokens = np.empty(count, np.int32), np.empty(count, np.int32)
         done = 0
         while done < count:
             slots = self._next_slots(count - done)
@@ -288,11 +313,13 @@ class _Flow:
             np.take(pool.bits, slots, axis=0, out=bits[to], mode="clip")
             np.take(pool.sample_indices, slots, out=samples[to], mode="clip")
             np.take(pool.positions, slots, out=positions[to], mode="clip")
+            np.take(pool.token_ids, slots, out=tokens[to], mode="clip")
             self._give_back(slots)
             self._read_ahead()
             done += len(slots)
         activations = bits.view(self._source.dtype)
-        return ShuffledBatch(activations if self._settings.stacked else activations[:, 0], samples, positions, epoch)
+        activations = activations if self._settings.stacked else activations[:, 0]
+        return ShuffledBatch(activations, samples, positions, tokens, epoch)
 
     def _next_epoch(self) -> None:
         """Lets go of the rows of a remainder and begins the next epoch."""

@@ -7,12 +7,16 @@ command; only the sink differs.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from jax_extract.config import ExtractConfig
 from jax_extract.errors import UserError
+from jax_extract.extraction.command import run_of
 from jax_extract.extraction.loop import STEPS_IN_MEMORY, LoopStatistics, run_parts
+from jax_extract.extraction.pending import plan_json
 from jax_extract.extraction.prepare import Job, wrapping_of
 from jax_extract.inputs.planning.windows import shapes_of
 from jax_extract.inputs.text import named_texts
@@ -20,33 +24,38 @@ from jax_extract.inputs.wrapping import Kept
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.memory import MemorySink
 from jax_extract.store.reader import Run
+from jax_extract.store.saving import Provenance
 from jax_extract.terminal import Terminal
+from jax_extract.weights.live import LiveCheckpoint, describe_live_models, is_live_model
 from models.hooks import DEFAULT_HOOK_POINT
 
 
 def extract(
-    model: str,
+    model: Any,
     texts: Sequence[str] | Mapping[str, str],
     *,
     layers: Iterable[int] | int | None = None,
     hook_points: Iterable[str] = (DEFAULT_HOOK_POINT,),
     positions: str = "last",
     progress: bool = False,
+    tokenizer: Any = None,
     **options: Any,
 ) -> Run:
     """Extracts activations without files, for a notebook; same program and same rows as the command.
 
     Args:
-      model: Hugging Face folder, hub id or .gguf file.
+      model: Hugging Face folder, hub id or .gguf file; or a model of transformers that is in memory, whose tensors are
+        used as they are now.
       texts: prompts, with ids where it is a mapping; else the ids are "0", "1", ….
       layers, hook_points, positions: as the flags of the command.
       progress: show the lines and the bar of the command.
+      tokenizer: of a model in memory that did not come from a folder.
       options: further fields of `ExtractConfig`: dtype, capture_dtype, batch_size, mesh_shape,
         max_seq_length, slab_tokens, chat_template, system_prompt, chat_template_kwargs (a dictionary will do),
         add_special_tokens, context_tokens, context_start, context_separator, revision.
 
     Returns:
-      A `Run` in memory: `run.sample("0").get(layer=12)` -> [positions, width].
+      A `Run` in memory: `run[0].get(layer=12)` -> [positions, width]; `run.save(folder)` writes it.
 
     Raises:
       UserError: anything about the request that cannot be done.
@@ -57,15 +66,16 @@ def extract(
             f"extract has no option {unknown[0]!r}; its options are: {', '.join(sorted(_NOTEBOOK_OPTIONS))}"
         )
     chosen = (layers,) if isinstance(layers, int) else None if layers is None else tuple(int(i) for i in layers)
+    checkpoint = _checkpoint(model, tokenizer)
     config = ExtractConfig(
-        model_path=str(model),
+        model_path=checkpoint.source if checkpoint else str(model),
         layers_to_extract=chosen,
         hook_points=(hook_points,) if isinstance(hook_points, str) else tuple(hook_points),
         positions=positions,
         **options,
     )
     config.check()
-    job = Job.open(config)
+    job = Job.open(config, checkpoint)
     settings = job.plan_settings(config)
     counts = job.new_counts(settings)
     windows = list(job.windows(samples, settings, wrapping_of(config, Kept.from_now_on()), counts))
@@ -80,7 +90,8 @@ def extract(
         def advance(so_far: LoopStatistics) -> None:
             bar.update(so_far.tokens - bar.n)
 
-        statistics = run_parts(pending, job.program(job.weights(), windows[0].shapes), sink, budget, advance)
+        weights = job.weights()
+        statistics = run_parts(pending, job.program(weights, windows[0].shapes), sink, budget, advance)
     metadata = {
         **job.identity(),
         **job.description(),
@@ -88,9 +99,27 @@ def extract(
         "total_tokens": counts.tokens,
         "input": counts.as_json(),
         "numerics": job.backend.fingerprint(),
-        "sessions": [dataclasses.asdict(statistics)],
+        "sessions": [session := dataclasses.asdict(statistics)],
     }
-    return Run(metadata, job.sites, sink.parts)
+    provenance = Provenance(
+        describe=partial(run_of, config, job, weights, settings),
+        plans=[plan_json(window, counts.as_json()) for window in windows],
+        session={**session, "mesh": dict(job.backend.mesh_shape), "processes": 1, "numerics": metadata["numerics"]},
+    )
+    return Run(metadata, job.sites, sink.parts, provenance)
+
+
+def _checkpoint(model: Any, tokenizer: Any) -> LiveCheckpoint | None:
+    """Of a model in memory; None where `model` is the name of one."""
+    if is_live_model(model):
+        return LiveCheckpoint(model, tokenizer)
+    if not isinstance(model, str | os.PathLike):
+        raise UserError(describe_live_models(model))
+    if tokenizer is not None:
+        raise UserError(
+            "tokenizer is for a model in memory; a folder, hub id or .gguf file has its own, so leave it out"
+        )
+    return None
 
 
 _NOTEBOOK_OPTIONS = frozenset(

@@ -24,6 +24,7 @@ from jax_extract.store.ledger import Key, Ledger, Record, part_name
 from jax_extract.store.metadata import metadata_of
 from jax_extract.store.parts import PartContent, Site, offsets
 from jax_extract.store.sample import DEFAULT_HOOK_POINT, ActivationBatch, RunRows, SampleActivations, asked
+from jax_extract.store.saving import Provenance, save
 from jax_extract.store.shuffled.rows import ShuffledRows, ShuffleSettings
 from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.storage.verbs import Storage
@@ -40,10 +41,21 @@ class Run:
       sites: what was captured: hook point, layer, width.
     """
 
-    def __init__(self, metadata: Mapping[str, Any], sites: Sequence[Site], parts: Sequence[StoredPart]) -> None:
+    def __init__(
+        self,
+        metadata: Mapping[str, Any],
+        sites: Sequence[Site],
+        parts: Sequence[StoredPart],
+        provenance: Provenance | None = None,
+    ) -> None:
+        """`provenance`: of a run in memory, what is needed to save it."""
         self.metadata = metadata
         self.sites = tuple(sites)
         self._parts = parts
+        self._provenance = provenance
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_provenance": None}  # it holds the open model, which other processes cannot have
 
     def __repr__(self) -> str:
         layers = f", layers {_layers_text(self.layers)}" if self.layers else ""
@@ -247,9 +259,12 @@ class Run:
           read_bytes: how much of a layer is read at once, about.
           torch: `activations` are tensors, bfloat16 included; for a `DataLoader` there is `for_torch()`.
         """
-        one = layers is None or isinstance(layers, str) or not isinstance(layers, Iterable)
-        sites = tuple(self.site(*asked(layer, hook, None)) for layer in ([layers] if one else layers))
-        settings = ShuffleSettings(sites, not one, rows, seed, epochs, drop_remainder, shard, buffer_bytes, read_bytes)
+        several = None if isinstance(layers, str) or not isinstance(layers, Iterable) else [*layers]
+        wanted: list[Any] = [layers] if several is None else several
+        sites = tuple(self.site(*asked(layer, hook, None)) for layer in wanted)
+        settings = ShuffleSettings(
+            sites, several is not None, rows, seed, epochs, drop_remainder, shard, buffer_bytes, read_bytes
+        )
         return ShuffledRows(self._parts, settings, torch)
 
     def documents(self, sample_indices: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -269,6 +284,20 @@ class Run:
           UserError: the run holds no sample with such an index.
         """
         return self._documents.of(sample_indices, positions)
+
+    def save(self, place: str | Path, shard_format: str = "safetensors") -> None:
+        """Writes a run in memory as a run directory, which `open_activations`, `inspect` and `verify` read.
+
+        Args:
+          place: a new folder, or `gs://bucket/prefix`.
+          shard_format: `pickle`, `npz`, `safetensors` or `pt`.
+
+        Raises:
+          UserError: there is a run already, there is no room, or this run is in files.
+        """
+        if self._provenance is None:
+            raise UserError("only a run in memory is saved, in the process that made it; copy the folder of any other")
+        save(self._provenance, self.sites, self._parts, place, shard_format)
 
     @property
     def parts(self) -> Sequence[StoredPart]:

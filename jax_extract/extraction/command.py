@@ -52,6 +52,7 @@ from jax_extract.store.ledger import COMMITS, RUN_FILE, Ledger, RunStartedMeanwh
 from jax_extract.store.metadata import write_metadata
 from jax_extract.store.storage.local import require_open_files
 from jax_extract.store.sweep import erase, remove_kept
+from jax_extract.store.writer import KEEPS_SUMS
 from jax_extract.terminal import Terminal, plural
 
 _UNUSABLE_NAMED = 20
@@ -425,6 +426,7 @@ def run_of(config: ExtractConfig, job: Job, weights: Loadable, settings: PlanSet
             MODEL_FIELDS: model_fields(job.model, job.max_length),
             "source": config.dataset or config.tasks_file,
             "mesh": dict(job.backend.mesh_shape),
+            KEEPS_SUMS: True,
         },
     }
 

@@ -23,6 +23,7 @@ from jax_extract.store.file_part import FilePart, Sidecars, StoredPart
 from jax_extract.store.ledger import Key, Ledger, Record, part_name
 from jax_extract.store.metadata import metadata_of
 from jax_extract.store.parts import PartContent, Site, offsets
+from jax_extract.store.row_sums import RowStatistics, RowSums, SummedRows
 from jax_extract.store.sample import DEFAULT_HOOK_POINT, ActivationBatch, RunRows, SampleActivations, asked
 from jax_extract.store.saving import Provenance, save
 from jax_extract.store.shuffled.rows import ShuffledRows, ShuffleSettings
@@ -31,6 +32,8 @@ from jax_extract.store.storage.verbs import Storage
 from jax_extract.store.torch_tensors import require_torch, tensor_of
 from jax_extract.store.upload import open_noted
 from models.hooks import GATED, resolve_hook_points
+
+_READ_VALUES = 1 << 22  # of a part whose rows are summed
 
 
 class Run:
@@ -53,6 +56,7 @@ class Run:
         self.sites = tuple(sites)
         self._parts = parts
         self._provenance = provenance
+        self._statistics: dict[tuple[str, int | None], RowStatistics] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_provenance": None}  # it holds the open model, which other processes cannot have
@@ -267,6 +271,27 @@ class Run:
         )
         return ShuffledRows(self._parts, settings, torch)
 
+    def statistics(
+        self, where: int | str | None = None, /, hook: str | None = None, *, layer: int | None = None
+    ) -> RowStatistics:
+        """Mean, variance and norms of all rows of a site, in float64.
+
+        They are made from sums that were stored with the parts; the rows themselves are read, in bounded memory, where
+        the run was begun before there were such, is in memory, or has parts of few rows. Either way the numbers are the
+        same to the last bit, however often the run was resumed.
+
+        Args:
+          where, hook, layer: as of `SampleActivations.get`.
+        """
+        site = self.site(*asked(where, hook, layer))
+        if site.key not in self._statistics:
+            sums, rows = [], 0
+            for part in self._parts:
+                sums.append(_sums(part, site))
+                rows += part.record["rows"] if isinstance(part, FilePart) else part.content.rows
+            self._statistics[site.key] = RowStatistics.of(sums, rows, site.width)
+        return self._statistics[site.key]
+
     def documents(self, sample_indices: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which document each row is of, and which of its tokens, as of the rows of a shuffled batch.
 
@@ -343,6 +368,17 @@ class _Order(NamedTuple):
 
     row_offsets: np.ndarray
     first_row: Mapping[tuple[int, int], int]
+
+
+def _sums(part: StoredPart, site: Site) -> RowSums:
+    """Of a part's rows: those that it keeps, or the same made anew."""
+    if isinstance(part, FilePart) and (kept := part.sums(site)) is not None:
+        return kept
+    summed, rows = SummedRows(site.width), part.content.rows
+    at_once = max(1, _READ_VALUES // site.width)
+    for start in range(0, rows, at_once):
+        summed.add(part.rows(site, start, min(start + at_once, rows)))
+    return summed.sums()
 
 
 def _batch(part: StoredPart, site: Site, torch: bool) -> ActivationBatch:

@@ -19,7 +19,7 @@ from jax_extract.config import ExtractConfig
 from jax_extract.devices.choice import use_devices
 from jax_extract.devices.processes import Processes, start_processes
 from jax_extract.errors import UserError
-from jax_extract.extraction.as_begun import named_as_begun, of_the_same_commits
+from jax_extract.extraction.as_begun import fields_as_begun, named_as_begun, of_the_same_commits
 from jax_extract.extraction.backend import Loadable
 from jax_extract.extraction.model_fields import (
     MODEL_FIELDS,
@@ -183,8 +183,8 @@ class _Extraction:
         found = None if self.config.overwrite else self.place.find(self.processes)
         with self.processes.together():
             settings = self.job.plan_settings(self.config, found.run["identity"]["plan_settings"] if found else None)
-        source = named_as_begun(self.source, self.config, found)
         kept = self.kept if self.kept and not found else kept_by(found, self.processes)
+        source = fields_as_begun(named_as_begun(self.source, self.config, found), kept)
         return dataclasses.replace(self, source=source, job=self.job.under(settings), kept=kept)._run(found, settings)
 
     def _run(self, found: Ledger | None, settings: PlanSettings) -> dict[str, Any]:

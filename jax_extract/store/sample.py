@@ -48,7 +48,8 @@ class SampleActivations:
       sample_index: its place in the input.
       token_ids: int32 [tokens], all of them, special tokens included.
       positions: int32 [rows], the token position of each stored row; -1 where a row is the mean of all.
-      meta: the source's JSON values: the other fields of its row, and where it was found.
+      meta: the source's JSON values.
+      fields: of these, the other fields of its row, such as an answer or a label; empty where there are none.
       truncated_tokens: how many tokens were cut off its end.
       pieces: the documents that it was joined from, with --context_tokens; else itself.
     """
@@ -86,6 +87,10 @@ class SampleActivations:
                 f"0 to {len(self.token_ids) - 1}"
             )
         return token_texts(tokenizer, np.where(places < 0, -1, self.token_ids[places]))
+
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        return self.meta.get("fields", {})
 
     @property
     def pieces(self) -> tuple[Piece, ...]:

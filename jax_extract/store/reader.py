@@ -27,6 +27,7 @@ from jax_extract.store.row_sums import RowStatistics, RowSums, SummedRows
 from jax_extract.store.sample import DEFAULT_HOOK_POINT, ActivationBatch, RunRows, SampleActivations, asked
 from jax_extract.store.saving import Provenance, save
 from jax_extract.store.shuffled.rows import ShuffledRows, ShuffleSettings
+from jax_extract.store.shuffled.rows_wanted import PositionFilter, RowsWanted
 from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.storage.verbs import Storage
 from jax_extract.store.torch_tensors import require_torch, tensor_of
@@ -241,6 +242,8 @@ class Run:
         rows: int = 4096,
         seed: int = 0,
         *,
+        positions: str | PositionFilter | None = None,
+        without_tokens: Any = None,
         epochs: int | None = None,
         drop_remainder: bool = True,
         shard: tuple[int, int] = (0, 1),
@@ -256,6 +259,10 @@ class Run:
           hook: hook point; `after_block` where none is named.
           rows: of a batch.
           seed: equal seeds give equal orders; every epoch has another.
+          positions: only rows at these positions of their samples, spelled as `--positions` is (`from:1` leaves first
+            tokens out), or a function that is given positions, int32 [rows], and says which are wanted, bool [rows].
+          without_tokens: no rows of these tokens: token ids, or a tokenizer for all its special tokens. With this or
+            `positions` the sidecar of every part is read at once, to know how many rows there are.
           epochs: how many times through the run; without end where left out.
           drop_remainder: leave out what is too little for a batch at the end of an epoch.
           shard: (index, count): of `count` readers each gets its own rows, together all.
@@ -267,7 +274,16 @@ class Run:
         wanted: list[Any] = [layers] if several is None else several
         sites = tuple(self.site(*asked(layer, hook, None)) for layer in wanted)
         settings = ShuffleSettings(
-            sites, several is not None, rows, seed, epochs, drop_remainder, shard, buffer_bytes, read_bytes
+            sites,
+            several is not None,
+            rows,
+            seed,
+            epochs,
+            drop_remainder,
+            shard,
+            buffer_bytes,
+            read_bytes,
+            RowsWanted.of(positions, without_tokens),
         )
         return ShuffledRows(self._parts, settings, torch)
 

@@ -22,6 +22,7 @@ from jax_extract.errors import UserError
 from jax_extract.store.file_part import StoredPart
 from jax_extract.store.parts import Site
 from jax_extract.store.shuffled.order import Epoch, Layout
+from jax_extract.store.shuffled.rows_wanted import RowsWanted
 from jax_extract.store.shuffled.source import Pool, Source
 from jax_extract.store.token_text import token_texts
 from jax_extract.store.torch_tensors import require_torch, tensor_of
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from jax_extract.store.shuffled.for_torch import ShuffledDataset
 
 _STATE_VERSION = 1
+_WANTED = "rows_wanted"  # in a state
 _PAIR = 2
 _READERS = 8  # on local disks and in buckets, one read at a time leaves most of the bandwidth unused
 
@@ -81,6 +83,7 @@ class ShuffleSettings:
       shard: (index, count): this reader's share of the rows.
       buffer_bytes: memory for rows that wait and rows that are read; batches that were handed out come on top.
       read_bytes: how much of a site is read at once, about.
+      wanted: which rows come at all; None for all.
     """
 
     sites: tuple[Site, ...]
@@ -92,6 +95,7 @@ class ShuffleSettings:
     shard: tuple[int, int]
     buffer_bytes: int
     read_bytes: int
+    wanted: RowsWanted | None = None
 
     def __post_init__(self) -> None:
         if not self.sites or len(set(self.sites)) < len(self.sites):
@@ -143,27 +147,29 @@ class ShuffledRows(Iterator[ShuffledBatch]):
         self.settings = settings
         self._torch = torch
         self._parts = parts
-        self._source = Source(parts, settings.sites)
+        self._source = Source(parts, settings.sites, settings.wanted)
         self._place = _Place()
         self._flow: _Flow | None = None
         if not self.batches_per_epoch:
+            of = f" of {sum(self._source.stored_rows)} left by positions and without_tokens" if settings.wanted else ""
             raise UserError(
-                f"this run has {sum(self._source.part_rows)} rows, which makes no batch of {settings.rows} for shard "
+                f"this run has {self._source.rows} rows{of}, which makes no batch of {settings.rows} for shard "
                 f"{settings.shard}; ask for fewer rows a batch, or give drop_remainder=False"
             )
         self._layout = Layout.of(
-            self._source.part_rows,
+            self._source.stored_rows,
             self._source.row_bytes,
             len(settings.sites),
             settings.buffer_bytes,
             settings.read_bytes,
             settings.shard[1],
+            self._source.kept.before if self._source.kept else None,
         )
 
     @property
     def batches_per_epoch(self) -> int:
         """Of this shard; with `drop_remainder` all shards have equally many."""
-        return -(-_rows_out(sum(self._source.part_rows), self.settings) // self.settings.rows)
+        return -(-_rows_out(self._source.rows, self.settings) // self.settings.rows)
 
     def __next__(self) -> ShuffledBatch:
         if self._flow is None:
@@ -182,6 +188,7 @@ class ShuffledRows(Iterator[ShuffledBatch]):
             "version": _STATE_VERSION,
             "run": self._source.digest,
             **self.settings.to_state(),
+            **self._wanted_state(),
             **dataclasses.asdict(self._place),
         }
 
@@ -195,8 +202,18 @@ class ShuffledRows(Iterator[ShuffledBatch]):
         self.close()
         self._place = place
 
+    def _wanted_state(self) -> dict[str, Any]:
+        """Nothing where all rows come, as it was before there was a choice."""
+        wanted, kept = self.settings.wanted, self._source.kept
+        return {_WANTED: {**wanted.to_state(), "kept": kept.digest}} if wanted and kept else {}
+
     def _checked(self, state: Mapping[str, Any]) -> _Place:
         own = self.get_state()
+        if isinstance(state, Mapping) and "version" in state and state.get(_WANTED) != own.get(_WANTED):
+            raise UserError(
+                f"the state was taken with the rows {_wanted_text(state.get(_WANTED))} and this reader has "
+                f"{_wanted_text(own.get(_WANTED))}; give the same positions and without_tokens, or no state"
+            )
         if not isinstance(state, Mapping) or own.keys() != state.keys():
             raise UserError("this is no state of a shuffled reader; give what get_state returned, unchanged")
         if state["run"] != own["run"]:
@@ -247,6 +264,12 @@ class ShuffledRows(Iterator[ShuffledBatch]):
         from jax_extract.store.shuffled.for_torch import ShuffledDataset
 
         return ShuffledDataset(self._parts, self.settings)
+
+
+def _wanted_text(state: Any) -> str:
+    if not isinstance(state, Mapping):
+        return "all"
+    return ", ".join(f"{key}={value!r:.60}" for key, value in state.items())
 
 
 def _is_whole(value: Any, least: int = 0) -> bool:

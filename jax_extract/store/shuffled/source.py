@@ -18,6 +18,7 @@ import numpy as np
 from jax_extract.errors import UserError
 from jax_extract.store.file_part import FilePart, StoredPart
 from jax_extract.store.parts import PartContent, Site
+from jax_extract.store.shuffled.rows_wanted import KeptRows, RowsWanted
 from jax_extract.store.storage.direct import PAGE, DirectDirectory, page_memory
 from jax_extract.store.storage.local import Directory
 
@@ -73,15 +74,27 @@ class _TokensOfParts:
 
 
 class Source:
-    """The rows of some sites, by ranges of parts."""
+    """The rows of some sites, by ranges of parts.
 
-    def __init__(self, parts: Sequence[StoredPart], sites: Sequence[Site]) -> None:
+    Attributes:
+      stored_rows: of each part.
+      kept: which of them are wanted; None for all. Rows of pieces are counted among those.
+    """
+
+    def __init__(self, parts: Sequence[StoredPart], sites: Sequence[Site], wanted: RowsWanted | None = None) -> None:
+        """With `wanted` the sidecars of all parts are read."""
         self.sites = tuple(sites)
-        self.part_rows = [part.record["rows"] if isinstance(part, FilePart) else part.content.rows for part in parts]
+        self.stored_rows = [part.record["rows"] if isinstance(part, FilePart) else part.content.rows for part in parts]
         self._parts = [past_the_page_cache(part) for part in parts]
         self._who: dict[int, Who] = {}
         self._tokens = _TokensOfParts()
         self._threads = threading.local()
+        self.kept = KeptRows(wanted, map(self._content_of, range(len(parts)))) if wanted else None
+
+    @property
+    def rows(self) -> int:
+        """How many there are to come out in an epoch."""
+        return sum(self.kept.part_rows if self.kept else self.stored_rows)
 
     @cached_property
     def digest(self) -> str:
@@ -103,10 +116,14 @@ class Source:
         if (slots < 0).all():
             return
         part, start, stop = piece
-        samples, positions = self._who_of(part).of(start, stop)
-        tokens = self._tokens_of(part)[start:stop]
         wanted: Any = slice(None) if (slots >= 0).all() else slots >= 0
         slots = slots[wanted]
+        if self.kept:
+            places = self.kept.rows(part, start, stop)
+            start, stop = int(places[0]), int(places[-1]) + 1
+            wanted = (places - start)[wanted]
+        samples, positions = self._who_of(part).of(start, stop)
+        tokens = self._tokens_of(part)[start:stop]
         for number, site in enumerate(self.sites):
             rows = self._rows(site, part, start, stop, piece_bytes)
             pool.bits[:, number][slots] = rows.view(np.uint8)[wanted]
@@ -125,15 +142,20 @@ class Source:
 
     def _who_of(self, number: int) -> Who:
         if number not in self._who:  # two threads may both find out; they find the same
-            content = self._parts[number].content
-            if content.rows != self.part_rows[number]:
-                raise UserError(
-                    f"part {content.key} has {content.rows} rows by its sidecar and {self.part_rows[number]} by its "
-                    "commit record; restore both from a copy"
-                )
-            self._who[number] = Who(content)
-            self._tokens.keep(number, content.row_token_ids)
+            self._content_of(number)
         return self._who[number]
+
+    def _content_of(self, number: int) -> PartContent:
+        """Of a part, of which is kept what is asked for again."""
+        content = self._parts[number].content
+        if content.rows != self.stored_rows[number]:
+            raise UserError(
+                f"part {content.key} has {content.rows} rows by its sidecar and {self.stored_rows[number]} by its "
+                "commit record; restore both from a copy"
+            )
+        self._who[number] = Who(content)
+        self._tokens.keep(number, content.row_token_ids)
+        return content
 
     def _tokens_of(self, number: int) -> np.ndarray:
         """int32 [rows] of a part."""

@@ -390,7 +390,8 @@ def _sums(part: StoredPart, site: Site) -> RowSums:
     """Of a part's rows: those that it keeps, or the same made anew."""
     if isinstance(part, FilePart) and (kept := part.sums(site)) is not None:
         return kept
-    summed, rows = SummedRows(site.width), part.content.rows
+    rows = part.content.rows
+    summed = SummedRows(site.width, part.rows(site, 0, 0).itemsize)
     at_once = max(1, _READ_VALUES // site.width)
     for start in range(0, rows, at_once):
         summed.add(part.rows(site, start, min(start + at_once, rows)))

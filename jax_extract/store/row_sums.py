@@ -4,8 +4,9 @@ In: rows, as they come. Out: `RowSums`: float64, and a pure function of the rows
 handed over. They add up over parts; in the order of the parts the result is the same to the last bit, whoever computed
 which part and when.
 
-Rows are gathered into blocks of 131,072 // width, each block is summed by itself in float64, in which squares of stored
-values are exact, and the sums of the blocks are added in order.
+Rows are gathered into blocks of 131,072 // width. A block is summed by itself: of float32 rows in float64, of 16-bit
+rows in float32, in which their squares are exact too and which is far finer than they are. The sums of the blocks are
+added in float64, in order.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 
 FEWEST_ROWS = 256  # a part with fewer keeps no sums: its rows are read as soon, and its sums would be as large
 _BLOCK_VALUES = 1 << 17  # fewer take longer to call than to sum, more leave the cache; the numbers depend on it
+_HALF_BYTES = 2
 SUMMING_BYTES = 2 * 8 * _BLOCK_VALUES  # that one `SummedRows` holds, about
 
 
@@ -59,11 +61,13 @@ class SummedRows:
       not_finite: rows that were left out, because a value of theirs is infinite or no number.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, value_bytes: int) -> None:
+        """`value_bytes`: 4 of float32 rows, 2 of float16 and bfloat16."""
         self.not_finite = 0
         self._rows, self._norms, self._least, self._largest = 0, 0.0, math.inf, -math.inf
         self._of_values, self._of_squares = np.zeros(width), np.zeros(width)
-        self._block = np.empty((max(1, _BLOCK_VALUES // width), width))
+        summed_in = np.float32 if value_bytes == _HALF_BYTES else np.float64
+        self._block = np.empty((max(1, _BLOCK_VALUES // width), width), summed_in)
         self._squares = np.empty_like(self._block)
         self._filled = 0
 
@@ -87,16 +91,21 @@ class SummedRows:
     def _close(self) -> None:
         block, squares = self._block[: self._filled], self._squares[: self._filled]
         self._filled = 0
-        np.multiply(block, block, out=squares)
-        of_rows = np.add.reduce(squares, axis=1)
-        if not math.isfinite(np.add.reduce(of_rows)):
-            finite = np.isfinite(of_rows)
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.multiply(block, block, out=squares)
+            of_rows = np.add.reduce(squares, axis=1)
+            if not math.isfinite(np.add.reduce(of_rows)):
+                block = block.astype(np.float64)  # in which no square of a finite value is infinite
+                squares = block * block
+                of_rows = np.add.reduce(squares, axis=1)
+        finite = np.isfinite(of_rows)
+        if not finite.all():
             self.not_finite += int((~finite).sum())
             block[~finite] = squares[~finite] = 0.0
             of_rows = of_rows[finite]
         if not len(of_rows):
             return
-        norms = np.sqrt(of_rows)
+        norms = np.sqrt(of_rows, dtype=np.float64)
         self._rows += len(norms)
         self._of_values += np.add.reduce(block, axis=0)
         self._of_squares += np.add.reduce(squares, axis=0)

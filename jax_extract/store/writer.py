@@ -121,9 +121,13 @@ class PartWriter:
     def sealing_lane(self) -> int:
         return len(self.lanes.busy_seconds) - 1
 
+    @property
+    def value_bytes(self) -> int:
+        return 4 if self.dtype == "float32" else 2
+
     def begin(self, content: PartContent) -> OpenPart:
         values = content.rows * sum(site.width for site in self.sites)
-        self._before_part(content.key, values * (4 if self.dtype == "float32" else 2))
+        self._before_part(content.key, values * self.value_bytes)
         part = _OpenPart(self, content)
         with self._lock:
             part.abandoned = self._winding_up
@@ -394,7 +398,7 @@ class _Shard:
             self._encoder = ENCODERS[writer.format](self._file, header)
             self._checksums = RunningChecksums(self._file.crc32c)
             if writer.keeps_sums and content.rows >= FEWEST_ROWS:
-                self._summed = SummedRows(self.site.width)
+                self._summed = SummedRows(self.site.width, writer.value_bytes)
         return self._encoder
 
 

@@ -65,7 +65,7 @@ def small(dtype: str = "float32", positions: str = "all") -> Run:
             }
             part.append(blocks, [RowPiece(0, 0, len(places))], lambda: None)
         part.commit()
-    return Run({"model_name": "m"}, SITES, sink.parts)
+    return Run({"model_name": "m", "total_samples": 5}, SITES, sink.parts)
 
 
 # ------------------------------------------------------------------------------------------ samples and sites

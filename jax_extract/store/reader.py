@@ -63,8 +63,9 @@ class Run:
         return {**self.__dict__, "_provenance": None}  # it holds the open model, which other processes cannot have
 
     def __repr__(self) -> str:
+        samples = self.metadata.get("total_samples")  # to count them would take reading every sidecar
         layers = f", layers {_layers_text(self.layers)}" if self.layers else ""
-        return f"Run({self.metadata.get('model_name')!r}, {len(self)} samples, {', '.join(self.hook_points)}{layers})"
+        return f"Run({self.metadata.get('model_name')!r}, {samples} samples, {', '.join(self.hook_points)}{layers})"
 
     def __len__(self) -> int:
         """How many samples."""
@@ -87,7 +88,7 @@ class Run:
         if isinstance(which, str):
             return self.sample(which)
         if isinstance(which, slice):
-            return [self.sample(sample_id) for sample_id in self.sample_ids[which]]
+            return [self.sample(sample_id) for sample_id in self._ids[which]]
         try:
             place = operator.index(which)
         except TypeError:

@@ -8,7 +8,7 @@
 
 The producer hands over what the extraction loop would: blocks [8, 512, 896] of 14 layers, samples a little
 shorter than the block, within the loop's bound on host memory. Everything a run does to a part is timed:
-finite check, format, checksums, fsync, names, sidecar, commit record.
+sums over rows, format, checksums, fsync, names, sidecar, commit record.
 
 Raw disk: as many bytes written sequentially with plain system calls in pieces of 8 MiB, fsync included: past the page
 cache (O_DIRECT, aligned), the same from huge pages, and through the page cache. Raw and ours run in turn, so that
@@ -146,7 +146,9 @@ class Producer:
 def write_through(storage: Storage, producer: Producer, shard_format: str) -> int:
     """Makes everything durable in an empty place; returns the bytes of the rows."""
     identity = {"sites": [{"hook": s.hook, "layer": s.layer, "width": WIDTH} for s in SITES]}
-    ledger = Ledger.start(storage, {"identity": identity, "numerics": {}, "description": {}})
+    ledger = Ledger.start(
+        storage, {"identity": identity, "numerics": {}, "description": {writer_module.KEEPS_SUMS: True}}
+    )
     producer.feed(PartWriter(ledger, SITES, shard_format, producer.load.dtype, "benchmark"))
     return producer.bytes
 

@@ -1,10 +1,10 @@
 """jax_extract: a language model's activations, exactly matched to tokens.
 
 `load_model(folder)` keeps a model and runs it with `Edit`s; `extract(model, texts)` gives activations in a notebook,
-`open_activations(directory)` reads a run that a command wrote,
-`load_shard(file)` reads one shard by itself. `RepresentationExtractor` and `LoRARepresentationExtractor` make a row a
-text of models before and after training, `find_representations(folder)` finds what was made. Each is imported when it
-is asked for, so that a command starts at once and can be interrupted from its first moment.
+`open_activations(directory)` reads a run that a command wrote, `load_shard(file)` reads one shard by itself,
+`__version__` is the installed version. `RepresentationExtractor` and `LoRARepresentationExtractor` make a row a text of
+models before and after training, `find_representations(folder)` finds what was made. Each is imported when it is asked
+for, so that a command starts at once and can be interrupted from its first moment.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from jax_extract.errors import UserError
     from jax_extract.forward.edit import Edit
     from jax_extract.forward.metrics import answer_log_probability, logit_difference
@@ -70,6 +71,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version(__name__)
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -216,7 +216,7 @@ def test_a_run_of_contexts_gives_their_rows_and_says_of_each_which_text_it_is_of
     told = next(line for line in whole_lines(capsys.readouterr().out).splitlines() if line.startswith("input"))
     assert told == (
         "input    in.jsonl: 4 texts in 4 contexts, 100 tokens (7 of them before contexts and between texts); "
-        "1 text without a token left out"
+        "1 text without a token left out; texts from column 'text'"
     )
     assert (metadata["total_samples"], metadata["input"]["documents"], metadata["input"]["added_tokens"]) == (4, 4, 7)
     run = open_activations(tmp_path / "a")

@@ -26,6 +26,7 @@ from jax_extract.store.ledger import Ledger
 from jax_extract.store.memory import MemorySink
 from jax_extract.store.parts import PartContent, Site
 from jax_extract.store.reader import Run, open_activations
+from jax_extract.store.shuffled import source
 from jax_extract.store.shuffled.order import Epoch, Layout, random_order
 from jax_extract.store.shuffled.rows import ShuffledBatch, ShuffledRows
 from jax_extract.store.shuffled.source import Who
@@ -50,6 +51,11 @@ def _values(samples: np.ndarray, positions: np.ndarray, layer: int, width: int, 
     return rows.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
 
+def _tokens(sample: int, positions: np.ndarray) -> np.ndarray:
+    """int32, every token of a sample that reaches up to these positions."""
+    return (1_000 * sample + np.arange(int(positions.max(initial=0)) + 1)).astype(np.int32)
+
+
 def _fill(sink: PartSink, sites: Sequence[Site], dtype: str, parts: Sequence[Sequence[np.ndarray]]) -> None:
     """Parts of samples whose rows have these positions; sample indices run backwards, as the longest come first."""
     sample = sum(map(len, parts))
@@ -64,7 +70,7 @@ def _fill(sink: PartSink, sites: Sequence[Site], dtype: str, parts: Sequence[Seq
                 parts_in_batch=1,
                 sample_indices=samples,
                 sample_ids=tuple(f"s{i}" for i in samples),
-                token_ids=tuple(np.zeros(n, np.int32) for n in lengths),
+                token_ids=tuple(_tokens(i, p) for i, p in zip(samples, positions, strict=True)),
                 positions=tuple(p.astype(np.int32) for p in positions),
                 full_lengths=np.array(lengths, np.int64),
                 meta=tuple({} for _ in lengths),
@@ -144,6 +150,8 @@ def _all_rows(parts: Sequence[Sequence[np.ndarray]]) -> list[tuple[int, int]]:
 
 def _require_own_rows(batch: ShuffledBatch, layers: Sequence[int], dtype: str) -> None:
     """Every row's values are those of the sample and position that the batch gives."""
+    told = np.where(batch.positions < 0, -1, 1_000 * batch.sample_indices + batch.positions)
+    assert batch.token_ids.tolist() == told.tolist()
     rows = batch.activations if batch.activations.ndim == 3 else batch.activations[:, None]
     for number, layer in enumerate(layers):
         expected = _values(batch.sample_indices, batch.positions, layer, rows.shape[2], dtype)
@@ -153,7 +161,7 @@ def _require_own_rows(batch: ShuffledBatch, layers: Sequence[int], dtype: str) -
 def _same(one: ShuffledBatch, other: ShuffledBatch) -> bool:
     return one.epoch == other.epoch and all(
         getattr(one, name).tobytes() == getattr(other, name).tobytes()
-        for name in ("activations", "sample_indices", "positions")
+        for name in ("activations", "sample_indices", "positions", "token_ids")
     )
 
 
@@ -202,6 +210,15 @@ def test_positions_in_no_even_steps_and_means_are_kept(tmp_path: Path) -> None:
     run = open_activations(_write(tmp_path, parts))
     (batch,) = run.shuffled(3, rows=100, epochs=1, drop_remainder=False)
     assert sorted(_rows([batch])) == _all_rows(parts)
+    _require_own_rows(batch, [3], "float32")
+
+
+def test_token_ids_that_there_is_no_room_for_are_read_again(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "_TOKENS_KEPT", 400)  # of one part or two
+    with open_activations(small).shuffled(3, rows=100, epochs=1, buffer_bytes=BUFFER) as batches:
+        for batch in batches:
+            _require_own_rows(batch, [3], "float32")
+        assert len(batches._source._tokens._kept) <= 2
 
 
 def test_positions_in_even_steps_take_no_memory_a_row() -> None:
@@ -715,6 +732,21 @@ def test_torch_gets_tensors_of_the_same_bits(tmp_path: Path, dtype: str) -> None
         assert bits.tobytes() == batch.activations.tobytes()
         assert tensors["sample_indices"].tolist() == batch.sample_indices.tolist()
         assert tensors["positions"].tolist() == batch.positions.tolist()
+        assert tensors["token_ids"].tolist() == batch.token_ids.tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_batches_may_have_tensors_in_place_of_arrays(tmp_path: Path, dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+
+    run = open_activations(_write(tmp_path, _parts(5), dtype))
+    options: dict[str, Any] = {"layers": [3, 9], "rows": 100, "epochs": 1}
+    batches = run.shuffled(**options, torch=True)
+    for batch, other in zip(batches, run.shuffled(**options), strict=True):
+        assert batch.activations.dtype == getattr(torch, dtype)
+        assert batch.activations.view(torch.uint8).numpy().tobytes() == other.activations.tobytes()
+    with pytest.raises(UserError, match="leave torch=True out"):
+        batches.on_devices(None)
 
 
 def test_torch_workers_divide_a_shard_and_each_goes_on_where_it_was(

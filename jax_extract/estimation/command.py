@@ -20,7 +20,7 @@ from jax_extract.estimation.figures import Estimate, ReadProbe, Work
 from jax_extract.estimation.output import Output, output_of, with_plans, with_run_files
 from jax_extract.estimation.probe import probe_computing, probe_writing
 from jax_extract.estimation.telling import tell
-from jax_extract.extraction.as_begun import named_as_begun
+from jax_extract.extraction.as_begun import fields_as_begun, named_as_begun
 from jax_extract.extraction.command import join_processes, open_request, run_of
 from jax_extract.extraction.model_fields import require_same_fields
 from jax_extract.extraction.pending import Committed, parse_committed, pending_parts, read_committed
@@ -72,8 +72,9 @@ def estimate(config: ExtractConfig, terminal: Terminal, processes: Processes | N
     found, committed = _what_is_there(config, place, processes)
     workers = config.num_workers or 1
     parties = max(processes.count, workers)
-    source = named_as_begun(source, config, found)
-    wrapping = wrapping_of(config, kept_by(found, processes))
+    kept = kept_by(found, processes)
+    source = fields_as_begun(named_as_begun(source, config, found), kept)
+    wrapping = wrapping_of(config, kept)
     resumed = Resumption()
     if found:
         resumed = Resumption.of(source, found, committed, processes, terminal)

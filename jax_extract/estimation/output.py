@@ -19,6 +19,7 @@ from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.store.formats import SUFFIXES, ShardHeader, shard_bytes
 from jax_extract.store.ledger import PLAN, Ledger, to_json
 from jax_extract.store.parts import PartContent, Site
+from jax_extract.store.row_sums import FEWEST_ROWS, RowSums
 from jax_extract.store.sidecar import BLOCK_BYTES, Sidecar, StoredArray
 from models.positions import Positions
 
@@ -105,7 +106,9 @@ def _header(content: PartContent, site: Site, dtype: str) -> ShardHeader:
 def _sidecar_bytes(content: PartContent, sites: Sequence[Site], values: int, shard_format: str) -> int:
     def stored(site: Site) -> StoredArray:
         name = site.shard_name(content.batch, content.part, content.parts_in_batch, SUFFIXES[shard_format])
-        return StoredArray(site, name, 1_000, (0,) * -(-content.rows * site.width * values // BLOCK_BYTES))
+        blocks = (0,) * -(-content.rows * site.width * values // BLOCK_BYTES)
+        sums = RowSums.none(site.width) if content.rows >= FEWEST_ROWS else None
+        return StoredArray(site, name, 1_000, blocks, sums)
 
     return len(Sidecar(content, tuple(map(stored, sites))).to_bytes())
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.processes import Processes
 from jax_extract.extraction.place import Place
+from jax_extract.inputs.fields import FIELDS_KEPT
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.sources import Source
+from jax_extract.inputs.wrapping import Kept
 from jax_extract.store.ledger import Ledger
 from jax_extract.weights.checkpoint import is_hub_id
 
@@ -46,5 +48,18 @@ def named_as_begun(source: Source, config: ExtractConfig, found: Ledger | None) 
             sample_id = f"{begun}{rest}" if sample.sample_id == f"{given}{rest}" else sample.sample_id
             meta = {**sample.meta, "dataset": begun} if sample.meta.get("dataset") == given else sample.meta
             yield dataclasses.replace(sample, sample_id=sample_id, meta=meta)
+
+    return dataclasses.replace(source, samples=samples)
+
+
+def fields_as_begun(source: Source, kept: Kept) -> Source:
+    """Samples without the other fields of their rows, where the run was begun before these were kept."""
+    if kept.fields or source.text_column is None:
+        return source
+
+    def samples() -> Iterator[Sample]:
+        for sample in source.samples():
+            meta = {name: value for name, value in sample.meta.items() if name not in FIELDS_KEPT}
+            yield dataclasses.replace(sample, meta=meta)
 
     return dataclasses.replace(source, samples=samples)

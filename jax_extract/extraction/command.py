@@ -19,7 +19,7 @@ from jax_extract.config import ExtractConfig
 from jax_extract.devices.choice import use_devices
 from jax_extract.devices.processes import Processes, start_processes
 from jax_extract.errors import UserError, user_path
-from jax_extract.extraction.as_begun import named_as_begun, of_the_same_commits
+from jax_extract.extraction.as_begun import fields_as_begun, named_as_begun, of_the_same_commits
 from jax_extract.extraction.backend import Loadable
 from jax_extract.extraction.model_fields import (
     MODEL_FIELDS,
@@ -61,6 +61,7 @@ from jax_extract.store.ledger import COMMITS, RUN_FILE, Ledger, RunStartedMeanwh
 from jax_extract.store.metadata import write_metadata
 from jax_extract.store.storage.local import require_open_files
 from jax_extract.store.sweep import erase, remove_kept
+from jax_extract.store.writer import KEEPS_SUMS
 from jax_extract.terminal import Terminal, plural
 
 _UNUSABLE_NAMED = 20
@@ -191,8 +192,8 @@ class _Extraction:
         found = None if self.config.overwrite else self.place.find(self.processes)
         with self.processes.together():
             settings = self.job.plan_settings(self.config, found.run["identity"]["plan_settings"] if found else None)
-        source = named_as_begun(self.source, self.config, found)
         kept = self.kept if self.kept and not found else kept_by(found, self.processes)
+        source = fields_as_begun(named_as_begun(self.source, self.config, found), kept)
         return dataclasses.replace(self, source=source, job=self.job.under(settings), kept=kept)._run(found, settings)
 
     def _run(self, found: Ledger | None, settings: PlanSettings) -> dict[str, Any]:
@@ -441,6 +442,7 @@ def run_of(config: ExtractConfig, job: Job, weights: Loadable, settings: PlanSet
             MODEL_FIELDS: model_fields(job.model, job.max_length),
             "source": config.dataset or config.tasks_file,
             "mesh": dict(job.backend.mesh_shape),
+            KEEPS_SUMS: True,
         },
     }
 

@@ -39,6 +39,7 @@ from jax_extract.inputs.tokenizing.passing import KnownTables
 from jax_extract.inputs.tokenizing.share import Share
 from jax_extract.inputs.wrapping import Kept, Wrapping
 from jax_extract.store.parts import Site
+from jax_extract.weights.checkpoint import Checkpoint
 from jax_extract.weights.open_model import OpenModel
 from models.capture_plan import CapturePlan
 from models.ports import longest_sample
@@ -70,11 +71,18 @@ class Job:
     edits: Edits | None = None
 
     @classmethod
-    def open(cls, config: ExtractConfig) -> Job:
-        """Opens the model and checks the request against it and against the devices; UserError."""
+    def open(cls, config: ExtractConfig, checkpoint: Checkpoint | None = None) -> Job:
+        """Opens the model and checks the request against it and against the devices; UserError.
+
+        Args:
+          checkpoint: of the model, where `config.model_path` is only its name.
+        """
         backend = _open_backend(config)
         needs_port = backend.name == "jax"
-        return cls.of(config, OpenModel.open(config.model_path, config.revision, config.adapter, needs_port), backend)
+        if checkpoint is not None and not needs_port:
+            raise UserError("--backend torch loads a model by itself; give its folder or hub id, not the loaded model")
+        model = OpenModel.open(checkpoint or config.model_path, config.revision, config.adapter, needs_port)
+        return cls.of(config, model, backend)
 
     @classmethod
     def of(cls, config: ExtractConfig, model: OpenModel, backend: Backend) -> Job:

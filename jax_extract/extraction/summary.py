@@ -108,9 +108,10 @@ def each_text(sites: Iterable[tuple[str, int | None]]) -> str:
 
 
 def tell_input(source: Source, counts: InputCounts, job: Job, terminal: Terminal) -> None:
+    found_in = f"; texts from column {source.text_column!r}" if source.text_column else ""
     if not source.finite:
         joined = f" and joined into contexts of {plural(job.contexts.tokens, 'token')}" if job.contexts else ""
-        terminal.line("input", f"{source.name}, read as a stream{joined}")
+        terminal.line("input", f"{source.name}, read as a stream{joined}{found_in}")
         return
     cut = ""
     if counts.truncated_samples:
@@ -125,7 +126,9 @@ def tell_input(source: Source, counts: InputCounts, job: Job, terminal: Terminal
     if isinstance(counts, ContextCounts):
         read = f"{plural(counts.documents, 'text')} in {plural(counts.samples, 'context')}"
         longest = f" ({counts.added_tokens:,} of them before contexts and between texts)"
-    terminal.line("input", f"{PurePath(source.name).name}: {read}, {plural(counts.tokens, 'token')}{longest}{cut}")
+    terminal.line(
+        "input", f"{PurePath(source.name).name}: {read}, {plural(counts.tokens, 'token')}{longest}{cut}{found_in}"
+    )
     for note in source.notes:
         terminal.line("note", note)
     tell_notes(counts, job, terminal)

@@ -1,7 +1,7 @@
 """From a row with fields to a sample: which field holds the text, the conversation or the tokens, and which the id.
 
-In: a row of any format as a mapping. Out: a `Sample`. A field within another is named with dots
-(`messages.0.content`); a field whose own name has the dots comes first.
+In: a row of any format as a mapping. Out: a `Sample`, with the row's other fields where these are wanted. A field
+within another is named with dots (`messages.0.content`); a field whose own name has the dots comes first.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, time
 from typing import Any
 
 from jax_extract.errors import UserError
@@ -19,6 +20,11 @@ TURNS_FIELDS = ("messages", "conversations", "conversation")
 TOKENS_FIELDS = ("input_ids", "tokens")
 MASK_FIELD = "attention_mask"
 ID_FIELD = "id"
+
+LARGEST_FIELDS = 2_000  # characters of JSON that the other fields of a row may take: sidecars hold them
+FIELDS_KEPT = ("fields", "fields_left_out")  # in `meta`
+_NAMED_LEFT_OUT = 8
+_LONGEST_NAME = 80
 
 _MOST_TOKEN = 2**31 - 1
 # ShareGPT's names of who speaks; others are handed on as they are, since templates know more roles than these.
@@ -36,10 +42,12 @@ class Fields:
       text: the field of the text, a conversation or token ids; None for the first there is of text, prompt, question,
         messages, conversations, conversation, input_ids and tokens.
       id: the field of the id; None for `id` where there is one that holds a value.
+      keeps_others: whether a sample's `meta` holds the other fields of its row, as `fields`; see `other_fields`.
     """
 
     text: str | None = None
     id: str | None = None
+    keeps_others: bool = False
 
     def sample(self, row: Row, where: str, otherwise: str, meta: Mapping[str, Any]) -> Sample:
         """A row as a sample.
@@ -54,6 +62,9 @@ class Fields:
         name = text_field(row, self.text, f"{where},")
         sample_id = self.id_of(row, where)
         sample_id = otherwise if sample_id is None else sample_id
+        if self.keeps_others:
+            read = {_column(name, row), _column(self.id or ID_FIELD, row), MASK_FIELD}
+            meta = {**meta, **other_fields({key: value for key, value in row.items() if key not in read})}
         value, told = field_of(row, name), f"{where}, field {name!r},"
         last = name.rpartition(".")[2]
         if isinstance(value, str) and last in (*TURNS_FIELDS, *TOKENS_FIELDS):
@@ -100,6 +111,43 @@ class Fields:
         if MASK_FIELD in there:
             needed.append(MASK_FIELD)
         return tuple(dict.fromkeys(needed))
+
+
+def other_fields(row: Row) -> dict[str, Any]:
+    """What a sample's `meta` says of fields that are not read otherwise: an answer, a label, a source.
+
+    Returns:
+      `fields`: those that have a value, as plain JSON (dates as text), in the row's order, as long as all of them
+      together have no more than 2,000 characters; and `fields_left_out`: the first names of those that do not fit, or
+      are no JSON. Neither where there is nothing for it.
+    """
+    kept: dict[str, Any] = {}
+    left_out: list[str] = []
+    room = LARGEST_FIELDS
+    for name, value in row.items():
+        if value is None or not isinstance(name, str):
+            continue
+        try:
+            text = _JSON.encode({name: value})
+        except (TypeError, ValueError, RecursionError):
+            text = None
+        if text is None or len(text) > room:
+            left_out.append(name[:_LONGEST_NAME])
+            continue
+        room -= len(text)
+        kept[name] = value if isinstance(value, str | int | float) else json.loads(text)[name]
+    said: dict[str, Any] = {"fields": kept} if kept else {}
+    return {**said, "fields_left_out": left_out[:_NAMED_LEFT_OUT]} if left_out else said
+
+
+def _plain(value: object) -> str:
+    """What JSON has no type for and a text says as well."""
+    if isinstance(value, date | time):
+        return value.isoformat()
+    raise TypeError(type(value).__name__)
+
+
+_JSON = json.JSONEncoder(default=_plain, allow_nan=False)
 
 
 def text_field(names: Collection[str], text_column: str | None, where: str) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from jax_extract.errors import UserError
-from jax_extract.inputs.fields import TEXT_FIELDS, Fields
+from jax_extract.inputs.fields import TEXT_FIELDS, Fields, text_field
 from jax_extract.inputs.files import COMPRESSIONS, Opened, kind_and_stem, open_bytes
 from jax_extract.inputs.rows import KINDS, rows_of
 from jax_extract.inputs.samples import Sample
@@ -58,10 +58,12 @@ class DatasetSamples:
 
     Attributes:
       origin: paths and URLs of the files in which they are, in their order; None where that is not known.
+      text_column: which column holds the texts.
     """
 
     read: Callable[[], Iterator[Sample]]
     origin: tuple[str, ...] | None
+    text_column: str
 
     def __call__(self) -> Iterator[Sample]:
         return self.read()
@@ -74,6 +76,7 @@ def open_dataset(
     text_column: str | None,
     revision: str | None = None,
     id_column: str | None = None,
+    keeps_others: bool = False,
 ) -> DatasetSamples:
     """A function that reads the rows of a split, from the first one at each call.
 
@@ -86,6 +89,7 @@ def open_dataset(
         and of token ids.
       revision: a branch, tag or commit on the hub.
       id_column: None for the column "id" where there is one.
+      keeps_others: see `Fields`.
 
     Returns:
       A function without arguments. A sample's id is the value of its column (strings or integers,
@@ -97,18 +101,21 @@ def open_dataset(
         column, or the split is empty. While reading: a text or an id of the wrong type, a damaged file.
     """
     # No progress bar, no library warning: what the user should know is in the UserError.
-    fields = Fields(text_column, id_column)
+    fields = Fields(text_column, id_column, keeps_others)
     with _quiet():
         splits = _load(name, config_name, revision)
         chosen = _chosen_split(name, splits, split)
         table = splits[chosen]
-        # Other columns may hold images or audio, whose decoding costs time and further libraries.
         there = table.columns()
         if text_column is None and {"train", "test"} <= set(there) and not set(TEXT_FIELDS) & set(there):
             raise UserError(f"Dataset {name} holds ARC tasks and no texts: give its file or folder as --tasks_file.")
-        columns = fields.columns(there, f"Dataset {name}, split {chosen},")
+        where = f"Dataset {name}, split {chosen},"
+        columns = list(fields.columns(there, where))
+        if keeps_others:
+            columns += [column for column in table.plain_columns() if column not in columns]
         table.require_row(columns)
-    return DatasetSamples(partial(_samples, table, columns, name, config_name, chosen, fields), table.origin)
+    samples = partial(_samples, table, columns, name, config_name, chosen, fields)
+    return DatasetSamples(samples, table.origin, text_field(there, text_column, where))
 
 
 def open_rows(
@@ -159,6 +166,10 @@ class _Table(ABC):
     def columns(self) -> list[str]:
         return list(self._first())
 
+    def plain_columns(self) -> list[str]:
+        """Columns whose cells cost nothing to read: images and audio are decoded, and want further libraries."""
+        return self.columns()
+
     @abstractmethod
     def read(self, columns: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
         """Each row with its place; at least these columns of it, or all for None."""
@@ -181,6 +192,9 @@ class _TypedTable(_Table):
 
     def columns(self) -> list[str]:
         return self.rows.column_names or super().columns()
+
+    def plain_columns(self) -> list[str]:
+        return [name for name, feature in (self.rows.features or {}).items() if _is_plain(feature)]
 
     def read(self, columns: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
         rows = self.rows if columns is None else self.rows.select_columns(list(columns))
@@ -220,6 +234,20 @@ class _WrittenTable(_Table):
                         yield where, row
         except FileNotFoundError as error:
             raise UserError(f"{self.name} cannot be read on: {_first_line(error)}") from error
+
+
+def _is_plain(feature: Any) -> bool:
+    """Whether a column's cells are texts, numbers and dates, or lists and mappings of such."""
+    if isinstance(feature, Mapping):
+        return all(map(_is_plain, feature.values()))
+    if isinstance(feature, list | tuple):
+        return all(map(_is_plain, feature))
+    if (inner := getattr(feature, "feature", None)) is not None:
+        return _is_plain(inner)
+    return "binary" not in str(getattr(feature, "dtype", "binary")) and type(feature).__name__ in (
+        "Value",
+        "ClassLabel",
+    )
 
 
 def _load(name: str, config_name: str | None, revision: str | None) -> Mapping[str, _Table]:

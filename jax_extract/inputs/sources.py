@@ -19,7 +19,7 @@ from jax_extract.inputs.arc import arc_samples, read_tasks
 from jax_extract.inputs.arc_encoders import grid_encoder
 from jax_extract.inputs.arc_files import all_files, holds_several, is_pair, is_task
 from jax_extract.inputs.arc_task import ArcTask
-from jax_extract.inputs.fields import TEXT_FIELDS, Fields
+from jax_extract.inputs.fields import TEXT_FIELDS, Fields, text_field
 from jax_extract.inputs.files import COMPRESSIONS, kind_and_stem, local
 from jax_extract.inputs.fingerprint import fingerprint
 from jax_extract.inputs.hub import open_dataset
@@ -54,6 +54,7 @@ class Source:
       tasks: of an ARC source, by id.
       left_out: what held no usable task, by file, line or id.
       notes: what a user should know of how the input was found.
+      text_column: which field of a row its text was found in; of the first row, where each may have another.
       fingerprint: of what the samples come from, made by reading bytes; gives None where that is not known.
     """
 
@@ -64,6 +65,7 @@ class Source:
     tasks: Mapping[str, ArcTask] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    text_column: str | None = None
     fingerprint: Callable[[], str | None] = lambda: None
 
 
@@ -110,16 +112,17 @@ def open_source(
     grid_encoder(encoder)
     of_arc = {"n_tasks": n_tasks, "skip_bad_tasks": skip_bad_tasks or None}
     of_rows = {"n_samples": n_samples, "text_column": text_column, "id_column": id_column, "split": split}
-    fields = Fields(text_column, id_column)
+    fields = Fields(text_column, id_column, keeps_others=True)
     if dataset is not None:
         _refuse(dataset, **of_arc)
-        rows = open_dataset(dataset, dataset_config, split, text_column, id_column=id_column)
+        rows = open_dataset(dataset, dataset_config, split, text_column, id_column=id_column, keeps_others=True)
         name = ":".join(part for part in (dataset, dataset_config, split) if part)
         # A local one goes on under the path that its run was begun with, wherever it lies now.
         options = {"kind": "dataset", "name": None if Path(dataset).expanduser().exists() else dataset, **of_rows}
         options["dataset_config"] = dataset_config
         known = partial(fingerprint, options, rows.origin, most=_LARGEST_STREAM)
-        return Source(name, "dataset", finite=False, samples=_first(rows, n_samples), fingerprint=known)
+        samples = _first(rows, n_samples)
+        return Source(name, "dataset", False, samples, text_column=rows.text_column, fingerprint=known)
 
     assert tasks_file is not None
     _refuse(tasks_file, dataset_config=dataset_config)
@@ -153,7 +156,10 @@ def open_source(
     if kind in _ROW_KINDS:
         _refuse(tasks_file, split=split, **of_arc)
         samples = _not_empty(tasks_file, partial(row_samples, path, fields))
-        return Source(tasks_file, _ROW_KINDS[kind], True, _first(samples, n_samples), fingerprint=known)
+        first = next(file_rows(path, lambda columns: fields.columns(columns, f"{path},")))
+        found = text_field(first.values, text_column, f"{path},")
+        samples = _first(samples, n_samples)
+        return Source(tasks_file, _ROW_KINDS[kind], True, samples, text_column=found, fingerprint=known)
     if kind == ".txt":
         _refuse(tasks_file, split=split, text_column=text_column, id_column=id_column, **of_arc)
         lines = _not_empty(tasks_file, partial(text_samples, path))

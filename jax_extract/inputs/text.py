@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jax_extract.errors import UserError
 from jax_extract.inputs.fields import Fields, checked_id, checked_text
@@ -30,7 +31,7 @@ def jsonl_samples(path: Path, text_column: str | None = None) -> Iterator[Sample
 
     Args:
       path: each line one object with a text field and, if wanted, an "id" (a string or an integer;
-        "{file stem}:{line number}" without). Other fields are ignored.
+        "{file stem}:{line number}" without). Other fields are ignored here.
       text_column: the field that holds the text; the first there is of the usual ones for None.
 
     Raises:
@@ -66,7 +67,10 @@ def row_samples(path: Path, fields: Fields) -> Iterator[Sample]:
             raise UserError(f"{path} repeats the id {names[repeated]!r}: give each {unit} its own, or none.")
         recent.clear()
 
-    for number, where, row in file_rows(path, lambda columns: fields.columns(columns, f"{path},")):
+    def needed(columns: Collection[str]) -> Sequence[str]:
+        return fields.columns(columns, f"{path},")
+
+    for number, where, row in file_rows(path, needed, fields.keeps_others):
         sample = fields.sample(row, where, f"{stem}:{number}", {unit: number})
         if sample.sample_id in recent:
             raise UserError(f"{where}, repeats the id {sample.sample_id!r}: give each {unit} its own, or none.")
@@ -77,18 +81,19 @@ def row_samples(path: Path, fields: Fields) -> Iterator[Sample]:
     check_recent()
 
 
-def file_rows(path: Path, needed: Needed | None = None) -> Iterator[PlacedRow]:
+def file_rows(path: Path, needed: Needed | None = None, and_others: bool = False) -> Iterator[PlacedRow]:
     """Each row of a local file, by the kind that its ending says.
 
     Args:
       needed: which of a Parquet file's columns are read; all for None.
+      and_others: the others too, but for those that hold bytes, such as images.
 
     Raises:
       UserError: the file cannot be read, or on reaching what is no row.
     """
     kind, _ = kind_and_stem(path)
     if kind == PARQUET:
-        yield from _parquet_rows(path, needed)
+        yield from _parquet_rows(path, needed, and_others)
         return
     with local(path) as file:
         yield from rows_of(str(path), kind, file)
@@ -118,13 +123,17 @@ def named_texts(texts: Sequence[str] | Mapping[str, str]) -> Iterator[Sample]:
     return (Sample(checked_id(i, "a sample"), checked_text(text, f"text {i!r}")) for i, text in named)
 
 
-def _parquet_rows(path: Path, needed: Needed | None) -> Iterator[PlacedRow]:
+def _parquet_rows(path: Path, needed: Needed | None, and_others: bool) -> Iterator[PlacedRow]:
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
         with local(path) as opened, parquet.ParquetFile(opened) as file:
-            columns = None if needed is None else needed(file.schema_arrow.names)
+            columns = None if needed is None else [*needed(file.schema_arrow.names)]
+            if columns is not None and and_others:
+                columns += [
+                    each.name for each in file.schema_arrow if each.name not in columns and _is_plain(each.type)
+                ]
             number = 0
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
                 for row in batch.to_pylist():
@@ -133,3 +142,12 @@ def _parquet_rows(path: Path, needed: Needed | None) -> Iterator[PlacedRow]:
     except pa.ArrowException as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{path} is no Parquet file that can be read ({reason}): fetch it again.") from error
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether an Arrow type holds no bytes, at any depth."""
+    import pyarrow as pa
+
+    if kind.num_fields:
+        return all(_is_plain(kind.field(number).type) for number in range(kind.num_fields))
+    return not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))

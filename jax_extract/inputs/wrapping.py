@@ -19,10 +19,12 @@ class Kept:
       clock: what a chat template is told that asks for the time: the local time, without a zone; None lets it ask.
       one_opening: a text that begins with what the tokenizer puts before every text gets no second one. Runs that
         were begun before this was so go on as they began.
+      fields: samples keep the other fields of their rows, likewise.
     """
 
     clock: datetime | None = None
     one_opening: bool = True
+    fields: bool = True
 
     @classmethod
     def from_now_on(cls) -> Kept:
@@ -36,12 +38,14 @@ class Kept:
           TypeError, ValueError, KeyError: somebody has edited it.
         """
         if said is None:
-            return cls(begun, one_opening=False)
+            return cls(begun, one_opening=False, fields=False)
         clock = None if said["clock"] is None else datetime.fromisoformat(said["clock"])
-        return cls(clock, bool(said["one_opening"]))
+        return cls(clock, bool(said["one_opening"]), bool(said.get("fields")))
 
     def as_json(self) -> dict[str, Any]:
-        return {"clock": None if self.clock is None else self.clock.isoformat(), "one_opening": self.one_opening}
+        clock = None if self.clock is None else self.clock.isoformat()
+        # Only where it is so: runs that were begun before have it not, and are compared.
+        return {"clock": clock, "one_opening": self.one_opening, **({"fields": True} if self.fields else {})}
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from jax_extract.config import ExtractConfig
 from jax_extract.errors import UserError
 from jax_extract.extraction.backend import Program, Say
+from jax_extract.extraction.command import run_of
 from jax_extract.extraction.loop import STEPS_IN_MEMORY, LoopStatistics, run_parts
+from jax_extract.extraction.pending import plan_json
 from jax_extract.extraction.prepare import Job, wrapping_of
 from jax_extract.inputs.planning.slabs import Shapes, SlabShape
 from jax_extract.inputs.planning.windows import shapes_of
@@ -26,41 +30,48 @@ from jax_extract.progress import LOADING
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.memory import MemorySink
 from jax_extract.store.reader import Run
+from jax_extract.store.saving import Provenance
 from jax_extract.terminal import Terminal
+from jax_extract.weights.live import LiveCheckpoint, describe_live_models, is_live_model
 from models.hooks import DEFAULT_HOOK_POINT
 
 
 def extract(
-    model: str,
+    model: Any,
     texts: Sequence[str] | Mapping[str, str],
     *,
     layers: Layers | None = None,
     hook_points: Iterable[str] = (DEFAULT_HOOK_POINT,),
     positions: str = "last",
     progress: bool = False,
+    tokenizer: Any = None,
     **options: Any,
 ) -> Run:
     """Extracts activations without files, for a notebook; same program and same rows as the command.
 
     Args:
-      model: Hugging Face folder, hub id or .gguf file.
+      model: Hugging Face folder, hub id or .gguf file; or a model of transformers that is in memory, whose tensors are
+        used as they are now.
       texts: prompts, with ids where it is a mapping; else the ids are "0", "1", ….
       layers: 12, -1 (the last), "10-23" (both among them), "all", or a list of these; by default 10 to 23, or what the
         model has of them.
       hook_points, positions: as the flags of the command.
       progress: show the lines and the bar of the command.
+      tokenizer: of a model in memory that did not come from a folder.
       options: further fields of `ExtractConfig`: dtype, capture_dtype, batch_size, mesh_shape,
         max_seq_length, slab_tokens, chat_template, system_prompt, chat_template_kwargs (a dictionary will do),
         add_special_tokens, context_tokens, context_start, context_separator, revision.
 
     Returns:
-      A `Run` in memory: `run.sample("0").get(layer=12)` -> [positions, width].
+      A `Run` in memory: `run[0].get(layer=12)` -> [positions, width]; `run.save(folder)` writes it.
 
     Raises:
       UserError: anything about the request that cannot be done.
     """
-    config = extract_config(str(model), layers, hook_points, positions, options)
-    job = Job.open(config)
+    checkpoint = live_checkpoint(model, tokenizer)
+    source = checkpoint.source if checkpoint else str(model)
+    config = extract_config(source, layers, hook_points, positions, options)
+    job = Job.open(config, checkpoint)
 
     def program(shapes: Shapes, say: Say) -> Program:
         return job.program(job.weights(), shapes, say=say)
@@ -130,9 +141,27 @@ def extracted(
         "total_tokens": counts.tokens,
         "input": counts.as_json(),
         "numerics": job.backend.fingerprint(),
-        "sessions": [dataclasses.asdict(statistics)],
+        "sessions": [session := dataclasses.asdict(statistics)],
     }
-    return Run(metadata, job.sites, sink.parts)
+    provenance = Provenance(
+        describe=partial(run_of, config, job, job.weights(), settings),
+        plans=[plan_json(window, counts.as_json()) for window in windows],
+        session={**session, "mesh": dict(job.backend.mesh_shape), "processes": 1, "numerics": metadata["numerics"]},
+    )
+    return Run(metadata, job.sites, sink.parts, provenance)
+
+
+def live_checkpoint(model: Any, tokenizer: Any) -> LiveCheckpoint | None:
+    """Of a model in memory; None where `model` is the name of one."""
+    if is_live_model(model):
+        return LiveCheckpoint(model, tokenizer)
+    if not isinstance(model, str | os.PathLike):
+        raise UserError(describe_live_models(model))
+    if tokenizer is not None:
+        raise UserError(
+            "tokenizer is for a model in memory; a folder, hub id or .gguf file has its own, so leave it out"
+        )
+    return None
 
 
 NOTEBOOK_OPTIONS = frozenset(

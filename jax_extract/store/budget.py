@@ -14,7 +14,12 @@ _MOST_BY_DEFAULT = 16_000_000_000
 
 def default_limit() -> int:
     """A quarter of the machine's memory, at most 16 GB: the rest is for weights, inputs and libraries."""
-    return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4, _MOST_BY_DEFAULT)
+    return min(machine_bytes() // 4, _MOST_BY_DEFAULT)
+
+
+def machine_bytes() -> int:
+    """All memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class ByteBudget:

@@ -18,6 +18,7 @@ import numpy as np
 
 from jax_extract.errors import UserError, damage_is_told
 from jax_extract.store.parts import PartContent, Site
+from jax_extract.store.row_sums import RowSums
 from jax_extract.store.sidecar import BLOCK_BYTES, Sidecar, StoredArray
 from jax_extract.store.storage.direct import PAGE
 from jax_extract.store.storage.verbs import Storage, crc32c
@@ -102,6 +103,10 @@ class FilePart:
     @property
     def content(self) -> PartContent:
         return self._sidecar.content
+
+    def sums(self, site: Site) -> RowSums | None:
+        """Over the rows of a site, where they were summed when they were written."""
+        return next((array.sums for array in self._sidecar.arrays if array.site.key == site.key), None)
 
     def rows(self, site: Site, start: int, stop: int, memory: np.ndarray | None = None) -> np.ndarray:
         """As `StoredPart.rows`; in `memory` where that is given: uint8, whole pages, one more than the blocks take."""

@@ -14,6 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from jax_extract.errors import UserError
+
+NO_TOKEN = -1  # what stands for the token of a row that is a mean over several
+
 
 @dataclass(frozen=True)
 class Site:
@@ -70,7 +74,7 @@ class ShardName:
         return cls(hook, layer, int(match["batch"] or 1), shard_format, is_whole=match["batch"] is None)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PartContent:
     """The samples of one part in the row order of its shards.
 
@@ -96,6 +100,9 @@ class PartContent:
     meta: tuple[Mapping[str, Any], ...]
     plan: str
 
+    def __repr__(self) -> str:
+        return f"PartContent(batch {self.batch}, part {self.part}: {len(self.sample_ids)} samples, {self.rows} rows)"
+
     @property
     def key(self) -> tuple[int, int]:
         return self.batch, self.part
@@ -112,6 +119,29 @@ class PartContent:
     @property
     def tokens(self) -> int:
         return sum(len(t) for t in self.token_ids)
+
+    @property
+    def row_positions(self) -> np.ndarray:
+        """int32 [rows], the positions of all samples one after the other."""
+        return np.concatenate([*self.positions, np.zeros(0, np.int32)], dtype=np.int32)
+
+    @property
+    def row_token_ids(self) -> np.ndarray:
+        """int32 [rows], the token at the position of each row; -1 where the row is a mean.
+
+        Raises:
+          UserError: a row has a position that its sample has no token for.
+        """
+        lengths = np.array([len(t) for t in self.token_ids], np.int64)
+        rows = np.diff(self.row_offsets)
+        positions = self.row_positions
+        if (positions >= np.repeat(lengths, rows)).any():
+            raise UserError(
+                f"the sidecar of part {self.key} names a position behind the end of its sample; restore it from a copy"
+            )
+        tokens = np.concatenate([*self.token_ids, np.zeros(1, np.int32)], dtype=np.int32)
+        first = np.repeat(np.cumsum(lengths) - lengths, rows)
+        return np.where(positions < 0, np.int32(NO_TOKEN), tokens[first + np.maximum(positions, 0)])
 
 
 def offsets(lengths: list[int]) -> np.ndarray:

@@ -2,13 +2,14 @@
 
 In: a `PartContent` and the files written for it. Out: one safetensors file with the samples' indices,
 token ids and positions as arrays, and, for each shard, where its array lies and the CRC32C of every
-block of it, so that any range of rows can be read and checked without reading the whole file.
+block of it, so that any range of rows can be read and checked without reading the whole file; and sums over its rows.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from jax_extract.errors import UserError, damage_is_told
 from jax_extract.store.checksums import crc32c_of_end
 from jax_extract.store.parts import PartContent, Site, offsets
+from jax_extract.store.row_sums import RowSums
 from jax_extract.store.storage.verbs import Chunk, Storage, crc32c
 
 BLOCK_BYTES = 1 << 20
@@ -89,12 +91,14 @@ class StoredArray:
       path: shard file.
       offset: of the array's first byte in it.
       blocks: CRC32C of each 1 MiB block of the array.
+      sums: over its rows; None where the part keeps none.
     """
 
     site: Site
     path: str
     offset: int
     blocks: tuple[int, ...]
+    sums: RowSums | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,7 @@ class Sidecar:
             "positions": _concatenate(content.positions),
             "block_offsets": offsets([len(array.blocks) for array in self.arrays]),
             "block_crc32c": np.array([block for array in self.arrays for block in array.blocks], np.uint32),
+            **_sums_tensors([array.sums for array in self.arrays]),
         }
         metadata = {
             "batch": str(content.batch),
@@ -174,11 +179,35 @@ class Sidecar:
         files: list[dict[str, Any]] = json.loads(metadata["files"])
         if not all(type(f["width"]) is int and type(f["offset"]) is int for f in files):
             raise ValueError("a width or an offset is no whole number")
+        sums = _sums_in(tensors, [f["width"] for f in files])
         arrays = tuple(
-            StoredArray(Site(f["hook"], f["layer"], f["width"]), f["path"], f["offset"], tuple(int(b) for b in block))
-            for f, block in zip(files, blocks, strict=True)
+            StoredArray(
+                Site(f["hook"], f["layer"], f["width"]), f["path"], f["offset"], tuple(map(int, block)), of_rows
+            )
+            for f, block, of_rows in zip(files, blocks, sums, strict=True)
         )
         return cls(content, arrays)
+
+
+def _sums_tensors(sums: Sequence[RowSums | None]) -> dict[str, np.ndarray]:
+    """Nothing where there are none."""
+    there = [each for each in sums if each is not None]
+    if not there or len(there) < len(sums):
+        return {}
+    return {
+        "sum_rows": np.array([each.rows for each in there], np.int64),
+        "sum_values": np.concatenate([each.values for each in there]),
+        "sum_squares": np.concatenate([each.squares for each in there]),
+        "norms": np.array([(each.norms, each.least_norm, each.largest_norm) for each in there]),
+    }
+
+
+def _sums_in(tensors: Mapping[str, np.ndarray], widths: Sequence[int]) -> list[RowSums | None]:
+    if "sum_rows" not in tensors:
+        return [None] * len(widths)
+    values, squares = (_split(tensors[name], offsets([*widths])) for name in ("sum_values", "sum_squares"))
+    rows, norms = tensors["sum_rows"].tolist(), tensors["norms"].tolist()
+    return [RowSums(*each[:3], *each[3]) for each in zip(rows, values, squares, norms, strict=True)]
 
 
 def _in_order(data: bytes) -> bytes:

@@ -21,6 +21,7 @@ from jax_extract.store.formats import ENCODERS, SUFFIXES, ShardEncoder, ShardHea
 from jax_extract.store.lanes import Call, Countdown, Lanes
 from jax_extract.store.ledger import PARTS, Key, Ledger, part_name
 from jax_extract.store.parts import PartContent, Site
+from jax_extract.store.row_sums import FEWEST_ROWS, SUMMING_BYTES, SummedRows
 from jax_extract.store.sidecar import RunningChecksums, Sidecar, StoredArray
 from jax_extract.store.storage.failpoints import step
 from jax_extract.store.storage.verbs import BUCKET_SCHEME, NameTaken, PendingFile, Published
@@ -35,6 +36,8 @@ class RowPiece(NamedTuple):
     first: int
     count: int
 
+
+KEEPS_SUMS = "row_sums"  # in the description of a run
 
 _DISK_LANES = 16  # while most wait for the disk or for a processor, one copies and the disk is never idle
 _CANCEL_SECONDS = 20.0
@@ -75,6 +78,7 @@ class PartWriter:
 
     Attributes:
       buffer_bytes: what the files that are open at once may hold in memory, besides the blocks.
+      keeps_sums: whether sidecars hold sums over rows: in runs that were begun since there are such.
       committed: parts that have a record when this writer is done with them.
       refused: parts to be written again, because other content took a name while theirs was on its way.
     """
@@ -102,7 +106,8 @@ class PartWriter:
         self.lanes = Lanes(lanes_for(str(ledger.storage), len(sites)) + 1, on_failure)
         self._on_failure = on_failure
         self._failure: BaseException | None = None
-        self.buffer_bytes = len(sites) * ledger.storage.buffer_bytes
+        self.keeps_sums = bool(ledger.run["description"].get(KEEPS_SUMS))
+        self.buffer_bytes = len(sites) * (ledger.storage.buffer_bytes + (SUMMING_BYTES if self.keeps_sums else 0))
         self.committed = 0
         self.refused = 0
         self._on_commit = on_commit
@@ -116,9 +121,13 @@ class PartWriter:
     def sealing_lane(self) -> int:
         return len(self.lanes.busy_seconds) - 1
 
+    @property
+    def value_bytes(self) -> int:
+        return 4 if self.dtype == "float32" else 2
+
     def begin(self, content: PartContent) -> OpenPart:
         values = content.rows * sum(site.width for site in self.sites)
-        self._before_part(content.key, values * (4 if self.dtype == "float32" else 2))
+        self._before_part(content.key, values * self.value_bytes)
         part = _OpenPart(self, content)
         with self._lock:
             part.abandoned = self._winding_up
@@ -304,12 +313,18 @@ class _Shard:
     def __init__(self, writer: PartWriter, content: PartContent, site: Site) -> None:
         self.site = site
         self.published: Published | None = None
-        self.not_finite = 0  # rows with a value that is no finite number
+        self._not_finite = 0
         self._writer = writer
         self._content = content
         self._checksums: RunningChecksums | None = None
         self._file: PendingFile | None = None
         self._encoder: ShardEncoder | None = None
+        self._summed: SummedRows | None = None
+
+    @property
+    def not_finite(self) -> int:
+        """Rows with a value that is no finite number."""
+        return self._summed.not_finite if self._summed else self._not_finite
 
     @property
     def file(self) -> PendingFile:
@@ -319,16 +334,22 @@ class _Shard:
     def append(self, block: np.ndarray, kept: Sequence[RowPiece]) -> None:
         encoder = self._opened()
         for rows in row_pieces(block, kept):
-            if not self._write(encoder, rows.reshape(-1)):
-                self.not_finite += int((~np.isfinite(rows).all(axis=1)).sum())
+            finite = self._write(encoder, rows.reshape(-1))
+            if self._summed:  # which counts them too
+                self._summed.add(rows)
+            elif not finite:
+                self._not_finite += int((~np.isfinite(rows).all(axis=1)).sum())
 
     def _write(self, encoder: ShardEncoder, values: np.ndarray) -> bool:
-        """Writes values [n] and says whether all are finite; in pieces that stay in the cache while that is done."""
+        """Writes values [n] and says whether all are finite, unless they are summed, which shows it.
+
+        In pieces that stay in the cache while that is done.
+        """
         assert self._checksums is not None
         finite, at = True, 0
         while at < len(values):
             piece = values[at : at + self._checksums.room // values.itemsize]
-            finite = finite and all_finite(piece)
+            finite = finite and (self._summed is not None or all_finite(piece))
             encoder.append(piece.view(np.uint8).data)
             self._checksums.advance(piece.nbytes, self.file.crc32c)
             at += len(piece)
@@ -346,7 +367,8 @@ class _Shard:
     def stored_array(self) -> StoredArray:
         assert self.published is not None
         assert self._checksums is not None
-        return StoredArray(self.site, self.published.name, self._opened().offset, tuple(self._checksums.values()))
+        sums = self._summed.sums() if self._summed else None
+        return StoredArray(self.site, self.published.name, self._opened().offset, tuple(self._checksums.values()), sums)
 
     def discard(self) -> None:
         if self._encoder is not None:
@@ -375,6 +397,8 @@ class _Shard:
             )
             self._encoder = ENCODERS[writer.format](self._file, header)
             self._checksums = RunningChecksums(self._file.crc32c)
+            if writer.keeps_sums and content.rows >= FEWEST_ROWS:
+                self._summed = SummedRows(self.site.width, writer.value_bytes)
         return self._encoder
 
 

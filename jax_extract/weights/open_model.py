@@ -42,12 +42,20 @@ class OpenModel:
 
     @classmethod
     def open(
-        cls, model_path: str, revision: str | None = None, adapter: str | None = None, needs_port: bool = True
+        cls,
+        model_path: str | Checkpoint,
+        revision: str | None = None,
+        adapter: str | None = None,
+        needs_port: bool = True,
     ) -> OpenModel:
-        """Without `needs_port` a model will do that no port computes, but Hugging Face does."""
+        """Without `needs_port` a model will do that no port computes, but Hugging Face does.
+
+        Args:
+          model_path: as the flag, or a checkpoint that is opened already.
+        """
         if not model_path:
             raise UserError("no model was given; pass --model_path with a folder, a hub id or a .gguf file")
-        checkpoint = open_checkpoint(model_path, revision)
+        checkpoint = open_checkpoint(model_path, revision) if isinstance(model_path, str) else model_path
         notes = name_model_type(checkpoint.config)
         checkpoint = text_part(checkpoint)
         model = cls._of(checkpoint, adapter, needs_port)

@@ -16,7 +16,7 @@ from jax_extract.store.shuffled.rows import ShuffledBatch, ShuffledRows
 
 
 class DeviceBatches(Iterator[ShuffledBatch]):
-    """Batches whose `activations` are `jax.Array`s; sample indices and positions stay NumPy arrays of this process.
+    """Batches whose `activations` are `jax.Array`s; whose rows they are stays in NumPy arrays of this process.
 
     On several processes each reads its own shard and gives its rows to the global array, which then has
     `rows` x processes of them.

@@ -1,7 +1,7 @@
 """Shuffled batches for torch: an `IterableDataset` whose tensors share the memory of the arrays.
 
 In: a run and settings. Out: dictionaries of tensors; the rows are divided among the workers of a `DataLoader` on
-top of the shard in the settings. This is the only module of the store that needs torch.
+top of the shard in the settings.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from jax_extract.store.file_part import StoredPart
 from jax_extract.store.shuffled.rows import ShuffledBatch, ShuffledRows, ShuffleSettings
+from jax_extract.store.torch_tensors import tensor_of
 
 Tensors = dict[str, torch.Tensor]
 
@@ -45,7 +44,7 @@ class ShuffledDataset(IterableDataset[Tensors]):
 
 
 class TorchBatches(Iterator[Tensors]):
-    """What a `ShuffledDataset` iterates over: `activations`, `sample_indices` int64 and `positions` int32.
+    """What a `ShuffledDataset` iterates over: `activations`, `sample_indices` int64, `positions` and `token_ids` int32.
 
     `state_dict` and `load_state_dict` are the names by which torchdata's `StatefulDataLoader` asks.
     """
@@ -71,14 +70,8 @@ class TorchBatches(Iterator[Tensors]):
 def tensors(batch: ShuffledBatch) -> Tensors:
     """A batch as tensors on the same memory."""
     return {
-        "activations": _tensor(batch.activations),
+        "activations": tensor_of(batch.activations),
         "sample_indices": torch.from_numpy(batch.sample_indices),
         "positions": torch.from_numpy(batch.positions),
+        "token_ids": torch.from_numpy(batch.token_ids),
     }
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    """torch does not know NumPy's bfloat16, but its bits."""
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)

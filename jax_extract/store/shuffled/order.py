@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -26,7 +26,9 @@ from jax_extract.store.sidecar import BLOCK_BYTES
 
 _GROUPS_IN_MEMORY = 64  # makes the stretch 1.67 times what fits; with endlessly many it would be 1.75 times
 _LEAST_PIECES_IN_MEMORY = 8
-_WHO_BYTES = 12  # sample index and position of a row
+# Sample index and position of a row. The order depends on it, and states that are stored on the order: the 4 bytes of
+# the token id, which came later, are on top.
+_WHO_BYTES = 12
 _PHASE_BITS = 24
 
 
@@ -61,7 +63,7 @@ class Layout:
     """How a run is cut for shuffling; the same in every epoch and shard.
 
     Attributes:
-      pieces: int64 [pieces, 3]: part, first row, row behind the last; all rows, in storage order.
+      pieces: int64 [pieces, 3]: part, first row, row behind the last; all rows that are kept, in storage order.
       piece_bytes: what reading a piece takes at one site, at most: whole checksum blocks.
       group_rows: rows of a group, about.
       reach: how many windows a row comes out early or late, at most.
@@ -80,21 +82,32 @@ class Layout:
 
     @classmethod
     def of(
-        cls, part_rows: Sequence[int], row_bytes: int, sites: int, buffer_bytes: int, read_bytes: int, shards: int
+        cls,
+        part_rows: Sequence[int],
+        row_bytes: int,
+        sites: int,
+        buffer_bytes: int,
+        read_bytes: int,
+        shards: int,
+        kept_before: Callable[[int, np.ndarray], np.ndarray] | None = None,
     ) -> Layout:
         """Cuts parts of so many rows, of `row_bytes` at each of the sites; UserError where the buffer is too small.
+
+        With `kept_before`, which says how many rows of a part are kept before each of its rows, only kept rows count.
 
         An eighth of `buffer_bytes` is for what is being read, the rest for rows that wait.
         """
         pool = buffer_bytes * 7 // 8 // (sites * row_bytes + _WHO_BYTES)
         blocks = _piece_blocks(row_bytes, pool, read_bytes)
         pieces = np.array([piece for part, n in enumerate(part_rows) for piece in _cut(part, n, row_bytes, blocks)])
+        if kept_before is not None:
+            pieces = _kept_only(pieces, kept_before)
         longest = int((pieces[:, 2] - pieces[:, 1]).max())
         group = max(pool // _GROUPS_IN_MEMORY, longest)
         # What waits is half of 2 reach + 1 groups, a piece more at either end, and two rows a group because whole
         # rows are dealt. The eighth that is left is for reading ahead.
         reach = (pool * 7 // 8 - 2 * longest) // (group + 2) - 1
-        most = -(-sum(part_rows) // shards)
+        most = -(-int((pieces[:, 2] - pieces[:, 1]).sum()) // shards)
         if most > pool and reach < 1:
             least = math.ceil((4 * longest + 5) * 8 / 7) * (sites * row_bytes + _WHO_BYTES) * 8 / 7
             raise UserError(
@@ -116,6 +129,15 @@ def _piece_blocks(row_bytes: int, pool_rows: int, read_bytes: int) -> int:
     blocks = period * max(1, round(wanted / period)) if period <= 2 * wanted else 2 * wanted
     most = max(1, pool_rows // _LEAST_PIECES_IN_MEMORY * row_bytes // BLOCK_BYTES)
     return blocks if blocks <= most else most // period * period or most
+
+
+def _kept_only(pieces: np.ndarray, kept_before: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:
+    """The same pieces, their bounds counted in rows that are kept; those that keep none are left out."""
+    counted = pieces.copy()
+    for part in np.unique(pieces[:, 0]).tolist():
+        of_part = pieces[:, 0] == part
+        counted[of_part, 1:] = kept_before(part, pieces[of_part, 1:])
+    return counted[counted[:, 1] < counted[:, 2]]
 
 
 def _cut(part: int, rows: int, row_bytes: int, blocks: int) -> Iterator[tuple[int, int, int]]:

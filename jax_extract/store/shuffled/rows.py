@@ -22,36 +22,51 @@ from jax_extract.errors import UserError
 from jax_extract.store.file_part import StoredPart
 from jax_extract.store.parts import Site
 from jax_extract.store.shuffled.order import Epoch, Layout
+from jax_extract.store.shuffled.rows_wanted import RowsWanted
 from jax_extract.store.shuffled.source import Pool, Source
+from jax_extract.store.token_text import token_texts
+from jax_extract.store.torch_tensors import require_torch, tensor_of
 
 if TYPE_CHECKING:
     from jax_extract.store.shuffled.for_jax import DeviceBatches
     from jax_extract.store.shuffled.for_torch import ShuffledDataset
 
 _STATE_VERSION = 1
+_WANTED = "rows_wanted"  # in a state
 _PAIR = 2
 _READERS = 8  # on local disks and in buckets, one read at a time leaves most of the bandwidth unused
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ShuffledBatch:
     """Rows drawn from anywhere in a run.
 
     Attributes:
       activations: [rows, width], or [rows, layers, width] where layers were given as a sequence; the stored
-        dtype (bfloat16 as `ml_dtypes.bfloat16`). The array is the caller's to keep and to change.
+        dtype (bfloat16 as `ml_dtypes.bfloat16`); a `torch.Tensor` or a `jax.Array` where that was asked for. It is
+        the caller's to keep and to change.
       sample_indices: int64 [rows], the place of each row's sample in the input.
       positions: int32 [rows], the token position of each row; -1 where it is the mean over all tokens.
+      token_ids: int32 [rows], the token at that position; -1 where the row is a mean.
       epoch: from 0.
     """
 
-    activations: np.ndarray
+    activations: Any
     sample_indices: np.ndarray
     positions: np.ndarray
+    token_ids: np.ndarray
     epoch: int
+
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.activations.shape))
+        return f"ShuffledBatch({shape} {self.activations.dtype}, epoch {self.epoch})"
 
     def __len__(self) -> int:
         return len(self.sample_indices)
+
+    def tokens(self, tokenizer: Any) -> list[str]:
+        """The text of each row's token, as `SampleActivations.tokens` gives it."""
+        return token_texts(tokenizer, self.token_ids)
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,7 @@ class ShuffleSettings:
       shard: (index, count): this reader's share of the rows.
       buffer_bytes: memory for rows that wait and rows that are read; batches that were handed out come on top.
       read_bytes: how much of a site is read at once, about.
+      wanted: which rows come at all; None for all.
     """
 
     sites: tuple[Site, ...]
@@ -79,6 +95,7 @@ class ShuffleSettings:
     shard: tuple[int, int]
     buffer_bytes: int
     read_bytes: int
+    wanted: RowsWanted | None = None
 
     def __post_init__(self) -> None:
         if not self.sites or len(set(self.sites)) < len(self.sites):
@@ -123,30 +140,36 @@ class ShuffledRows(Iterator[ShuffledBatch]):
     Threads read ahead from the first `next` on; `close`, or leaving its `with` block, ends them.
     """
 
-    def __init__(self, parts: Sequence[StoredPart], settings: ShuffleSettings) -> None:
+    def __init__(self, parts: Sequence[StoredPart], settings: ShuffleSettings, torch: bool = False) -> None:
+        """With `torch`, the `activations` of batches are tensors."""
+        if torch:
+            require_torch("torch=True")
         self.settings = settings
+        self._torch = torch
         self._parts = parts
-        self._source = Source(parts, settings.sites)
+        self._source = Source(parts, settings.sites, settings.wanted)
         self._place = _Place()
         self._flow: _Flow | None = None
         if not self.batches_per_epoch:
+            of = f" of {sum(self._source.stored_rows)} left by positions and without_tokens" if settings.wanted else ""
             raise UserError(
-                f"this run has {sum(self._source.part_rows)} rows, which makes no batch of {settings.rows} for shard "
+                f"this run has {self._source.rows} rows{of}, which makes no batch of {settings.rows} for shard "
                 f"{settings.shard}; ask for fewer rows a batch, or give drop_remainder=False"
             )
         self._layout = Layout.of(
-            self._source.part_rows,
+            self._source.stored_rows,
             self._source.row_bytes,
             len(settings.sites),
             settings.buffer_bytes,
             settings.read_bytes,
             settings.shard[1],
+            self._source.kept.before if self._source.kept else None,
         )
 
     @property
     def batches_per_epoch(self) -> int:
         """Of this shard; with `drop_remainder` all shards have equally many."""
-        return -(-_rows_out(sum(self._source.part_rows), self.settings) // self.settings.rows)
+        return -(-_rows_out(self._source.rows, self.settings) // self.settings.rows)
 
     def __next__(self) -> ShuffledBatch:
         if self._flow is None:
@@ -157,7 +180,7 @@ class ShuffledRows(Iterator[ShuffledBatch]):
             self.close()  # a later `next` reads anew from the last batch that was handed out, and misses nothing
             raise
         self._place = self._flow.place
-        return batch
+        return replace(batch, activations=tensor_of(batch.activations)) if self._torch else batch
 
     def get_state(self) -> dict[str, Any]:
         """The place behind the last batch, as JSON: numbers, strings and lists of them."""
@@ -165,6 +188,7 @@ class ShuffledRows(Iterator[ShuffledBatch]):
             "version": _STATE_VERSION,
             "run": self._source.digest,
             **self.settings.to_state(),
+            **self._wanted_state(),
             **dataclasses.asdict(self._place),
         }
 
@@ -178,8 +202,18 @@ class ShuffledRows(Iterator[ShuffledBatch]):
         self.close()
         self._place = place
 
+    def _wanted_state(self) -> dict[str, Any]:
+        """Nothing where all rows come, as it was before there was a choice."""
+        wanted, kept = self.settings.wanted, self._source.kept
+        return {_WANTED: {**wanted.to_state(), "kept": kept.digest}} if wanted and kept else {}
+
     def _checked(self, state: Mapping[str, Any]) -> _Place:
         own = self.get_state()
+        if isinstance(state, Mapping) and "version" in state and state.get(_WANTED) != own.get(_WANTED):
+            raise UserError(
+                f"the state was taken with the rows {_wanted_text(state.get(_WANTED))} and this reader has "
+                f"{_wanted_text(own.get(_WANTED))}; give the same positions and without_tokens, or no state"
+            )
         if not isinstance(state, Mapping) or own.keys() != state.keys():
             raise UserError("this is no state of a shuffled reader; give what get_state returned, unchanged")
         if state["run"] != own["run"]:
@@ -198,6 +232,12 @@ class ShuffledRows(Iterator[ShuffledBatch]):
             raise UserError(f"the state's place {numbers} is damaged; use an earlier state")
         return _Place(**numbers)
 
+    def __repr__(self) -> str:
+        sites = ", ".join(
+            f"{site.hook} {site.layer}" if site.layer is not None else site.hook for site in self.settings.sites
+        )
+        return f"ShuffledRows({sites}: {self.batches_per_epoch} batches of {self.settings.rows} rows an epoch)"
+
     def close(self) -> None:
         """Ends the threads that read ahead; a later `next` goes on at the same place."""
         if self._flow is not None:
@@ -214,15 +254,22 @@ class ShuffledRows(Iterator[ShuffledBatch]):
         """The same batches with `activations` as JAX arrays of this sharding, put on the devices a batch ahead."""
         from jax_extract.store.shuffled.for_jax import DeviceBatches
 
+        if self._torch:
+            raise UserError("these batches are torch tensors; leave torch=True out to have JAX arrays of them")
         return DeviceBatches(self, sharding)
 
     def for_torch(self) -> ShuffledDataset:
         """The same rows as a `torch.utils.data.IterableDataset`, divided among the workers of a `DataLoader`."""
-        try:
-            from jax_extract.store.shuffled.for_torch import ShuffledDataset
-        except ModuleNotFoundError as error:
-            raise UserError(f"for_torch needs {error.name}, which is not installed: pip install torch") from None
+        require_torch("for_torch")
+        from jax_extract.store.shuffled.for_torch import ShuffledDataset
+
         return ShuffledDataset(self._parts, self.settings)
+
+
+def _wanted_text(state: Any) -> str:
+    if not isinstance(state, Mapping):
+        return "all"
+    return ", ".join(f"{key}={value!r:.60}" for key, value in state.items())
 
 
 def _is_whole(value: Any, least: int = 0) -> bool:
@@ -279,7 +326,8 @@ class _Flow:
         epoch, pool = self.place.epoch, self._pool
         count = min(self._settings.rows, self._rows_out - self.place.row)
         bits = np.empty((count, *pool.bits.shape[1:]), pool.bits.dtype)
-        samples, positions = np.empty(count, np.int64), np.empty(count, np.int32)
+        samples = np.empty(count, np.int64)
+        positions, tokens = np.empty(count, np.int32), np.empty(count, np.int32)
         done = 0
         while done < count:
             slots = self._next_slots(count - done)
@@ -288,11 +336,13 @@ class _Flow:
             np.take(pool.bits, slots, axis=0, out=bits[to], mode="clip")
             np.take(pool.sample_indices, slots, out=samples[to], mode="clip")
             np.take(pool.positions, slots, out=positions[to], mode="clip")
+            np.take(pool.token_ids, slots, out=tokens[to], mode="clip")
             self._give_back(slots)
             self._read_ahead()
             done += len(slots)
         activations = bits.view(self._source.dtype)
-        return ShuffledBatch(activations if self._settings.stacked else activations[:, 0], samples, positions, epoch)
+        activations = activations if self._settings.stacked else activations[:, 0]
+        return ShuffledBatch(activations, samples, positions, tokens, epoch)
 
     def _next_epoch(self) -> None:
         """Lets go of the rows of a remainder and begins the next epoch."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -17,8 +18,11 @@ import numpy as np
 from jax_extract.errors import UserError
 from jax_extract.store.file_part import FilePart, StoredPart
 from jax_extract.store.parts import PartContent, Site
+from jax_extract.store.shuffled.rows_wanted import KeptRows, RowsWanted
 from jax_extract.store.storage.direct import PAGE, DirectDirectory, page_memory
 from jax_extract.store.storage.local import Directory
+
+_TOKENS_KEPT = 1 << 26  # bytes of token ids of parts: 16 million rows; those of more are read again
 
 
 class Who:
@@ -27,7 +31,7 @@ class Who:
     def __init__(self, content: PartContent) -> None:
         self._offsets = content.row_offsets
         self._samples = content.sample_indices
-        positions = np.concatenate([*content.positions, np.zeros(0, np.int32)])
+        positions = content.row_positions
         self._first = positions[np.minimum(self._offsets[:-1], len(positions) - 1)] if len(positions) else positions
         second = positions[np.minimum(self._offsets[:-1] + 1, len(positions) - 1)] if len(positions) else positions
         self._step = np.where(np.diff(self._offsets) > 1, second - self._first, 0).astype(np.int32)
@@ -46,15 +50,51 @@ class Who:
         )
 
 
-class Source:
-    """The rows of some sites, by ranges of parts."""
+class _TokensOfParts:
+    """Token ids of the rows of parts, of which as many are kept as there is room for."""
 
-    def __init__(self, parts: Sequence[StoredPart], sites: Sequence[Site]) -> None:
+    def __init__(self) -> None:
+        self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, number: int) -> np.ndarray | None:
+        with self._lock:
+            if number in self._kept:
+                self._kept.move_to_end(number)
+            return self._kept.get(number)
+
+    def keep(self, number: int, tokens: np.ndarray) -> None:
+        with self._lock:
+            if number not in self._kept:
+                self._kept[number] = tokens
+                self._bytes += tokens.nbytes
+            while self._bytes > _TOKENS_KEPT and len(self._kept) > 1:
+                self._bytes -= self._kept.popitem(last=False)[1].nbytes
+
+
+class Source:
+    """The rows of some sites, by ranges of parts.
+
+    Attributes:
+      stored_rows: of each part.
+      kept: which of them are wanted; None for all. Rows of pieces are counted among those.
+    """
+
+    def __init__(self, parts: Sequence[StoredPart], sites: Sequence[Site], wanted: RowsWanted | None = None) -> None:
+        """With `wanted` the sidecars of all parts are read."""
         self.sites = tuple(sites)
-        self.part_rows = [part.record["rows"] if isinstance(part, FilePart) else part.content.rows for part in parts]
+        self.stored_rows = [part.record["rows"] if isinstance(part, FilePart) else part.content.rows for part in parts]
         self._parts = [past_the_page_cache(part) for part in parts]
         self._who: dict[int, Who] = {}
+        self._tokens = _TokensOfParts()
         self._threads = threading.local()
+        self.kept = KeptRows(wanted, map(self._content_of, range(len(parts)))) if wanted else None
+
+    @property
+    def rows(self) -> int:
+        """How many there are to come out in an epoch."""
+        return sum(self.kept.part_rows if self.kept else self.stored_rows)
 
     @cached_property
     def digest(self) -> str:
@@ -76,14 +116,20 @@ class Source:
         if (slots < 0).all():
             return
         part, start, stop = piece
-        samples, positions = self._who_of(part).of(start, stop)
         wanted: Any = slice(None) if (slots >= 0).all() else slots >= 0
         slots = slots[wanted]
+        if self.kept:
+            places = self.kept.rows(part, start, stop)
+            start, stop = int(places[0]), int(places[-1]) + 1
+            wanted = (places - start)[wanted]
+        samples, positions = self._who_of(part).of(start, stop)
+        tokens = self._tokens_of(part)[start:stop]
         for number, site in enumerate(self.sites):
             rows = self._rows(site, part, start, stop, piece_bytes)
             pool.bits[:, number][slots] = rows.view(np.uint8)[wanted]
         pool.sample_indices[slots] = samples[wanted]
         pool.positions[slots] = positions[wanted]
+        pool.token_ids[slots] = tokens[wanted]
 
     def _rows(self, site: Site, number: int, start: int, stop: int, piece_bytes: int) -> np.ndarray:
         """Rows of a part, in memory of this thread that its next read takes again."""
@@ -96,14 +142,27 @@ class Source:
 
     def _who_of(self, number: int) -> Who:
         if number not in self._who:  # two threads may both find out; they find the same
-            content = self._parts[number].content
-            if content.rows != self.part_rows[number]:
-                raise UserError(
-                    f"part {content.key} has {content.rows} rows by its sidecar and {self.part_rows[number]} by its "
-                    "commit record; restore both from a copy"
-                )
-            self._who[number] = Who(content)
+            self._content_of(number)
         return self._who[number]
+
+    def _content_of(self, number: int) -> PartContent:
+        """Of a part, of which is kept what is asked for again."""
+        content = self._parts[number].content
+        if content.rows != self.stored_rows[number]:
+            raise UserError(
+                f"part {content.key} has {content.rows} rows by its sidecar and {self.stored_rows[number]} by its "
+                "commit record; restore both from a copy"
+            )
+        self._who[number] = Who(content)
+        self._tokens.keep(number, content.row_token_ids)
+        return content
+
+    def _tokens_of(self, number: int) -> np.ndarray:
+        """int32 [rows] of a part."""
+        if (tokens := self._tokens.get(number)) is None:
+            tokens = self._parts[number].content.row_token_ids
+            self._tokens.keep(number, tokens)
+        return tokens
 
 
 def _mark(part: StoredPart) -> dict[str, Any]:
@@ -128,14 +187,14 @@ class Pool:
 
     Attributes:
       bits: uint8 [slots, sites, row bytes]; NumPy moves them faster than bfloat16, and they need no alignment.
-      sample_indices, positions: [slots], whose they are.
+      sample_indices, positions, token_ids: [slots], whose they are, and of which token.
       free: how many slots are.
     """
 
     def __init__(self, slots: int, sites: int, row_bytes: int) -> None:
         self.bits = np.empty((slots, sites, row_bytes), np.uint8)
         self.sample_indices = np.empty(slots, np.int64)
-        self.positions = np.empty(slots, np.int32)
+        self.positions, self.token_ids = np.empty(slots, np.int32), np.empty(slots, np.int32)
         self._free = np.arange(slots)
         self.free = slots
 

@@ -174,6 +174,15 @@ def test_edits_act_in_the_order_of_the_forward_and_at_one_hook_point_in_that_giv
         require_equal(out, 0, truth_of(tiny_model(name), text, changes), repr(edits))
 
 
+def test_a_live_model_of_transformers_is_used_as_it_is_now() -> None:
+    [text] = random_ids([13])
+    live = load_model(tiny_model("llama"), mesh_shape="1,1")
+    saved = load_model(tiny_folder("llama"), mesh_shape="1,1")
+    np.testing.assert_array_equal(live.run(text, logits="all").logits[0], saved.run(text, logits="all").logits[0])
+    with pytest.raises(UserError, match="not the loaded model"):
+        load_model(tiny_model("llama"), backend="torch")
+
+
 REFUSED: list[tuple[Callable[[], Edit], str]] = [
     (lambda: Edit("ffn_oout", "zero", layer=1), "nearest name is 'ffn_out'"),
     (lambda: Edit("blocks.1.hook_banana", "zero"), "unknown hook point"),
@@ -182,7 +191,7 @@ REFUSED: list[tuple[Callable[[], Edit], str]] = [
     (lambda: Edit("ffn_out", "zero"), "needs layer="),
     (lambda: Edit("ffn_out", "zero", layer=5), "names layer 5; the model has layers 0 to 4"),
     (lambda: Edit("ffn_out", "zero", layer=-6), "names layer -6"),
-    (lambda: Edit("ffn_out", "zero", layer="three"), "whole numbers"),
+    (lambda: Edit("ffn_out", "zero", layer="three"), "whole numbers"),  # type: ignore[arg-type]
     (lambda: Edit("ffn_out", "zero", layer=[]), "name nothing"),
     (lambda: Edit("blocks.1.hook_mlp_out", "zero", layer=2), "names two layers"),
     (lambda: Edit("final_norm", "zero", layer=1), "has none"),
@@ -198,6 +207,7 @@ REFUSED: list[tuple[Callable[[], Edit], str]] = [
     (lambda: Edit("ffn_out", "add", layer=1), "needs value="),
     (lambda: Edit("ffn_out", "patch", layer=1), "needs source="),
     (lambda: Edit("ffn_out", "mean", layer=1), "needs value="),
+    (lambda: Edit("ffn_out", "patch", layer=1, source="runs/usual"), "is no run: 'runs/usual'"),  # type: ignore[arg-type]
     (lambda: Edit("ffn_out", "replace", layer=1, value=np.zeros(54), scale=2.0), "takes no scale"),
     (lambda: Edit("ffn_out", "replace", layer=1, value=np.zeros(53)), "53 wide; 'ffn_out' of this model is 54 wide"),
     (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -17,6 +17,11 @@ from jax_extract.errors import UserError
 
 if TYPE_CHECKING:
     from jax_extract.store.reader import Run
+
+    class HoldsRun(Protocol):
+        @property
+        def run(self) -> Run: ...
+
 
 CHANGES = ("zero", "add", "mean", "replace", "patch")
 VECTOR, ROWS = 1, 2  # axes
@@ -43,7 +48,7 @@ class Edit:
       positions: token positions of the sample; if negative, from the end of its prompt, behind which answers follow;
         None is all. In `source` they count from the end there.
       samples: ids, or places in the input; None is all.
-      source: a run that holds the hook point.
+      source: a run that holds the hook point, or what `Model.run` gave.
 
     Raises:
       UserError: an unknown change, or one that lacks what it needs or is given what it does not take.
@@ -56,7 +61,7 @@ class Edit:
     scale: float = 1.0
     positions: int | Iterable[int] | None = None
     samples: str | int | Iterable[str | int] | None = None
-    source: Run | None = None
+    source: Run | HoldsRun | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.hook, str):
@@ -72,8 +77,17 @@ class Edit:
             _set(self, "samples", (self.samples,))
         elif self.samples is not None:
             _set(self, "samples", tuple(self.samples))
+        if self.source is not None:
+            _set(self, "source", getattr(self.source, "run", self.source))
+            if not hasattr(self.source, "sample_ids"):
+                raise UserError(f"the source of the edit at {self.hook!r} is no run: {self.source!r:.60}")
         if not callable(self.change):
             self._check_what_it_takes()
+
+    @property
+    def run(self) -> Run | None:
+        """Its source."""
+        return self.source  # type: ignore[return-value] (a run by now)
 
     def _check_what_it_takes(self) -> None:
         here = f"the change {self.change!r} at {self.hook!r}"

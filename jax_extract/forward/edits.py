@@ -143,7 +143,7 @@ class Resolved:
 
     def _source_rows(self, sample: TokenizedSample) -> tuple[SampleActivations, np.ndarray]:
         """The sample in the source, and which of its rows are put."""
-        source = self.edit.source
+        source = self.edit.run
         assert source is not None, "Edit sees to it"
         source.site(self._layer, self.hook)
         ids = source.sample_ids
@@ -206,10 +206,10 @@ class Edits:
             total.update(json.dumps(said).encode())
             if one.rows is not None:
                 total.update(repr(one.rows.shape).encode() + one.rows.astype("<f4").tobytes())
-            if edit.change == "patch" and edit.source is not None:
-                for part in edit.source.parts:
+            if edit.change == "patch" and edit.run is not None:
+                for part in edit.run.parts:
                     total.update(part.content.plan.encode())
-                total.update(json.dumps(edit.source.metadata.get("model_name")).encode())
+                total.update(json.dumps(edit.run.metadata.get("model_name")).encode())
         return f"sha256:{total.hexdigest()}"
 
     @property
@@ -361,13 +361,13 @@ def _rows(edit: Edit) -> np.ndarray | None:
 
 def _source_mean(edit: Edit, hook: str, layers: tuple[int, ...]) -> np.ndarray | None:
     """Over all rows of the source there; None where its rows are put one by one."""
-    assert edit.source is not None
+    assert edit.run is not None, "Edit sees to it"
     layer = layers[0] if layers else None
-    site = edit.source.site(layer, hook)
+    site = edit.run.site(layer, hook)
     if edit.change == "patch":
         return None
     total, rows = np.zeros(site.width), 0
-    for batch in edit.source.batches(layer=layer, hook=hook):
+    for batch in edit.run.batches(layer=layer, hook=hook):
         total += batch.activations.astype(np.float64).sum(axis=0)
         rows += len(batch.activations)
     if not rows:

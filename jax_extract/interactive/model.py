@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -37,7 +36,7 @@ from jax_extract.inputs.wrapping import Kept, Wrapping
 from jax_extract.interactive.answering import AnsweringModel, CompiledAnswers
 from jax_extract.interactive.collecting import Collected, collected_gradients
 from jax_extract.interactive.judged import judged
-from jax_extract.interactive.notebook import NOTEBOOK_OPTIONS, extract_config, extracted
+from jax_extract.interactive.notebook import NOTEBOOK_OPTIONS, extract_config, extracted, live_checkpoint
 from jax_extract.interactive.outcome import EditEffects, Gradients, Outcome
 from jax_extract.interactive.requests import (
     Capture,
@@ -66,8 +65,9 @@ _LOGITS_AT_ONCE = 1 << 27  # values of a device, unless one text alone has more
 
 
 def load_model(
-    model: str | Path,
+    model: Any,
     *,
+    tokenizer: Any = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     mesh_shape: str | None = None,
     adapter: str | None = None,
@@ -80,7 +80,9 @@ def load_model(
     Programs are compiled when they are first needed, and kept for the next session as those of the commands are.
 
     Args:
-      model: Hugging Face folder, hub id or .gguf file.
+      model: Hugging Face folder, hub id or .gguf file; or a model of transformers that is in memory, whose tensors are
+        used as they are now.
+      tokenizer: of a model in memory that did not come from a folder.
       dtype: of matrix products: bfloat16 on TPU and GPU, float32 on CPU where left out.
       mesh_shape: such as "2,4", data and model; all devices on data where left out.
       adapter: a LoRA or DoRA adapter that is merged into it: folder or hub id.
@@ -98,6 +100,7 @@ def load_model(
         if given not in allowed:
             raise UserError(f"{name} is {given!r}; expected {' or '.join(map(repr, filter(None, allowed)))}")
     libtpu.silence()
+    source = live_checkpoint(model, tokenizer) or str(model)
     if backend == "torch":
         if mesh_shape is not None:
             raise UserError("the torch backend has one device; leave mesh_shape out, or use backend='jax'")
@@ -105,7 +108,11 @@ def load_model(
         from jax_extract.pytorch.forward import TorchSuffix
 
         torch_backend = TorchBackend.open(device, dtype)
-        found = OpenModel.open(str(model), revision, adapter, needs_port=False)
+        if not isinstance(source, str):
+            raise UserError(
+                "the torch backend loads a model by itself; give its folder or hub id, not the loaded model"
+            )
+        found = OpenModel.open(source, revision, adapter, needs_port=False)
         forward = torch_backend.forward(found)
         return Model(found, torch_backend, forward, TorchSuffix(forward))
     if device is not None:
@@ -114,7 +121,7 @@ def load_model(
     opened = JaxBackend.open(mesh_shape, dtype)
     if opened.devices > opened.devices_of_host:
         raise UserError("load_model is for one process; run a program over several hosts with jax-extract extract")
-    found = OpenModel.open(str(model), revision, adapter)
+    found = OpenModel.open(source, revision, adapter)
     computing = opened.under(found, None)
     weights = Weights(found.checkpoint, found.port, found.config, found.config.num_hidden_layers, head=True)
     params = weights.load(computing.mesh, computing.dtype, computing.layout_of_whole(weights))

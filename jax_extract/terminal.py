@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from jax_extract.progress import COMPUTING, WIDEST, Progress, Waiting, progress
 
@@ -118,6 +118,14 @@ def bytes_text(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count:.0f} bytes"
+
+
+def each_text(sites: Iterable[tuple[str, int | None]]) -> str:
+    """Of what there are so many rows each: `a layer`, `a hook point` or `a layer and hook point`."""
+    there = list(sites)
+    if all(layer is None for _, layer in there):
+        return "a hook point"
+    return "a layer" if len({hook for hook, _ in there}) == 1 else "a layer and hook point"
 
 
 def ranges_text(numbers: Sequence[int]) -> str:

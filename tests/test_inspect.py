@@ -40,7 +40,7 @@ def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def table(out: str) -> dict[tuple[str, int | None], list[str]]:
     """(hook point, layer) -> the cells behind them, bars left out."""
     found: dict[tuple[str, int | None], list[str]] = {}
-    for line in out.partition("hook point")[2].splitlines()[1:]:
+    for line in out.rpartition("hook point")[2].splitlines()[1:]:
         hook, *cells = line.rstrip(" ▏▎▍▌▋▊▉█").split()
         found[hook, None if hook == "embeddings" else int(cells.pop(0))] = cells
     return found

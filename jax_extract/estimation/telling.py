@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from jax_extract.estimation.figures import Estimate
 from jax_extract.estimation.output import Output
-from jax_extract.extraction.summary import each_text
 from jax_extract.store.formats import SUFFIXES
 from jax_extract.store.parts import Site
 from jax_extract.store.storage.verbs import BUCKET_SCHEME
-from jax_extract.terminal import Terminal, bytes_text, duration_text, plural, ranges_text, share_text
+from jax_extract.terminal import Terminal, bytes_text, duration_text, each_text, plural, ranges_text, share_text
 
 _BOUND = {"computing": "computing", "writing": "writing", "reading": "reading and tokenising the input"}
 _FASTER_READING = "more processor cores a host, or more hosts of one program, shorten it"

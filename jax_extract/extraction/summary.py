@@ -6,7 +6,7 @@ In: the job, the input's counts, the plan, what came of it. Out: labelled lines 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -26,7 +26,7 @@ from jax_extract.inputs.sources import Source
 from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.store.finite import FLOAT16_ENDS
 from jax_extract.store.formats import SUFFIXES
-from jax_extract.terminal import Terminal, bytes_text, plural, ranges_text, share_text
+from jax_extract.terminal import Terminal, bytes_text, each_text, plural, ranges_text, share_text
 from jax_extract.weights.open_model import OpenModel
 from models.capture_plan import CapturePlan
 from models.ports import Port
@@ -97,14 +97,6 @@ def captures_text(plan: CapturePlan) -> str:
         f"{hook} at layers {ranges_text(layers)} ({len(layers)})" if layers else hook for hook, layers in plan.layers
     )
     return f"{hooks}; positions {plan.positions}, {plan.dtype}"
-
-
-def each_text(sites: Iterable[tuple[str, int | None]]) -> str:
-    """Of what there are so many rows each: `a layer`, `a hook point` or `a layer and hook point`."""
-    there = list(sites)
-    if all(layer is None for _, layer in there):
-        return "a hook point"
-    return "a layer" if len({hook for hook, _ in there}) == 1 else "a layer and hook point"
 
 
 def tell_input(source: Source, counts: InputCounts, job: Job, terminal: Terminal) -> None:

@@ -26,7 +26,7 @@ from jax_extract.store.parts import ShardName, Site
 from jax_extract.store.reader import Run, open_activations
 from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.storage.verbs import BUCKET_SCHEME, crc32c
-from jax_extract.terminal import bytes_text, plural, ranges_text, share_text
+from jax_extract.terminal import bytes_text, each_text, plural, ranges_text, share_text
 from jax_extract.upkeep.quantiles import Quantiles
 from jax_extract.upkeep.status import Place
 from models.positions import Positions
@@ -129,15 +129,17 @@ def _inspect_run(run: Run, path: str) -> None:
     _title(path, f"{meta['model_name']}, {meta['model_type']}, {meta['num_hidden_layers']} layers")
     _say(
         f"  {plural(meta['total_samples'], 'sample')}, {plural(meta['total_tokens'], 'token')}, "
-        f"{plural(meta['total_rows'], 'row')} a site (positions {meta['positions']}), {bytes_text(meta['total_bytes'])}"
-        + (", prompts with their answers" if meta.get("answers") else "")
+        f"{plural(meta['total_rows'], 'row')} "
+        f"{each_text((site.hook, site.layer) for site in run.sites)} (positions {meta['positions']}), "
+        f"{bytes_text(meta['total_bytes'])}" + (", prompts with their answers" if meta.get("answers") else "")
     )
     everywhere = sorted({site.hook for site in run.sites if site.layer is None}, key=run.hook_points.index)
     layered = [hook for hook in run.hook_points if hook not in everywhere]
     captured = [f"{', '.join(layered)} at layers {ranges_text(run.layers)}"] if layered else []
     _say(
-        f"  {'; '.join(captured + everywhere)}; "
-        f"computed in {meta['numerics']['dtype']}, stored as {meta['capture_dtype']} in {meta['shard_format']}"
+        f"  {'; '.join(captured + everywhere)}; computed in {meta['numerics']['dtype']}"
+        + (f" under {plural(len(meta['edits']), 'edit')}" if meta.get("edits") else "")
+        + f", stored as {meta['capture_dtype']} in {meta['shard_format']}"
     )
     for place, parts in Counter(str(part.storage) for part in run.parts if isinstance(part, FilePart)).items():
         if place.startswith(BUCKET_SCHEME) and not path.startswith(BUCKET_SCHEME):

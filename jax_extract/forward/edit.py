@@ -6,6 +6,7 @@ to be wrong without a model.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -91,6 +92,8 @@ class Edit:
 
     def _check_what_it_takes(self) -> None:
         here = f"the change {self.change!r} at {self.hook!r}"
+        if isinstance(self.scale, bool) or not isinstance(self.scale, int | float) or not math.isfinite(self.scale):
+            raise UserError(f"the scale of {here} is {self.scale!r:.60}; expected a finite number")
         if self.scale != 1.0 and self.change != "add":
             raise UserError(f"{here} takes no scale; multiply the value, or use 'add'")
         if self.change == "zero" and not (self.value is None and self.source is None):

@@ -55,7 +55,8 @@ def groups_of(
         alike = [i for i in order if columns_of(samples[i].length, defaults) == columns]
         alike = alike[: max(1, most_tokens // columns)]
         yield columns, alike
-        order = [i for i in order if i not in set(alike)]
+        done = set(alike)
+        order = [i for i in order if i not in done]
 
 
 def measure(

@@ -54,7 +54,7 @@ from jax_extract.store.reader import Run
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
 from models.hooks import DEFAULT_HOOK_POINT, HookPoints
-from models.ports import longest_sample
+from models.ports import hook_width, longest_sample
 
 if TYPE_CHECKING:
     from jax_extract.pytorch.backend import TorchBackend
@@ -368,7 +368,9 @@ class Model:
                 self._backend.numerics,
                 edits=job.edits,
             )
-        return self._program.capture_program(job)  # type: ignore[union-attr] (torch's)
+        assert not isinstance(self._program, ForwardProgram), "load_model sees to it"
+        widths = {hook: hook_width(self._opened.config, hook) for hook, _ in job.plan.layers}
+        return self._program.capture_program(job.plan, widths, job.edits)
 
     def generate(
         self,
@@ -416,7 +418,9 @@ class Model:
     @cached_property
     def _answering(self) -> AnsweringModel:
         if not isinstance(self._program, ForwardProgram):
-            return self._program.answering(self._opened)
+            from jax_extract.pytorch.answering import TorchAnswers
+
+            return TorchAnswers(self._opened, self._program)
         assert isinstance(self._backend, JaxBackend), "load_model sees to it"
         return CompiledAnswers(self._opened, self._backend, self._program.params)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +17,16 @@ import numpy as np
 import torch
 
 from jax_extract.errors import UserError
+from jax_extract.forward.edits import Edits
 from jax_extract.forward.metrics import Function, MetricInputs
 from jax_extract.forward.program import Inputs, Outputs, Wanted
 from jax_extract.forward.suffix import Interventions, Rows
 from jax_extract.pytorch.changing import changed, hook
 from jax_extract.pytorch.loading import forget_lengths
 from jax_extract.pytorch.program import Selection, TorchProgram, rotated_alike
+from models.capture_plan import CapturePlan
 from models.interventions import Intervention
-from models.ports import Module, hook_width
-
-if TYPE_CHECKING:
-    from jax_extract.extraction.prepare import Job
-    from jax_extract.pytorch.answering import TorchAnswers
-    from jax_extract.weights.open_model import OpenModel
+from models.ports import Module
 
 _LOGITS_AT_ONCE = 1 << 26  # values, where nobody wants to have them
 _CAPS, _FACTORS, _DIVISORS = ("final_logit_softcapping",), ("logit_scale",), ("logits_scaling",)
@@ -172,19 +169,10 @@ class TorchForward:
             given["attention_mask"] = _indices(columns < np.maximum(lengths, 1), self.device)
         return self.base(**given, use_cache=False).last_hidden_state
 
-    def capture_program(self, job: Job) -> TorchProgram:
-        """What an extraction runs slabs with, of this model."""
-        widths = {hooked: hook_width(job.model.config, hooked) for hooked, _ in job.plan.layers}
-        return TorchProgram(
-            self.base,
-            self.modules,
-            job.plan,
-            self.device,
-            widths,
-            self._needs_mask,
-            self._same_to,
-            job.edits,
-        )
+    def capture_program(self, plan: CapturePlan, widths: Mapping[str, int], edits: Edits | None) -> TorchProgram:
+        """What an extraction runs slabs with, of this model; see `TorchProgram`."""
+        same = self._same_to
+        return TorchProgram(self.base, self.modules, plan, self.device, widths, self._needs_mask, same, edits)
 
     def logits_of(self, rows: np.ndarray) -> np.ndarray:
         """See `ForwardProgram.logits_of`."""
@@ -194,11 +182,6 @@ class TorchForward:
         with torch.inference_mode():
             given = torch.from_numpy(rows)[None].to(self.device, next(self._causal.parameters()).dtype)
             return self.logits(self.base.get_submodule(path)(given))[0].float().cpu().numpy()
-
-    def answering(self, model: OpenModel) -> TorchAnswers:
-        from jax_extract.pytorch.answering import TorchAnswers
-
-        return TorchAnswers(model, self)
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Of rows behind the final norm, [b, t, d] -> [b, t, vocabulary]."""

@@ -145,6 +145,23 @@ def test_extract_with_edits_writes_what_a_loaded_model_gives(folder: Path) -> No
         assert np.linalg.norm(got - rows) <= 1e-5 * np.linalg.norm(rows)
 
 
+def test_extract_with_edits_on_a_mesh_writes_the_same_rows(folder: Path) -> None:
+    """Every device puts rows of a source of its own samples."""
+    assert run_cli(*words(folder, "source", *CAPTURE), cwd=folder).returncode == 0
+    given = yaml.safe_load((folder / "edits.yaml").read_text())
+    given.append({"hook": "after_block", "change": "mean", "layer": 3, "source": "source"})
+    given.append({"hook": "after_block", "change": "patch", "layer": 2, "source": "source", "positions": [1, -2]})
+    (folder / "edits.yaml").write_text(yaml.safe_dump(given))
+    for out, devices, shape in (("one", 1, "1,1"), ("eight", 8, "2,4")):
+        env = {"JAX_NUM_CPU_DEVICES": str(devices)}
+        done = run_cli(*words(folder, out, *CAPTURE, "--mesh_shape", shape, "--batch_size", "1"), cwd=folder, env=env)
+        assert done.returncode == 0, done.stderr
+    one, eight = open_activations(folder / "one"), open_activations(folder / "eight")
+    for sample in one.sample_ids:
+        for layer in range(5):
+            np.testing.assert_array_equal(one[sample].get(layer=layer), eight[sample].get(layer=layer))
+
+
 def test_a_run_with_edits_is_verified_under_them(folder: Path) -> None:
     """By Hugging Face's model with hooks; where torch is not there, by our own forward. Other edits are refused."""
     assert run_cli(*words(folder, "run", *CAPTURE), cwd=folder).returncode == 0

@@ -21,6 +21,7 @@ import yaml
 from jax_extract.errors import UserError
 from jax_extract.inputs.chat import NOT_VARIABLES
 from jax_extract.store.storage.verbs import BUCKET_SCHEME
+from models.capture_plan import PATTERN_TOKENS
 from models.hooks import DEFAULT_HOOK_POINT
 
 _LARGEST = 2**31 - 1
@@ -63,6 +64,8 @@ class ExtractConfig:
       revision: branch, tag or commit of a hub model.
       layers_to_extract: layers, counted from 0; by default 10 to 23, or what the model has of them.
       hook_points: where in the block, by name, TransformerLens name or glob.
+      attention_pattern_tokens: of attention_pattern, which is kept where --hook_points has its name: weights that a row
+        has for each head, and the most tokens of a sample.
       positions: which tokens: all, last, mean, first:n, every:k, at:i,j,…
       backend: jax, or torch for any causal language model that Hugging Face has, by forward hooks, on one device.
       device: of the torch backend: cpu, cuda or cuda:N; by default the first GPU, if there is one.
@@ -122,6 +125,7 @@ class ExtractConfig:
     revision: str | None = None
     layers_to_extract: tuple[int, ...] | None = None
     hook_points: tuple[str, ...] = (DEFAULT_HOOK_POINT,)
+    attention_pattern_tokens: int = PATTERN_TOKENS
     positions: str = "last"
     backend: Literal["jax", "torch"] = "jax"
     device: str | None = None
@@ -302,12 +306,14 @@ class Captures(Protocol):
     @property
     def hook_points(self) -> tuple[str, ...]: ...
     @property
+    def attention_pattern_tokens(self) -> int: ...
+    @property
     def layers_to_extract(self) -> tuple[int, ...] | None: ...
 
 
 def check_captures(config: Captures) -> None:
     """Refuses sizes that nothing can be computed with, and a request for nothing."""
-    for name in ("batch_size", "max_seq_length", "slab_tokens"):
+    for name in ("batch_size", "max_seq_length", "slab_tokens", "attention_pattern_tokens"):
         value = getattr(config, name)
         if value is not None and not 1 <= value <= _LARGEST:
             raise UserError(f"--{name} {value} must be from 1 to {_LARGEST}")

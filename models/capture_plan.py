@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from models.positions import Positions
 
+PATTERN_TOKENS = 512  # as many as contexts for such studies have; a row of 16 heads is 32 kB
+
 
 @dataclass(frozen=True)
 class CapturePlan:
@@ -19,11 +21,14 @@ class CapturePlan:
       layers: (hook point, ascending layers) pairs; the layers are empty where the point has none.
       positions: which token positions of each sample are kept.
       dtype: the dtype of the kept values, cast on the device after everything else.
+      pattern_tokens: the most tokens of a sample where `attention_pattern` is kept or changed: so many weights a row
+        of it has for each head. No sample may be longer then.
     """
 
     layers: tuple[tuple[str, tuple[int, ...]], ...]
     positions: Positions
     dtype: str = "float32"
+    pattern_tokens: int = PATTERN_TOKENS
 
     def blocks_needed(self, num_layers: int) -> int:
         """How many blocks must run: none above the deepest one asked for.

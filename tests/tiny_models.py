@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -200,11 +201,19 @@ def text_of(token_ids: np.ndarray) -> str:
     return "".join(chr(_FIRST_CHARACTER + i) for i in token_ids)
 
 
-def reference(model: PreTrainedModel, token_ids: np.ndarray, layers: Sequence[int] | None = None) -> Rows:
+def reference(
+    model: PreTrainedModel,
+    token_ids: np.ndarray,
+    layers: Sequence[int] | None = None,
+    pattern_tokens: int | None = None,
+) -> Rows:
     """Every hook point of one text, unbatched and unpadded, as torch computes it, in float32.
+
+    What attention multiplies is what transformers' own eager attention is called with, and gives.
 
     Args:
       layers: only these; None for all.
+      pattern_tokens: weights that a row of `attention_pattern` has for each head; None leaves that hook point out.
     """
     rows: Rows = {}
     base = getattr(model.base_model, "language_model", model.base_model)
@@ -216,10 +225,14 @@ def reference(model: PreTrainedModel, token_ids: np.ndarray, layers: Sequence[in
 
     def keep(key: tuple[str, int | None], value: Any) -> None:
         value = value[0] if isinstance(value, tuple) else value
-        rows[key] = value[0].detach().float().numpy().copy()
+        value = value[0].detach().float().numpy().copy()
+        if part := modules[key[0]].part:
+            groups, parts, number = part
+            value = value.reshape(len(value), groups, parts, -1)[:, :, number].reshape(len(value), -1)
+        rows[key] = value
 
     def hook(name: str, layer: int | None) -> Any:
-        path, side = modules[name]
+        path, side, _ = modules[name]
         module = base.get_submodule(path.format(i=layer))
         if side == "output":
             return module.register_forward_hook(lambda module, args, result: keep((name, layer), result))
@@ -228,14 +241,32 @@ def reference(model: PreTrainedModel, token_ids: np.ndarray, layers: Sequence[in
         )
 
     chosen = range(base.config.num_hidden_layers) if layers is None else layers
+    in_attention = {name: modules[name].side for name in modules if modules[name].side not in ("input", "output")}
+    modeling: Any = sys.modules[type(base).__module__]
+    eager = modeling.eager_attention_forward
+
+    def watched(module: Any, query: Any, key: Any, value: Any, mask: Any, **given: Any) -> Any:
+        """Queries and weights are [1, heads, t, ·], keys [1, key heads, t, h]."""
+        mixed, weights = eager(module, query, key, value, mask, **given)
+        found = {"query": query, "key": key}
+        if pattern_tokens is not None:
+            found["pattern"] = torch.nn.functional.pad(weights, (0, pattern_tokens - weights.shape[-1]))
+        for name in set(in_attention) & set(port.hook_points(port.config(config))):
+            if in_attention[name] in found and module.layer_idx in chosen:
+                rows[name, module.layer_idx] = found[in_attention[name]][0].transpose(0, 1).flatten(1).float().numpy()
+        return mixed, weights
+
     handles = []
     for name in port.hook_points(port.config(config)):
         for layer in chosen if HOOK_POINTS[name].per_layer else (None,):
-            handles.append(hook(name, layer))
+            if name not in in_attention:
+                handles.append(hook(name, layer))
+    modeling.eager_attention_forward = watched
     try:
         with torch.inference_mode():
             base(torch.from_numpy(np.asarray(token_ids, np.int64))[None], use_cache=False)
     finally:
+        modeling.eager_attention_forward = eager
         for handle in handles:
             handle.remove()
     return rows

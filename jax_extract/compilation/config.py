@@ -13,6 +13,7 @@ from typing import Literal
 
 from jax_extract.config import ExtractConfig, check_captures
 from jax_extract.errors import UserError
+from models.capture_plan import PATTERN_TOKENS
 from models.hooks import DEFAULT_HOOK_POINT
 
 _MOST_SAMPLES = 2**31 - 1
@@ -35,6 +36,8 @@ class CompileConfig:
       revision: branch, tag or commit of a hub model.
       layers_to_extract: layers, counted from 0; by default 10 to 23, or what the model has of them.
       hook_points: where in the block, by name, TransformerLens name or glob.
+      attention_pattern_tokens: of attention_pattern: weights that a row has for each head, and the most tokens of a
+        sample.
       positions: which tokens: all, last, mean, first:n, every:k, at:i,j,…
       dtype: of the computation.
       capture_dtype: of the stored values.
@@ -65,6 +68,7 @@ class CompileConfig:
     revision: str | None = None
     layers_to_extract: tuple[int, ...] | None = None
     hook_points: tuple[str, ...] = (DEFAULT_HOOK_POINT,)
+    attention_pattern_tokens: int = PATTERN_TOKENS
     positions: str = "last"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     capture_dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -42,8 +42,8 @@ def extract(
       layers, hook_points, positions: as the flags of the command.
       progress: show the lines and the bar of the command.
       options: further fields of `ExtractConfig`: dtype, capture_dtype, batch_size, mesh_shape,
-        max_seq_length, slab_tokens, chat_template, system_prompt, chat_template_kwargs (a dictionary will do),
-        add_special_tokens, context_tokens, context_start, context_separator, revision.
+        max_seq_length, slab_tokens, attention_pattern_tokens, chat_template, system_prompt, chat_template_kwargs (a
+        dictionary will do), add_special_tokens, context_tokens, context_start, context_separator, revision.
 
     Returns:
       A `Run` in memory: `run.sample("0").get(layer=12)` -> [positions, width].
@@ -95,7 +95,8 @@ def extract(
 
 _NOTEBOOK_OPTIONS = frozenset(
     (
-        "adapter backend device dtype capture_dtype batch_size mesh_shape max_seq_length slab_tokens chat_template "
-        "system_prompt chat_template_kwargs add_special_tokens context_tokens context_start context_separator revision"
+        "adapter backend device dtype capture_dtype batch_size mesh_shape max_seq_length slab_tokens "
+        "attention_pattern_tokens chat_template system_prompt chat_template_kwargs add_special_tokens context_tokens "
+        "context_start context_separator revision"
     ).split()
 )

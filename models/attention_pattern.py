@@ -125,9 +125,9 @@ def attend_visibly(
 
     keys_of_blocks = jax.tree.map(in_blocks, keys)
     pattern = whole(jax.lax.map(weights, (in_blocks(by_group(query)), keys_of_blocks)))
-    pattern = taps.changed(HOOK, layer, pattern)
+    pattern = taps.change(HOOK, layer, pattern)
     pattern = jnp.where(jnp.tile(keys.sees(_positions(places)), (1, 1, heads)), pattern, jnp.float32(0))
-    taps = taps.kept(HOOK, layer, pattern)
+    taps = taps.keep(HOOK, layer, pattern)
     return whole(jax.lax.map(mixed, (in_blocks(by_group(pattern)), keys_of_blocks))), taps
 
 

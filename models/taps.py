@@ -66,8 +66,8 @@ class Taps:
 
     def visit(self, hook: str, layer: Array | None, x: Array) -> tuple[Array, Taps]:
         """Passes x [batch, tokens, width] through a hook point: changes it, then keeps it."""
-        x = self.changed(hook, layer, x)
-        return x, self.kept(hook, layer, x)
+        x = self.change(hook, layer, x)
+        return x, self.keep(hook, layer, x)
 
     def visit_heads(self, layer: Array, **heads: Array) -> tuple[list[Array], Taps]:
         """Passes x [batch, tokens, heads, head width] of each of these hook points through it, in their order.
@@ -82,14 +82,14 @@ class Taps:
             passed.append(x)
         return passed, taps
 
-    def changed(self, hook: str, layer: Array | None, x: Array) -> Array:
+    def change(self, hook: str, layer: Array | None, x: Array) -> Array:
         """x [batch, tokens, width] as it flows on from a hook point."""
         for intervention in self.interventions:
             if intervention.hook == hook:
                 x = intervention.apply(x, layer)
         return x + self.probes[hook] if hook in self.probes else x
 
-    def kept(self, hook: str, layer: Array | None, x: Array) -> Taps:
+    def keep(self, hook: str, layer: Array | None, x: Array) -> Taps:
         """With what flows on from a hook point, x [batch, tokens, width], where it is wanted."""
         if hook not in self.buffers:
             return self

@@ -1,6 +1,7 @@
 """jax_extract: a language model's activations, exactly matched to tokens.
 
-`extract(model, texts)` gives them in a notebook, `open_activations(directory)` reads a run that a command wrote,
+`load_model(folder)` keeps a model and runs it with `Edit`s; `extract(model, texts)` gives activations in a notebook,
+`open_activations(directory)` reads a run that a command wrote,
 `load_shard(file)` reads one shard by itself. `RepresentationExtractor` and `LoRARepresentationExtractor` make a row a
 text of models before and after training, `find_representations(folder)` finds what was made. Each is imported when it
 is asked for, so that a command starts at once and can be interrupted from its first moment.
@@ -13,26 +14,48 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jax_extract.errors import UserError
-    from jax_extract.extraction.notebook import extract
+    from jax_extract.forward.edits import Edit
+    from jax_extract.forward.metrics import answer_log_probability, logit_difference
+    from jax_extract.interactive.model import Model, load_model
+    from jax_extract.interactive.notebook import extract
+    from jax_extract.interactive.outcome import EditEffects, Gradients, Outcome, ScoredAnswer
     from jax_extract.post_training.extractors import LoRARepresentationExtractor, RepresentationExtractor
     from jax_extract.post_training.names import Representations, find_representations
     from jax_extract.store.formats import load_shard
     from jax_extract.store.reader import Run, SampleActivations, open_activations
 
 __all__ = [
+    "Edit",
+    "EditEffects",
+    "Gradients",
     "LoRARepresentationExtractor",
+    "Model",
+    "Outcome",
     "RepresentationExtractor",
     "Representations",
     "Run",
     "SampleActivations",
+    "ScoredAnswer",
     "UserError",
+    "answer_log_probability",
     "extract",
     "find_representations",
+    "load_model",
     "load_shard",
+    "logit_difference",
     "open_activations",
 ]
 
 _MODULES = {
+    "Gradients": "interactive.outcome",
+    "EditEffects": "interactive.outcome",
+    "logit_difference": "forward.metrics",
+    "answer_log_probability": "forward.metrics",
+    "Edit": "forward.edits",
+    "Model": "interactive.model",
+    "Outcome": "interactive.outcome",
+    "ScoredAnswer": "interactive.outcome",
+    "load_model": "interactive.model",
     "LoRARepresentationExtractor": "post_training.extractors",
     "RepresentationExtractor": "post_training.extractors",
     "Representations": "post_training.names",
@@ -40,7 +63,7 @@ _MODULES = {
     "Run": "store.reader",
     "SampleActivations": "store.reader",
     "UserError": "errors",
-    "extract": "extraction.notebook",
+    "extract": "interactive.notebook",
     "load_shard": "store.formats",
     "open_activations": "store.reader",
 }

@@ -8,7 +8,7 @@ while it runs. Dimension letters: b rows of the batch, t tokens, d width of the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,9 +23,7 @@ from models.layers import Numerics
 from models.packing import Packing
 from models.ports import Carry, Gather, ModelConfig, Parameters, Port, hook_width
 from models.self_attention import Attention, SelfAttention, WithinRows
-from models.taps import Taps
-
-Probes = Mapping[str, Array]
+from models.taps import Probes, Taps
 
 
 def already_whole(_: str, parameters: Any) -> Any:
@@ -95,18 +93,20 @@ class Decoder:
         x: Array,
         taps: Taps,
         attention: Attention,
-        first: int | Array = 0,
+        first: Array | None = None,
+        last: Array | None = None,
         probes: Probes | None = None,
     ) -> tuple[Array, Taps, Attention]:
-        """Runs the blocks from `first` to `taps.num_blocks` on the stream x, float32 [b, t, d].
+        """Runs `taps.num_blocks` blocks on the stream x, float32 [b, t, d].
 
         Args:
           params: the blocks' lie stacked on a leading layer axis, or as a list with those of each. A list is compiled
             layer by layer, and nothing is copied out of a stack: for steps so short that reading parameters is all
             they do, and for gradients with respect to parameters.
-          first: traced, it lets one program begin anywhere; then there is no gradient.
-          probes: hook point -> [taps.num_blocks - first, b, t, width]; see `Taps.probes`. What a block computes is then
-            computed again on the way back, so that of each layer the stream alone is remembered.
+          first, last: int32 scalars: only the blocks from `first` on and before `last` run, so that one program serves
+            them all. Without probes there is no gradient then.
+          probes: what gradients are taken with respect to. What a block computes is computed again on the way back, so
+            that of each layer the stream alone is remembered.
         """
         port, config, n = self.port, self.config, taps.num_blocks
         stack, shared = params["blocks"], port.shared(config, attention)
@@ -122,29 +122,36 @@ class Decoder:
             for layer, shards in enumerate(stack[:n]):
                 # Known while compiling, so that a cache of lists can be indexed with it.
                 carry = block(carry, shards, cast(Array, np.int32(layer)))
-        elif not isinstance(first, int):
-            carry = jax.lax.fori_loop(
-                first, jnp.int32(n), lambda layer, carry: block(carry, of_layer(layer), layer), carry
-            )
-        elif first == 0 and n == _layers(stack) and not probes:
+        elif probes:
+
+            def step(carry: tuple[Array, Attention], layer: Array) -> tuple[tuple[Array, Attention], None]:
+                probed = dataclasses.replace(taps, probes=probes)
+                x, _, attention = block((carry[0], probed, carry[1]), of_layer(layer), layer)
+                return (x, cast(Attention, attention)), None
+
+            def step_if_meant(carry: tuple[Array, Attention], layer: Array) -> tuple[tuple[Array, Attention], None]:
+                runs = jnp.bool_(True) if first is None else layer >= first
+                return jax.lax.cond(runs, step, lambda carry, _: (carry, None), carry, layer)
+
             layers = jnp.arange(n, dtype=jnp.int32)
+            (x, attention), _ = jax.lax.scan(jax.checkpoint(step_if_meant), (x, attention), layers)
+            carry = (x, taps, attention)
+        elif first is not None or last is not None:
+            begin, end = (jnp.int32(0) if first is None else first), (jnp.int32(n) if last is None else last)
+            carry = jax.lax.fori_loop(begin, end, lambda layer, carry: block(carry, of_layer(layer), layer), carry)
+        elif n == _layers(stack):
             if n:
+                layers = jnp.arange(n, dtype=jnp.int32)
                 carry, _ = jax.lax.scan(lambda carry, xs: (block(carry, *xs), None), carry, (stack, layers))
-        elif n > first:
-
-            def body(carry: Carry, xs: tuple[Array, dict[str, Array]]) -> tuple[Carry, None]:
-                x, taps, attention = carry
-                taps = dataclasses.replace(taps, probes=xs[1])
-                x, taps, attention = block((x, taps, attention), of_layer(xs[0]), xs[0])
-                return (x, dataclasses.replace(taps, probes={}), attention), None
-
-            layers = jnp.arange(first, n, dtype=jnp.int32)
-            carry, _ = jax.lax.scan(jax.checkpoint(body) if probes else body, carry, (layers, dict(probes or {})))
+        elif n:  # of a stack that has more; slicing it would copy what runs
+            layers = jnp.arange(n, dtype=jnp.int32)
+            carry, _ = jax.lax.scan(lambda carry, layer: (block(carry, of_layer(layer), layer), None), carry, layers)
         x, taps, attention = cast(tuple[Array, Taps, Attention], carry)
         # The input of the block after the last one that runs is the output of that one.
-        changed = {intervention.hook for intervention in taps.interventions}
-        if n in dict(taps.plan.layers).get("residual_before", ()) or "residual_before" in changed:
+        if n in dict(taps.plan.layers).get("residual_before", ()):
             x, taps = taps.visit("residual_before", jnp.int32(n), x)
+        else:
+            x = taps.change("residual_before", jnp.int32(n), x)
         return x, taps, attention
 
     def final_norm(self, params: Parameters, x: Array, taps: Taps) -> tuple[Array, Taps]:

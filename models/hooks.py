@@ -80,9 +80,19 @@ _WHY_NOT = {
     "embeddings": "what enters its first block has positions in it already, so it has another name",
     **dict.fromkeys(ROTATED, "it has no rotary embedding, so its queries and keys are not rotated"),
 }
+_BEHIND_ALL_BLOCKS = 2**31
 _NO_PORT = "no port computes it, so only the ends of its blocks are known"
 
 BY_NAME_ONLY = frozenset(point.name for point in HOOK_POINTS.values() if point.by_name_only)
+
+
+def depth(hook: str, layer: int | None) -> tuple[int, int]:
+    """Orders hook points as a forward comes to them."""
+    order = list(HOOK_POINTS).index(hook)
+    if layer is None:
+        return (-1, order) if hook == "embeddings" else (_BEHIND_ALL_BLOCKS, order)
+    return layer, order
+
 
 # What else hook points are called: the ends of a block by TransformerLens 3 (`blocks.{i}.hook_out`), and by analogy;
 # what lies in attention by its TransformerLens name without a module.

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from models.errors import UserError
+
 UNCHANGED = -1
 
 # A pure function of rows float32 [t, d] of one row of the batch, and an operand of any kind -> rows alike.
@@ -26,22 +28,24 @@ Kind = Literal["zero", "add", "replace"] | Function
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Intervention:
-    """Attributes:
-    hook: hook point (static).
-    kind: what is done (static).
-    shared: for each leaf of a function's operand, whether all rows of the batch have the same (static).
-    layers: bool [1 or b, blocks + 1], at which layers, the same for all rows of the batch or for each; the entry
-      behind the last block is the stream that leaves it.
-    rows: int32 [b, t]: which row of the operand each token gets; UNCHANGED leaves it. A function gets the whole
-      operand, and any other number means that its result is taken.
-    operand: float32 [n, d] of what is put or added; None where there is none; of a function, any pytree, each of whose
-      leaves that is not shared has a leading axis b.
+    """Arrays are of NumPy on the host.
+
+    Attributes:
+      hook: hook point (static).
+      kind: what is done (static).
+      shared: for each leaf of a function's operand, whether all rows of the batch have the same (static).
+      layers: bool [1 or b, blocks + 1], at which layers, the same for all rows of the batch or for each; the entry
+        behind the last block is the stream that leaves it.
+      rows: int32 [b, t]: which row of the operand each token gets; UNCHANGED leaves it. A function gets the whole
+        operand, and any other number means that its result is taken.
+      operand: float32 [n, d] of what is put or added; None where there is none; of a function, any pytree, whose leaves
+        have a leading axis b where they are not shared.
     """
 
     hook: str = dataclasses.field(metadata={"static": True})
     kind: Kind = dataclasses.field(metadata={"static": True})
-    layers: Array
-    rows: Array
+    layers: Any
+    rows: Any
     operand: Any = None
     shared: tuple[bool, ...] = dataclasses.field(default=(), metadata={"static": True})
 
@@ -67,5 +71,13 @@ class Intervention:
         leaves, structure = jax.tree.flatten(self.operand)
         shared = self.shared or (True,) * len(leaves)
         axes = jax.tree.unflatten(structure, [None if alike else 0 for alike in shared])
-        # An operand that is None has no leaves, and no axes either.
-        return jax.vmap(function, in_axes=(0, axes if leaves else None))(x, self.operand)
+        # A caller's function is written for JAX's own rules of promotion. An operand without leaves has no axes.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            result = jax.vmap(function, in_axes=(0, axes if leaves else None))(x, self.operand)
+        if getattr(result, "shape", None) != x.shape:
+            name = getattr(function, "__name__", "change")
+            raise UserError(
+                f"the function {name!r} at {self.hook!r} is given rows {list(x.shape[1:])} and returns "
+                f"{list(result.shape[1:]) if hasattr(result, 'shape') else type(result).__name__}; return rows alike"
+            )
+        return result.astype(jnp.float32)

@@ -20,6 +20,10 @@ from models.capture_plan import CapturePlan
 from models.interventions import Intervention
 from models.packing import Packing
 
+Probes = Mapping[str, tuple[Array, Array]]
+"""Hook point -> layers int32 [k] and zeros [k, b, t, width]; of hook points without a layer k is 1, and layers are not
+looked at. The gradient of a result with respect to the zeros is that with respect to what flows there."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -32,8 +36,7 @@ class Taps:
     slicing, and far less than an unrolled stack.
 
     Attributes:
-      probes: hook point -> zeros [b, t, width] that are added behind everything else, of the layer that runs: the
-        gradient of a result with respect to them is that with respect to what flows there.
+      probes: added behind everything else.
     """
 
     plan: CapturePlan = dataclasses.field(metadata={"static": True})
@@ -42,7 +45,7 @@ class Taps:
     columns: Array | None  # int32 [b, rows], which tokens are kept; None where it takes no gather
     buffers: dict[str, Array]
     interventions: tuple[Intervention, ...] = ()
-    probes: dict[str, Array] = dataclasses.field(default_factory=dict)
+    probes: Probes = dataclasses.field(default_factory=dict)
 
     @classmethod
     def start(
@@ -82,13 +85,6 @@ class Taps:
             passed.append(x)
         return passed, taps
 
-    def change(self, hook: str, layer: Array | None, x: Array) -> Array:
-        """x [batch, tokens, width] as it flows on from a hook point."""
-        for intervention in self.interventions:
-            if intervention.hook == hook:
-                x = intervention.apply(x, layer)
-        return x + self.probes[hook] if hook in self.probes else x
-
     def keep(self, hook: str, layer: Array | None, x: Array) -> Taps:
         """With what flows on from a hook point, x [batch, tokens, width], where it is wanted."""
         if hook not in self.buffers:
@@ -98,6 +94,20 @@ class Taps:
         slot = jnp.int32(0) if layer is None else self._slot_table(hook)[layer]
         buffer = jax.lax.dynamic_update_index_in_dim(buffer, kept, slot, axis=0)
         return dataclasses.replace(self, buffers={**self.buffers, hook: buffer})
+
+    def change(self, hook: str, layer: Array | None, x: Array) -> Array:
+        """x as interventions and probes leave it."""
+        for intervention in self.interventions:
+            if intervention.hook == hook:
+                x = intervention.apply(x, layer)
+        if hook not in self.probes:
+            return x
+        layers, zeros = self.probes[hook]
+        if layer is None:
+            return x + zeros[0]
+        here = layers == layer
+        mine = jax.lax.dynamic_index_in_dim(zeros, jnp.argmax(here), 0, keepdims=False)
+        return x + jnp.where(jnp.any(here), mine, jnp.float32(0))
 
     def _slot_table(self, hook: str) -> Array:
         wanted = dict(self.plan.layers)[hook]

@@ -34,6 +34,8 @@ from models.errors import NotComputedHere
 from models.layers import LONGEST_SUM, Numerics
 from models.ports import ModelConfig
 
+_SHARE_OF_MEMORY = 0.5  # of a device, that whole parameters may take
+
 
 def open_mesh(mesh_shape: str | None) -> Mesh:
     return make_mesh(parse_mesh_shape(mesh_shape) if mesh_shape else None)
@@ -175,6 +177,17 @@ class JaxBackend:
     def uncounted_layout(self) -> Layout:
         """On devices of which no figures are kept; the CPU devices of a process share one copy of what is whole."""
         return Layout.REPLICATED if platform_of(self.mesh) == "cpu" else Layout.GATHERED
+
+    def layout_of_whole(self, weights: Weights) -> Layout:
+        """Of models that are asked again and again: whole parameters where they fit.
+
+        A step of few tokens reads them all, and gathering them takes longer than that.
+        """
+        if (chip := CHIPS.get(device_kind())) is None:
+            return self.uncounted_layout
+        stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights.structure(self.dtype)))
+        fits = stored <= _SHARE_OF_MEMORY * chip.memory_bytes
+        return Layout.REPLICATED if fits else Layout.GATHERED_BOTH
 
     def counts(self, model: OpenModel, weights: Weights) -> ModelCounts:
         """What the planner knows of the model."""

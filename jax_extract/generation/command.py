@@ -22,11 +22,8 @@ import jax
 import numpy as np
 
 from jax_extract.config import ExtractConfig
-from jax_extract.devices.chips import CHIPS
 from jax_extract.devices.exhaustion import refusing_exhaustion
-from jax_extract.devices.platform import device_kind
 from jax_extract.devices.processes import Processes
-from jax_extract.devices.sharding import Layout
 from jax_extract.errors import UserError, damage_is_told, user_path
 from jax_extract.extraction.command import (
     begin_anew,
@@ -67,7 +64,7 @@ from jax_extract.generation.reading import Reading, readings
 from jax_extract.generation.sampling import Sampling
 from jax_extract.inputs.arc_task import ArcTask
 from jax_extract.inputs.sources import Source
-from jax_extract.inputs.token_table import TokenizedSample
+from jax_extract.inputs.token_table import PROMPT_TOKENS, TokenizedSample
 from jax_extract.inputs.tokenize import InputCounts, tokenizer_digest
 from jax_extract.inputs.wrapping import Kept
 from jax_extract.terminal import Terminal, plural, share_text
@@ -76,7 +73,6 @@ from models.layers import Numerics
 
 _NO_TOKEN_BEYOND = 2**31
 _FEW_ENDED = 0.5  # of answers
-_SHARE_OF_MEMORY = 0.5  # of a device, that whole parameters may take
 
 
 def infer(config: ExtractConfig, *, extracts: bool = True, terminal: Terminal | None = None) -> dict[str, Any]:
@@ -126,7 +122,7 @@ class _Continued:
     def __call__(self, sample: TokenizedSample) -> TokenizedSample:
         answer = self.answers[sample.sample_index]
         tokens = np.concatenate([sample.token_ids, np.asarray(answer.token_ids, np.int32)])
-        meta = {**sample.meta, "prompt_tokens": sample.length}
+        meta = {**sample.meta, PROMPT_TOKENS: sample.length}
         full_length = sample.full_length + len(answer.token_ids)
         return dataclasses.replace(sample, token_ids=tokens, full_length=full_length, meta=meta)
 
@@ -303,17 +299,8 @@ class _Inference:
     def _program(self, weights: Weights, sampling: Sampling) -> AnswerProgram:
         model, mesh = self.job.model, self._backend.mesh
         numerics = self._numerics
-        params = weights.load(mesh, numerics.dtype, self._layout(weights))
+        params = weights.load(mesh, numerics.dtype, self._backend.layout_of_whole(weights))
         return AnswerProgram(model.port, model.config, params, mesh, numerics, sampling, self.stops)
-
-    def _layout(self, weights: Weights) -> Layout:
-        """Whole parameters where they fit: every token reads them all, and gathering them takes longer than that."""
-        structure = weights.structure(self._backend.dtype)
-        stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(structure))
-        if (chip := CHIPS.get(device_kind())) is None:  # as an extraction has them
-            return self._backend.uncounted_layout
-        fits = stored <= _SHARE_OF_MEMORY * chip.memory_bytes
-        return Layout.REPLICATED if fits else Layout.GATHERED_BOTH
 
     # ----------------------------------------------------------------------------------- what is told
 

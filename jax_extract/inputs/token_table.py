@@ -16,6 +16,8 @@ import numpy as np
 
 from jax_extract.inputs.columns import Texts, joined, json_column, offsets_of
 
+PROMPT_TOKENS = "prompt_tokens"  # of a sample's meta, where an answer follows
+
 
 @dataclass(frozen=True, eq=False)
 class TokenizedSample:
@@ -38,6 +40,11 @@ class TokenizedSample:
     @property
     def length(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before an answer, where one follows."""
+        return int(self.meta.get(PROMPT_TOKENS, self.length))
 
     @property
     def truncated(self) -> bool:

@@ -17,12 +17,12 @@ from typing import Any, Literal
 from jax_extract.config import ExtractConfig
 from jax_extract.errors import UserError, user_path
 from jax_extract.extraction.command import extract_to_directory
-from jax_extract.extraction.notebook import extract
 from jax_extract.extraction.prepare import Job
 from jax_extract.extraction.summary import captures_text
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.sources import Source
 from jax_extract.inputs.text import named_texts
+from jax_extract.interactive.notebook import extract
 from jax_extract.post_training.adapter_weights import FOLDER, Matrices, adapter_weights, save_adapter_weights
 from jax_extract.store.reader import Run
 from jax_extract.store.storage.verbs import BUCKET_SCHEME

@@ -23,8 +23,8 @@ from jax.sharding import PartitionSpec as P
 
 from jax_extract.devices.mesh import BATCH_AXES
 from jax_extract.devices.sharding import BATCH_SPEC, STACKED, named
-from jax_extract.training.attention import CausalRows
 from models.capture_plan import CapturePlan
+from models.causal_rows import CausalRows
 from models.decoder import Decoder
 from models.layers import Numerics
 from models.packing import Packing

@@ -1,0 +1,1 @@
+"""A forward that is looked into and changed: edits, logits, log-probabilities of answers, gradients."""

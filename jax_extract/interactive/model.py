@@ -1,0 +1,295 @@
+"""A model that stays loaded, and is asked.
+
+In: a folder, a hub id or a GGUF file. Out: `Model`: `run` for activations, logits and answers under edits, `extract`
+and `generate` as the commands do them, without files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jax_extract.devices import compilation_cache
+from jax_extract.errors import UserError
+from jax_extract.extraction.capture import sites_of
+from jax_extract.extraction.jax_backend import JaxBackend
+from jax_extract.extraction.prepare import Job
+from jax_extract.forward.batches import Batch, batches_of
+from jax_extract.forward.edits import Edit, Edits, Placed
+from jax_extract.forward.gradients import gradients
+from jax_extract.forward.metrics import Function, Metric
+from jax_extract.forward.program import ForwardProgram, Inputs, Wanted
+from jax_extract.forward.suffix import SuffixProgram
+from jax_extract.forward.sweeps import measure
+from jax_extract.inputs.token_table import TokenizedSample
+from jax_extract.inputs.wrapping import Kept, Wrapping
+from jax_extract.interactive.collecting import Collected, collected_gradients
+from jax_extract.interactive.judged import judged
+from jax_extract.interactive.outcome import EditEffects, Gradients, Outcome
+from jax_extract.interactive.requests import (
+    Capture,
+    LogitPositions,
+    Text,
+    Texts,
+    capture_plan,
+    logit_positions,
+    named_inputs,
+    tokenized,
+    with_answers,
+)
+from jax_extract.weights.load import Weights
+from jax_extract.weights.open_model import OpenModel
+from models.hooks import HookPoints
+from models.ports import longest_sample
+
+_LOGITS_AT_ONCE = 1 << 27  # values of a device, unless one text alone has more
+
+
+def load_model(
+    model: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    mesh_shape: str | None = None,
+    adapter: str | None = None,
+    revision: str | None = None,
+    backend: Literal["jax", "torch"] = "jax",
+    device: str | None = None,
+) -> Model:
+    """Loads a model once, all of it and its head.
+
+    Programs are compiled when they are first needed, and kept for the next session as those of the commands are.
+
+    Args:
+      model: Hugging Face folder, hub id or .gguf file.
+      dtype: of matrix products: bfloat16 on TPU and GPU, float32 on CPU where left out.
+      mesh_shape: such as "2,4", data and model; all devices on data where left out.
+      adapter: a LoRA or DoRA adapter that is merged into it: folder or hub id.
+      revision: of a hub id.
+      backend: "torch" computes with Hugging Face's own forward.
+      device: of the torch backend: "cpu", "cuda" or "cuda:1".
+
+    Raises:
+      UserError: the model is not there, or not one that is computed here; it does not fit; there is no such mesh.
+    """
+    for name, given, allowed in (
+        ("dtype", dtype, (None, "float32", "bfloat16")),
+        ("backend", backend, ("jax", "torch")),
+    ):
+        if given not in allowed:
+            raise UserError(f"{name} is {given!r}; expected {' or '.join(map(repr, filter(None, allowed)))}")
+    compilation_cache.start()
+    opened = JaxBackend.open(mesh_shape, dtype)
+    if opened.devices > opened.devices_of_host:
+        raise UserError("load_model is for one process; run a program over several hosts with jax-extract extract")
+    found = OpenModel.open(str(model), revision, adapter)
+    computing = opened.under(found, None)
+    weights = Weights(found.checkpoint, found.port, found.config, found.config.num_hidden_layers, head=True)
+    params = weights.load(computing.mesh, computing.dtype, computing.layout_of_whole(weights))
+    return Model(found, computing, ForwardProgram(found.port, found.config, params, computing.mesh, computing.numerics))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Model:
+    """A loaded model; `load_model` makes one. All texts of a call are computed together, in as few batches as fit."""
+
+    _opened: OpenModel
+    _backend: JaxBackend
+    _program: ForwardProgram
+
+    def __repr__(self) -> str:
+        config = self._opened.config
+        return (
+            f"Model({self.name!r}, {config.model_type}, {config.num_hidden_layers} layers, "
+            f"d_model {config.hidden_size}, {self._backend.dtype} on {self._backend.name})"
+        )
+
+    @property
+    def name(self) -> str:
+        return self._opened.name
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer of the model."""
+        return self._opened.tokenizer
+
+    @property
+    def config(self) -> Any:
+        """Its figures: `num_hidden_layers`, `hidden_size`, `vocab_size` and so on."""
+        return self._opened.config
+
+    @cached_property
+    def hook_points(self) -> HookPoints:
+        """Those that it has, with their TransformerLens names."""
+        return dict(self._opened.family.hook_points(self._opened.config))
+
+    def run(
+        self,
+        texts: Texts,
+        *,
+        capture: Capture = None,
+        positions: str = "all",
+        edits: Iterable[Edit] = (),
+        logits: LogitPositions = None,
+        answers: Sequence[Text] | Text | None = None,
+        chat_template: bool = False,
+        add_special_tokens: bool | None = None,
+    ) -> Outcome:
+        """One forward over texts.
+
+        Args:
+          texts: strings or lists of token ids, with ids where they are a mapping; else the ids are "0", "1", ….
+          capture: hook point -> layers: one, several, or "all"; `{"after_block": [12], "final_norm": None}`.
+          positions: of each sample, that are captured; as `--positions` has them.
+          edits: changes on the way; those at one hook point act in the order given.
+          logits: "last" or "all", or positions of each sample, negative from its end.
+          answers: of each text, whose log-probability is wanted; a sample is then a text with its answer behind it.
+            They are
+            tokenised by themselves: an answer that begins a word begins with a space.
+          chat_template: put each text through the tokenizer's chat template, as a user's turn.
+          add_special_tokens: as the tokenizer does, always or never; None: to texts, and not twice.
+
+        Returns:
+          An `Outcome`: `out.run.sample("0").get(layer=12)`, `out.logits[0]` float32 [positions, vocabulary],
+          `out.answers[0].log_probability`. Where neither logits nor answers are asked for, no block above the deepest
+          hook point that is kept is computed.
+
+        Raises:
+          UserError: a hook point, layer, position, sample or change that does not exist; an edit that nothing that is
+            asked for could show; a text without a token or with more than the model takes.
+        """
+        started = time.perf_counter()
+        samples = prompts = self._prompts(texts, chat_template, add_special_tokens)
+        plan = capture_plan(capture, positions, self._opened)
+        given: list[np.ndarray] = []
+        if answers is not None:
+            samples, given = with_answers(prompts, answers, self._opened)
+        at = logit_positions(logits, samples)
+        made = Edits.of(edits, self._opened)
+        made.require_seen(plan, logits is not None or answers is not None)
+        made.check(samples)
+        if not plan.layers and logits is None and answers is None:
+            raise UserError("nothing is asked for; give capture=, logits= or answers=")
+        wanted = Wanted(plan, logits is not None, answers is not None)
+        before = [np.arange(p.length, s.length) - 1 for p, s in zip(prompts, samples, strict=True)]
+        collected = Collected(self._job(plan), samples)
+        token_ids = [sample.token_ids for sample in samples]
+        for batch in self._batches([s.length for s in samples], max(map(len, at)) if wanted.logits else 0, at):
+            inputs = Inputs(
+                batch.tokens(token_ids),
+                batch.lengths(token_ids),
+                batch.spread(at, shift=True),
+                batch.spread(before, shift=True),
+                batch.spread(given or before),
+            )
+            placed = [Placed(row, column, samples[number]) for row, column, number in batch.members]
+            interventions = made.interventions(placed, (batch.rows, batch.columns))
+            collected.take(batch, self._program.run(wanted, inputs, interventions), [len(each) for each in at], given)
+        return collected.outcome(wanted, given, time.perf_counter() - started)
+
+    def run_edits(
+        self,
+        texts: Texts,
+        edits: Sequence[Edit | Sequence[Edit]],
+        metric: Metric | Function,
+        *,
+        chat_template: bool = False,
+        add_special_tokens: bool | None = None,
+    ) -> EditEffects:
+        """Every edit of every text, each in a forward of its own, judged by one number.
+
+        The blocks below the lowest edit run once, and those above as a batch over edits.
+
+        Args:
+          texts: as of `run`.
+          edits: each an `Edit`, or several that are made together.
+          metric: `answer_log_probability(answers)`, `logit_difference(right, wrong)`, or a pure JAX function of the
+            logits float32 [vocabulary] behind the text, which may return arrays. It is compiled anew where it is
+            another function.
+
+        Returns:
+          `EditEffects`: `values` [edits, texts] and `without` [texts], of no edit.
+
+        Raises:
+          UserError: as `run`; an edit that concerns none of the texts.
+        """
+        prompts = self._prompts(texts, chat_template, add_special_tokens)
+        samples, measured = judged(prompts, metric, self._opened)
+        sets = [Edits.of(one, self._opened) for one in ([edits] if isinstance(edits, Edit) else edits)]
+        if not sets:
+            raise UserError("there are no edits; give at least one")
+        for one in sets:
+            one.check(samples)
+        values, without = measure(self._suffix, samples, sets, measured, self._backend.devices, self._backend.defaults)
+        return EditEffects(values, without)
+
+    def gradient(
+        self,
+        texts: Texts,
+        hook: str | Mapping[str, Any] | Iterable[str],
+        layer: int | Iterable[int] | str | None = None,
+        metric: Metric | Function | None = None,
+        *,
+        edits: Iterable[Edit] = (),
+        chat_template: bool = False,
+        add_special_tokens: bool | None = None,
+    ) -> Gradients:
+        """The gradient of a number with respect to activations, at every token; any number of sites in one way back.
+
+        Args:
+          texts: as of `run`.
+          hook: a hook point, or several with their layers as `run` has them in `capture`.
+          layer: of the one hook point.
+          metric: as of `run_edits`; a function must return one number.
+          edits: under which it is taken.
+
+        Returns:
+          `Gradients`: `grad.run.sample("0").get(layer=12)` float32 [tokens, width] of d metric / d activation, and
+          `grad.values` [texts], the metric itself.
+
+        Raises:
+          UserError: as `run`.
+        """
+        if metric is None:
+            raise UserError("a gradient is of a metric; give metric=answer_log_probability(…) or logit_difference(…)")
+        capture: Capture = {hook: layer} if isinstance(hook, str) else hook
+        if not isinstance(hook, str) and layer is not None:
+            raise UserError("give the layers of several hook points with them, as in {'after_block': [3, 4]}")
+        prompts = self._prompts(texts, chat_template, add_special_tokens)
+        samples, measured = judged(prompts, metric, self._opened)
+        plan = capture_plan(capture, "all", self._opened)
+        if not plan.layers:
+            raise UserError("a gradient is with respect to a hook point; name one")
+        made = Edits.of(edits, self._opened)
+        made.check(samples)
+        found = gradients(
+            *(self._suffix, self._opened.config, samples, plan, made, measured),
+            *(self._backend.devices, self._backend.defaults),
+        )
+        return collected_gradients(self._job(plan), samples, found)
+
+    def _prompts(self, texts: Texts, chat_template: bool, add_special_tokens: bool | None) -> list[TokenizedSample]:
+        wrapping = Wrapping(chat_template, add_special_tokens=add_special_tokens, kept=Kept.from_now_on())
+        return tokenized(named_inputs(texts), self._opened, wrapping)
+
+    @cached_property
+    def _suffix(self) -> SuffixProgram:
+        return SuffixProgram(self._program)
+
+    def _batches(self, lengths: Sequence[int], logits: int, at: Sequence[np.ndarray]) -> list[Batch]:
+        defaults = self._backend.defaults
+        most = defaults.slab_tokens
+        if logits:  # of a batch of rows, whose samples have so many
+            share = max(len(each) / length for each, length in zip(at, lengths, strict=True))
+            most = min(most, max(1, int(_LOGITS_AT_ONCE / (share * self.config.vocab_size))))
+        return batches_of(lengths, self._backend.devices, defaults, most)
+
+    def _job(self, plan: Any) -> Job:
+        sites = tuple(sites_of(plan, self._opened.config))
+        most = longest_sample(self._opened.config)
+        return Job(self._opened, plan, sites, self._backend, most, most)

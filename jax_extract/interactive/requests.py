@@ -1,0 +1,172 @@
+"""What a caller asks of a loaded model, checked and made plain: texts, what is captured, logits, answers.
+
+In: the caller's words. Out: tokenised samples, a capture plan, positions; everything that cannot be done is refused
+here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jax_extract.errors import UserError
+from jax_extract.extraction.capture import choose_layers
+from jax_extract.inputs.samples import Sample
+from jax_extract.inputs.token_table import PROMPT_TOKENS, TokenizedSample
+from jax_extract.inputs.tokenize import tokenize
+from jax_extract.inputs.tokenizing.counts import InputCounts
+from jax_extract.inputs.wrapping import Kept, Wrapping
+from jax_extract.weights.open_model import OpenModel
+from models.capture_plan import CapturePlan
+from models.hooks import HOOK_POINTS, resolve_hook_points
+from models.ports import longest_sample
+from models.positions import Positions
+
+Text = str | Sequence[int] | np.ndarray  # or its token ids
+Texts = Text | Sequence[Text] | Mapping[str, Text]
+Capture = Mapping[str, Any] | Iterable[str] | str | None
+LogitPositions = str | Sequence[int] | None
+
+_LARGEST_TOKEN = 2**31 - 1
+
+
+def named_inputs(texts: Texts) -> Iterator[Sample]:
+    """Texts, or token ids, with their ids where they are a mapping; else these are "0", "1", …; one may come alone."""
+    given: Any = [texts] if isinstance(texts, str) or is_token_ids(texts) else texts
+    if not isinstance(given, Mapping | Sequence | np.ndarray):
+        raise UserError(f"texts are a list of strings or of token ids, or a mapping of ids to them, not {texts!r:.60}")
+    named = given.items() if isinstance(given, Mapping) else ((str(i), text) for i, text in enumerate(given))
+    for name, text in named:
+        if not isinstance(name, str):
+            raise UserError(f"the ids of texts are strings, not {name!r:.60}")
+        if isinstance(text, str):
+            yield Sample(name, text)
+        elif is_token_ids(text):
+            yield Sample(name, "", token_ids=tuple(int(token) for token in text))
+        else:
+            raise UserError(f"text {name!r} is neither a string nor a list of token ids: {text!r:.60}")
+
+
+def is_token_ids(given: Any) -> bool:
+    if isinstance(given, np.ndarray):
+        return given.ndim == 1 and np.issubdtype(given.dtype, np.integer)
+    return isinstance(given, Sequence) and len(given) > 0 and all(isinstance(token, int) for token in given)
+
+
+def tokenized(
+    samples: Iterable[Sample], model: OpenModel, wrapping: Wrapping, most: int | None = None
+) -> list[TokenizedSample]:
+    """UserError where a text has no token, or more than the model takes."""
+    samples = list(samples)
+    if not samples:
+        raise UserError("there are no texts; give at least one")
+    allowed = longest_sample(model.config) if most is None else most
+    found = list(tokenize(iter(samples), model.tokenizer, allowed, wrapping, InputCounts(), model.config.vocab_size))
+    if len(found) < len(samples):
+        there = {sample.sample_id for sample in found}
+        lacking = next(sample.sample_id for sample in samples if sample.sample_id not in there)
+        raise UserError(f"text {lacking!r} has no token; leave it out")
+    for sample in found:
+        if sample.truncated:
+            raise UserError(
+                f"text {sample.sample_id!r} has {sample.full_length} tokens and the model takes {allowed}; shorten it"
+            )
+    return found
+
+
+def with_answers(
+    prompts: Sequence[TokenizedSample], answers: Sequence[Text] | Text, model: OpenModel
+) -> tuple[list[TokenizedSample], list[np.ndarray]]:
+    """Prompts with an answer behind each, and the token ids of the answers.
+
+    Answers are tokenised by themselves, without special tokens: one that is to begin a word begins with a space.
+    """
+    each: Any = [answers] if isinstance(answers, str) or is_token_ids(answers) else answers
+    if len(each) != len(prompts):
+        raise UserError(f"{len(each)} answers were given for {len(prompts)} texts; give one for each")
+    plain = Wrapping(add_special_tokens=False, kept=Kept(one_opening=False))
+    found = [sample.token_ids for sample in tokenized(_named_answers(each, prompts), model, plain)]
+    allowed = longest_sample(model.config)
+    samples = []
+    for prompt, tokens in zip(prompts, found, strict=True):
+        if (length := prompt.length + len(tokens)) > allowed:
+            raise UserError(
+                f"text {prompt.sample_id!r} has {length} tokens with its answer and the model takes {allowed}; shorten "
+                "it"
+            )
+        both = np.concatenate([prompt.token_ids, tokens])
+        meta = {**prompt.meta, PROMPT_TOKENS: prompt.length}
+        samples.append(dataclasses.replace(prompt, token_ids=both, full_length=length, meta=meta))
+    return samples, found
+
+
+def _named_answers(answers: Sequence[Text], prompts: Sequence[TokenizedSample]) -> Iterator[Sample]:
+    for answer, prompt in zip(answers, prompts, strict=True):
+        yield from named_inputs({f"the answer to {prompt.sample_id}": answer})
+
+
+def capture_plan(capture: Capture, positions: str, model: OpenModel) -> CapturePlan:
+    """What is kept; no hook point for None.
+
+    Args:
+      capture: hook point -> layers (one, several, "all"; None where it has no layer, or by its TransformerLens name has
+        one), or hook points that need no layers.
+    """
+    if capture is None:
+        wanted: Mapping[str, Any] = {}
+    elif isinstance(capture, str):
+        wanted = {capture: None}
+    elif isinstance(capture, Mapping):
+        wanted = capture
+    else:
+        wanted = dict.fromkeys(capture)
+    blocks = model.config.num_hidden_layers
+    found: dict[str, set[int]] = {}
+    for name, given in wanted.items():
+        for hook, named in resolve_hook_points([name], model.family.hook_points(model.config)).items():
+            layers = found.setdefault(hook, set())
+            if HOOK_POINTS[hook].per_layer:
+                layers |= named or set(_layers(hook, given, blocks))
+            elif given is not None:
+                raise UserError(f"{hook!r} has no layer; capture it as {{{hook!r}: None}}")
+    captures = tuple((hook, tuple(sorted(found[hook]))) for hook in HOOK_POINTS if hook in found)
+    for hook, layers in captures:
+        choose_layers(layers or None, blocks)
+        if HOOK_POINTS[hook].per_layer and not layers:
+            raise UserError(f"capture names no layer of {hook!r}; give some, or 'all'")
+    return CapturePlan(captures, Positions.parse(positions), "float32")
+
+
+def _layers(hook: str, given: Any, blocks: int) -> list[int]:
+    if given is None:
+        raise UserError(f"say which layers of {hook!r}, as in capture={{{hook!r}: [{blocks // 2}]}}, or 'all'")
+    if given == "all":
+        return list(range(blocks))
+    layers = [given] if isinstance(given, int) else list(given)
+    for layer in layers:
+        if not isinstance(layer, int | np.integer) or not -blocks <= layer < blocks:
+            raise UserError(f"layer {layer!r} of {hook!r} does not exist; the model has layers 0 to {blocks - 1}")
+    return [int(layer) % blocks for layer in layers]
+
+
+def logit_positions(asked: LogitPositions, samples: Sequence[TokenizedSample]) -> list[np.ndarray]:
+    """int64 of each sample, from 0; empty for None. UserError where a sample has no such token."""
+    if asked is None:
+        return [np.zeros(0, np.int64) for _ in samples]
+    if isinstance(asked, str):
+        if asked not in ("last", "all"):
+            raise UserError(f"unknown logits {asked!r}; expected None, 'last', 'all', or positions such as [0, -1]")
+        return [np.arange(s.length) if asked == "all" else np.array([s.prompt_length - 1]) for s in samples]
+    if not len(asked) or not all(isinstance(position, int | np.integer) for position in asked):
+        raise UserError(f"logits are asked for at whole numbers, such as [0, -1], not {asked!r:.60}")
+    for sample in samples:
+        for position in asked:
+            if not -sample.prompt_length <= position < sample.length:
+                raise UserError(
+                    f"logits are asked for at position {position}, and sample {sample.sample_id!r} has the positions 0 "
+                    f"to {sample.length - 1}"
+                )
+    return [np.array([p if p >= 0 else s.prompt_length + p for p in asked], np.int64) for s in samples]

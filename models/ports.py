@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from flax import nnx
 from jax import Array
 
+from models.capture_plan import PATTERN_TOKENS
 from models.config_fields import Fields
 from models.hooks import HOOK_POINTS, HookPoints
 from models.layers import Numerics, Rotary, TokenPlaces
@@ -152,7 +153,7 @@ class Port(Family):
     logits: Callable[[Any, Parameters, Array, Numerics, Gather], Array]
 
 
-def hook_width(config: ModelConfig, hook: str, pattern_tokens: int = 0) -> int:
+def hook_width(config: ModelConfig, hook: str, pattern_tokens: int = PATTERN_TOKENS) -> int:
     """Values a row has at a hook point.
 
     Args:

@@ -9,11 +9,12 @@ which would hide a bias or a norm weight that is applied wrongly.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -241,35 +242,71 @@ def reference(
         )
 
     chosen = range(base.config.num_hidden_layers) if layers is None else layers
-    in_attention = {name: modules[name].side for name in modules if modules[name].side not in ("input", "output")}
-    modeling: Any = sys.modules[type(base).__module__]
-    eager = modeling.eager_attention_forward
+    points = port.hook_points(port.config(config))
+    in_attention = {modules[name].side: name for name in points if modules[name].side not in ("input", "output")}
+    if pattern_tokens is None:
+        del in_attention["pattern"]
 
-    def watched(module: Any, query: Any, key: Any, value: Any, mask: Any, **given: Any) -> Any:
-        """Queries and weights are [1, heads, t, ·], keys [1, key heads, t, h]."""
-        mixed, weights = eager(module, query, key, value, mask, **given)
-        found = {"query": query, "key": key}
-        if pattern_tokens is not None:
-            found["pattern"] = torch.nn.functional.pad(weights, (0, pattern_tokens - weights.shape[-1]))
-        for name in set(in_attention) & set(port.hook_points(port.config(config))):
-            if in_attention[name] in found and module.layer_idx in chosen:
-                rows[name, module.layer_idx] = found[in_attention[name]][0].transpose(0, 1).flatten(1).float().numpy()
-        return mixed, weights
+    def see(layer: int, side: str, x: torch.Tensor) -> None:
+        if side in in_attention and layer in chosen:
+            width = x.shape[-1] if side != "pattern" else pattern_tokens
+            rows[in_attention[side], layer] = head_rows(x, width).numpy().copy()
 
     handles = []
-    for name in port.hook_points(port.config(config)):
+    for name in points:
         for layer in chosen if HOOK_POINTS[name].per_layer else (None,):
-            if name not in in_attention:
+            if name not in in_attention.values() and name != "attention_pattern":
                 handles.append(hook(name, layer))
-    modeling.eager_attention_forward = watched
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), watched_attention(base, see):
             base(torch.from_numpy(np.asarray(token_ids, np.int64))[None], use_cache=False)
     finally:
-        modeling.eager_attention_forward = eager
         for handle in handles:
             handle.remove()
     return rows
+
+
+def head_rows(x: torch.Tensor, width: int) -> torch.Tensor:
+    """x [1, heads, t, n] -> float32 [t, heads * width], zero where n is less."""
+    padded = torch.nn.functional.pad(x[0].detach().float(), (0, width - x.shape[-1]))
+    return padded.transpose(0, 1).flatten(1)
+
+
+# layer, what of attention, [1, heads, t, ·] -> None, or what is put in its place.
+SeeAttention = Callable[[int, str, torch.Tensor], torch.Tensor | None]
+_watchers: list[SeeAttention] = []
+
+
+@contextlib.contextmanager
+def watched_attention(base: Any, see: SeeAttention) -> Iterator[None]:
+    """Inside, `see` is shown what transformers' own eager attention multiplies, behind those that see it already."""
+    modeling: Any = sys.modules[type(base).__module__]
+    eager = modeling.eager_attention_forward
+
+    def shown(module: Any, side: str, x: torch.Tensor) -> torch.Tensor:
+        for watcher in _watchers:
+            changed = watcher(module.layer_idx, side, x)
+            x = x if changed is None else changed
+        return x
+
+    def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **given: Any) -> Any:
+        query, key = shown(module, "query", query), shown(module, "key", key)
+        mixed, weights = eager(module, query, key, value, mask, **given)
+        changed = shown(module, "pattern", weights)
+        if changed is not weights:
+            values = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+            mixed = (changed @ values).transpose(1, 2)
+        return mixed, changed
+
+    _watchers.append(see)
+    if len(_watchers) == 1:
+        modeling.eager_attention_forward = attention
+    try:
+        yield
+    finally:
+        _watchers.pop()
+        if not _watchers:
+            modeling.eager_attention_forward = eager
 
 
 def row_errors(rows: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -40,6 +40,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from models.hooks import HOOK_POINTS
@@ -279,9 +280,14 @@ _watchers: list[SeeAttention] = []
 
 @contextlib.contextmanager
 def watched_attention(base: Any, see: SeeAttention) -> Iterator[None]:
-    """Inside, `see` is shown what transformers' own eager attention multiplies, behind those that see it already."""
-    modeling: Any = sys.modules[type(base).__module__]
-    eager = modeling.eager_attention_forward
+    """Inside, `see` is shown what transformers' own attention multiplies, behind those that see it already.
+
+    Weights are those of eager attention.
+    """
+    functions, name = vars(sys.modules[type(base).__module__]), "eager_attention_forward"
+    if base.config._attn_implementation == "sdpa":
+        functions, name = ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa"
+    theirs = functions[name]
 
     def shown(module: Any, side: str, x: torch.Tensor) -> torch.Tensor:
         for watcher in _watchers:
@@ -291,7 +297,9 @@ def watched_attention(base: Any, see: SeeAttention) -> Iterator[None]:
 
     def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **given: Any) -> Any:
         query, key = shown(module, "query", query), shown(module, "key", key)
-        mixed, weights = eager(module, query, key, value, mask, **given)
+        mixed, weights = theirs(module, query, key, value, mask, **given)
+        if weights is None:
+            return mixed, None
         changed = shown(module, "pattern", weights)
         if changed is not weights:
             values = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
@@ -300,13 +308,13 @@ def watched_attention(base: Any, see: SeeAttention) -> Iterator[None]:
 
     _watchers.append(see)
     if len(_watchers) == 1:
-        modeling.eager_attention_forward = attention
+        functions[name] = attention
     try:
         yield
     finally:
         _watchers.pop()
         if not _watchers:
-            modeling.eager_attention_forward = eager
+            functions[name] = theirs
 
 
 def row_errors(rows: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -7,7 +7,6 @@ torch backend, and changes through it; keys and values that an answer remembers.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -28,6 +27,7 @@ from jax_extract import UserError, extract, open_activations
 from jax_extract.compilation.command import compile_for
 from jax_extract.compilation.config import CompileConfig
 from jax_extract.config import ExtractConfig
+from jax_extract.devices import libtpu
 from jax_extract.generation.command import infer
 from jax_extract.pytorch.hooks import listen
 from jax_extract.store.ledger import RUN_FILE
@@ -207,6 +207,10 @@ def test_whoever_knows_how_long_samples_become_refuses_them_too(small: Path, tmp
             terminal=Terminal(silent=True),
         )
     assert not (tmp_path / "answers").exists()
+
+
+@pytest.mark.skipif(not libtpu.is_installed(), reason="libtpu is not installed: pip install -e '.[tpu]'")
+def test_a_length_that_is_too_long_is_refused_before_a_pod_is_compiled_for(small: Path, tmp_path: Path) -> None:
     (tmp_path / "lengths.txt").write_text("9\n40\n")
     config = CompileConfig(
         model_path=str(small),
@@ -215,7 +219,7 @@ def test_whoever_knows_how_long_samples_become_refuses_them_too(small: Path, tmp
         hook_points=(PATTERN,),
         attention_pattern_tokens=24,
     )
-    with contextlib.suppress(ImportError), pytest.raises(UserError, match=r"lengths.txt:2' has 40 tokens"):
+    with pytest.raises(UserError, match=r"lengths.txt:2' has 40 tokens"):
         compile_for(config)
 
 

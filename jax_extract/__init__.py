@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jax_extract.errors import UserError
-    from jax_extract.forward.edits import Edit
+    from jax_extract.forward.edit import Edit
     from jax_extract.forward.metrics import answer_log_probability, logit_difference
     from jax_extract.interactive.model import Model, load_model
     from jax_extract.interactive.notebook import extract
@@ -51,7 +51,7 @@ _MODULES = {
     "EditEffects": "interactive.outcome",
     "logit_difference": "forward.metrics",
     "answer_log_probability": "forward.metrics",
-    "Edit": "forward.edits",
+    "Edit": "forward.edit",
     "Model": "interactive.model",
     "Outcome": "interactive.outcome",
     "ScoredAnswer": "interactive.outcome",

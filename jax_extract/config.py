@@ -23,6 +23,7 @@ from jax_extract.inputs.chat import NOT_VARIABLES
 from jax_extract.store.storage.verbs import BUCKET_SCHEME
 from models.capture_plan import PATTERN_TOKENS
 from models.hooks import DEFAULT_HOOK_POINT
+from models.positions import Positions
 
 _LARGEST = 2**31 - 1
 _LEAST_CONTEXT = 2  # a token before it, and one of a text
@@ -66,7 +67,9 @@ class ExtractConfig:
       hook_points: where in the block, by name, TransformerLens name or glob.
       attention_pattern_tokens: of attention_pattern, which is kept where --hook_points has its name: weights that a row
         has for each head, and the most tokens of a sample.
-      positions: which tokens: all, last, mean, first:n, every:k, at:i,j,…
+      positions: which tokens: all, from:k, last, mean, mean_from:k, first:n, every:k, at:i,j,…
+      edits: a YAML file of changes that the forward makes: rows zeroed, added to, replaced, patched from another run;
+        docs/interventions.md.
       backend: jax, or torch for any causal language model that Hugging Face has, by forward hooks, on one device.
       device: of the torch backend: cpu, cuda or cuda:N; by default the first GPU, if there is one.
       dtype: of the computation; by default bfloat16 on TPU and GPU, float32 on CPU.
@@ -127,6 +130,7 @@ class ExtractConfig:
     hook_points: tuple[str, ...] = (DEFAULT_HOOK_POINT,)
     attention_pattern_tokens: int = PATTERN_TOKENS
     positions: str = "last"
+    edits: str | None = None
     backend: Literal["jax", "torch"] = "jax"
     device: str | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -164,10 +168,10 @@ class ExtractConfig:
         for field in dataclasses.fields(self):
             _check_type(field.name, getattr(self, field.name))
         check_captures(self)
-        if self.one_file_per_layer and self.positions not in ("last", "mean"):
+        if self.one_file_per_layer and not Positions.parse(self.positions).one_row_per_sample:
             raise UserError(
-                f"--one_file_per_layer is for positions last and mean, which give one row a sample, and not for "
-                f"{self.positions!r}: such files would have no limit; leave it out"
+                "--one_file_per_layer is for positions last, mean and mean_from:k, which give one row a sample, and "
+                f"not for {self.positions!r}: such files would have no limit; leave it out"
             )
         if self.host_memory_gb is not None and not 0 < self.host_memory_gb < _LARGEST:
             raise UserError(f"--host_memory_gb {self.host_memory_gb} must be a positive number of gigabytes")

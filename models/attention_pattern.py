@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from models.hooks import PATTERN
 from models.layers import Numerics, soft_capped
 from models.taps import Taps
 
-HOOK = "attention_pattern"
 QUERY_ROWS = 128  # of a block: logits of all heads are held for so many queries and every key of their row
 
 
@@ -78,8 +78,9 @@ def attend_visibly(
 ) -> tuple[Array, Taps]:
     """Attention by softmax in two steps, with the hook point `attention_pattern` between them.
 
-    A row of the pattern has a weight for each position that a sample may have, head by head; no sample may have more.
-    Weights that a change puts on what a token does not see are taken away again, so that what is kept is what is mixed.
+    A row of the pattern has a weight for each of the first positions of a sample, head by head; weights on later ones
+    are neither kept nor changed. Weights that a change puts on what a token does not see are taken away again, so that
+    what is kept is what is mixed.
 
     Args:
       query: float32 [b, q, g * r, h], scaled already.
@@ -107,28 +108,34 @@ def attend_visibly(
         """[b, q, all values of a query] -> [b, q, g, r, values of a head]."""
         return x.reshape(b, tokens, groups, heads // groups, -1)
 
-    def weights(block: tuple[Array, SampleKeys]) -> Array:
-        """float32 [b, size, g, r, p]."""
-        queries, keys = block
+    def by_column(queries: Array, keys: SampleKeys) -> Array:
+        """float32 [b, size, g, r, s]."""
         logits = soft_capped(numerics.einsum("bqgrh,bsgh->bqgrs", queries, key), soft_cap)
-        logits = jnp.take_along_axis(logits, keys.columns(places)[:, :, None, None], axis=-1, mode="clip")
-        seen = keys.sees(_positions(places))[:, :, None, None]
+        seen = keys.sees(keys.positions(columns))[:, :, None, None]
         return jax.nn.softmax(jnp.where(seen, logits, jnp.float32(-jnp.inf)), axis=-1)
 
-    def mixed(block: tuple[Array, SampleKeys]) -> Array:
-        """float32 [b, size, g, r, h]."""
-        pattern, keys = block
-        positions = keys.positions(columns)
-        by_column = jnp.take_along_axis(pattern, positions[:, :, None, None], axis=-1, mode="clip")
-        by_column = jnp.where(keys.sees(positions)[:, :, None, None], by_column, jnp.float32(0))
-        return numerics.einsum("bqgrs,bsgh->bqgrh", by_column, value)
+    def by_position(block: tuple[Array, SampleKeys]) -> Array:
+        """float32 [b, size, g, r, p]."""
+        weights, at = by_column(*block), block[1].columns(places)
+        return jnp.take_along_axis(weights, at[:, :, None, None], axis=-1, mode="clip")
 
-    keys_of_blocks = jax.tree.map(in_blocks, keys)
-    pattern = whole(jax.lax.map(weights, (in_blocks(by_group(query)), keys_of_blocks)))
-    pattern = taps.change(HOOK, layer, pattern)
+    def mixed(block: tuple[Array, Array, SampleKeys]) -> Array:
+        """float32 [b, size, g, r, h]."""
+        pattern, queries, keys = block
+        positions = keys.positions(columns)
+        at = positions[:, :, None, None]
+        weights = jnp.take_along_axis(pattern, at, axis=-1, mode="clip")
+        if columns > places:  # computed again, which holds less than to remember them would
+            weights = jnp.where(at < places, weights, by_column(queries, keys))
+        weights = jnp.where(keys.sees(positions)[:, :, None, None], weights, jnp.float32(0))
+        return numerics.einsum("bqgrs,bsgh->bqgrh", weights, value)
+
+    queries, keys_of_blocks = in_blocks(by_group(query)), jax.tree.map(in_blocks, keys)
+    pattern = whole(jax.lax.map(by_position, (queries, keys_of_blocks)))
+    pattern = taps.change(PATTERN, layer, pattern)
     pattern = jnp.where(jnp.tile(keys.sees(_positions(places)), (1, 1, heads)), pattern, jnp.float32(0))
-    taps = taps.keep(HOOK, layer, pattern)
-    return whole(jax.lax.map(mixed, (in_blocks(by_group(pattern)), keys_of_blocks))), taps
+    taps = taps.keep(PATTERN, layer, pattern)
+    return whole(jax.lax.map(mixed, (in_blocks(by_group(pattern)), queries, keys_of_blocks))), taps
 
 
 def _positions(places: int) -> Array:

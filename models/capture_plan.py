@@ -21,8 +21,7 @@ class CapturePlan:
       layers: (hook point, ascending layers) pairs; the layers are empty where the point has none.
       positions: which token positions of each sample are kept.
       dtype: the dtype of the kept values, cast on the device after everything else.
-      pattern_tokens: the most tokens of a sample where `attention_pattern` is kept or changed: so many weights a row
-        of it has for each head. No sample may be longer then.
+      pattern_tokens: weights that a row of `attention_pattern` has for each head, on the first tokens of a sample.
     """
 
     layers: tuple[tuple[str, tuple[int, ...]], ...]

@@ -62,6 +62,7 @@ HOOK_POINTS: Mapping[str, HookPoint] = {
     )
 }
 DEFAULT_HOOK_POINT = "after_block"
+PATTERN = "attention_pattern"
 
 HookPoints = Mapping[str, str | None]  # those that an architecture has -> its TransformerLens name there, if any
 # What a sublayer gives before a norm behind it; where there is none, that is what it adds to the stream.

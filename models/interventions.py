@@ -34,6 +34,7 @@ class Intervention:
       hook: hook point (static).
       kind: what is done (static).
       shared: for each leaf of a function's operand, whether all rows of the batch have the same (static).
+      by_device: the operand has n rows for each device, and `rows` are numbers of those of its own (static).
       layers: bool [1 or b, blocks + 1], at which layers, the same for all rows of the batch or for each; the entry
         behind the last block is the stream that leaves it.
       rows: int32 [b, t]: which row of the operand each token gets; UNCHANGED leaves it. A function gets the whole
@@ -48,6 +49,7 @@ class Intervention:
     rows: Any
     operand: Any = None
     shared: tuple[bool, ...] = dataclasses.field(default=(), metadata={"static": True})
+    by_device: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def apply(self, x: Array, layer: Array | None) -> Array:
         """x float32 [b, t, d] with the change made; `layer` is None at hook points that have none."""
@@ -63,11 +65,23 @@ class Intervention:
         if self.kind == "zero":
             return jnp.where(here, jnp.float32(0), x)
         if callable(self.kind):
-            return jnp.where(here, self._result(self.kind, x), x)
+            return jnp.where(here, self.result(x), x)
         given = self.operand[0][None, None] if len(self.operand) == 1 else jnp.take(self.operand, rows, 0, mode="clip")
         return jnp.where(here, x + given if self.kind == "add" else given, x)
 
-    def _result(self, function: Function, x: Array) -> Array:
+    def of_rows(self, rows: Any) -> Intervention:
+        """Of these rows of the batch alone; a slice or numbers."""
+        if not callable(self.kind):
+            return dataclasses.replace(self, rows=self.rows[rows])
+        leaves, structure = jax.tree.flatten(self.operand)
+        shared = self.shared or (True,) * len(leaves)
+        some = [leaf if alike else leaf[rows] for leaf, alike in zip(leaves, shared, strict=True)]
+        return dataclasses.replace(self, rows=self.rows[rows], operand=jax.tree.unflatten(structure, some))
+
+    def result(self, x: Array) -> Array:
+        """What its function makes of x float32 [b, t, d], of all tokens."""
+        function = self.kind
+        assert callable(function), "others are no functions"
         leaves, structure = jax.tree.flatten(self.operand)
         shared = self.shared or (True,) * len(leaves)
         axes = jax.tree.unflatten(structure, [None if alike else 0 for alike in shared])

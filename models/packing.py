@@ -61,9 +61,16 @@ class Packing:
         ends = self.ends[:, :, None]
         return (columns >= ends - self.lengths[:, :, None]) & (columns < ends)
 
-    def sums(self, x: Array) -> Array:
-        """x [b, tokens, width] -> float32 [b, n, width]: over the tokens of each sample; 0 for an absent one."""
+    def sums(self, x: Array, first: int = 0) -> Array:
+        """x [b, tokens, width] -> float32 [b, n, width]: over the tokens of each sample; 0 for an absent one.
+
+        Args:
+          first: the position from which on tokens count. What is before may be a hundred times as large: it is left
+            out of the sum, and not subtracted from it.
+        """
         x = x.astype(jnp.float32)
+        if first:
+            x = jnp.where((self.positions >= first)[:, :, None], x, jnp.float32(0))
         if self.samples * self.tokens <= _OWNED_AT_ONCE:
             return _products("bnt,btd->bnd", self.owned, x)
         return self._sums_by_blocks(x)

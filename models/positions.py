@@ -1,8 +1,8 @@
-"""Which token positions of a sample are kept: `all`, `last`, `mean`, `first:n`, `every:k`, `at:i,j,…`.
+"""Which token positions of a sample are kept: `all`, `from:k`, `last`, `mean`, `mean_from:k`, `first:n`, `every:k`, …
 
 In: the user's words. Out: `Positions`, which selects on the device (before anything is buffered) and says
 on the host which positions those rows are. Positions count the real tokens of a sample. A sample that is
-too short for a position simply gives fewer rows, and the next one's follow without a gap.
+too short for a position simply gives fewer rows, or none, and the next one's follow without a gap.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from jax import Array
 from models.errors import UserError
 from models.packing import Packing
 
-MEAN_POSITION = -1  # what stands for "no single token" where a row is the mean over all of them
+MEAN_POSITION = -1  # what stands for "no single token" where a row is a mean over several
 
-_KINDS = "all, last, mean, first:n, every:k, at:i,j,…"
+_KINDS = "all, from:k, last, mean, mean_from:k, first:n, every:k, at:i,j,…"
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,29 @@ class Positions:
     """A choice of token positions, the same for every sample.
 
     Attributes:
-      kind: `all` | `last` | `mean` | `first` | `every` | `at`.
-      count: n of `first:n`, k of `every:k` (positions 0, k, 2k, …), else 0.
+      kind: `all` | `from` | `last` | `mean` | `first` | `every` | `at`.
+      count: n of `first:n`, k of `every:k` (positions 0, k, 2k, …), k of `from:k` and `mean_from:k` (positions k,
+        k + 1, …; of `mean` it is 0), else 0.
       indices: the ascending positions of `at`, else empty.
     """
 
-    kind: Literal["all", "last", "mean", "first", "every", "at"]
+    kind: Literal["all", "from", "last", "mean", "first", "every", "at"]
     count: int = 0
     indices: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> Positions:
-        """Reads `all`, `last`, `mean`, `first:8`, `every:4` or `at:0,5,9`; raises UserError otherwise."""
+        """Reads `all`, `from:1`, `last`, `mean`, `mean_from:1`, `first:8`, `every:4` or `at:0,5,9`.
+
+        Raises:
+          UserError: it is none of these.
+        """
         if text in ("all", "last", "mean"):
             return cls(text)
+        if match := re.fullmatch(r"(mean_)?from:(\d{1,9})", text):
+            if not (count := int(match[2])):  # nothing is left out: one name for one thing
+                return cls("mean" if match[1] else "all")
+            return cls("mean" if match[1] else "from", count)
         if match := re.fullmatch(r"(first|every):(\d{1,9})", text):
             if (count := int(match[2])) < 1:
                 raise UserError(f"positions {text!r} keep nothing; the number must be at least 1")
@@ -56,31 +65,45 @@ class Positions:
     def __str__(self) -> str:
         if self.kind == "at":
             return "at:" + ",".join(map(str, self.indices))
+        if self.kind == "mean" and self.count:
+            return f"mean_from:{self.count}"
         return f"{self.kind}:{self.count}" if self.count else self.kind
 
     @property
     def one_row_per_sample(self) -> bool:
-        """True where every sample gives exactly one row."""
+        """True where no sample gives more than one row; of `mean_from:k` one without a position k gives none."""
         return self.kind in ("last", "mean")
+
+    @property
+    def begins(self) -> int:
+        """The position before which no token is kept, nor is in a mean."""
+        return self.count if self.kind in ("from", "mean") else 0
+
+    @property
+    def keeps_first(self) -> bool:
+        """True where the first token of every sample is a row."""
+        return self.kind in ("all", "first", "every") or self.indices[:1] == (0,)
 
     def of(self, length: int) -> np.ndarray:
         """int32 [rows]: the positions kept of a sample of `length` real tokens."""
         if self.kind == "mean":
-            return np.full(1, MEAN_POSITION, np.int32)
+            return np.full(int(length > self.count), MEAN_POSITION, np.int32)
         if self.kind == "last":
             return np.array([length - 1], np.int32)
         if self.kind == "at":
             return np.array([i for i in self.indices if i < length], np.int32)
         if self.kind == "first":
             return np.arange(min(self.count, length), dtype=np.int32)
+        if self.kind == "from":
+            return np.arange(self.count, max(self.count, length), dtype=np.int32)
         return np.arange(0, length, self.count or 1, dtype=np.int32)
 
     def rows(self, length: int) -> int:
         """How many rows a sample of `length` real tokens gives."""
-        if self.kind == "all":
-            return length
+        if self.kind in ("all", "from"):
+            return max(0, length - self.count)
         if self.one_row_per_sample:
-            return 1
+            return int(length > self.count)
         if self.kind == "first":
             return min(self.count, length)
         if self.kind == "every":
@@ -90,10 +113,10 @@ class Positions:
     def rows_of(self, lengths: np.ndarray) -> np.ndarray:
         """int64 [samples]: the same of many."""
         lengths = np.asarray(lengths, np.int64)
-        if self.kind == "all":
-            return lengths
+        if self.kind in ("all", "from"):
+            return np.maximum(0, lengths - self.count)
         if self.one_row_per_sample:
-            return np.ones_like(lengths)
+            return (lengths > self.count).astype(np.int64)
         if self.kind == "first":
             return np.minimum(self.count, lengths)
         if self.kind == "every":
@@ -104,6 +127,8 @@ class Positions:
         """How many rows are buffered for a row of `tokens` that holds up to `samples` samples."""
         if self.one_row_per_sample:
             return samples
+        if self.kind == "from":  # the fewest are left out of a row that one sample fills
+            return self.rows(tokens)
         if self.kind == "every":
             return min(tokens, (tokens + samples * (self.count - 1)) // self.count)
         if self.kind == "at":  # so many samples have room for so many tokens
@@ -111,18 +136,23 @@ class Positions:
         return min(tokens, samples * self.rows(tokens))
 
     def columns(self, packing: Packing) -> Array | None:
-        """int32 [b, slots], ascending: the columns that are kept; None where no gather is needed (`all`, `mean`).
+        """int32 [b, slots]: what `select` gathers; None where it gathers nothing (`all`, `mean`).
 
-        Those of a row come first and without gaps; what is left repeats the last column of the row.
+        Columns of tokens, ascending; of `mean_from:k` the samples. Those of a row that are kept come first and without
+        gaps; what is left is not read.
         """
-        if self.kind in ("all", "mean"):
+        if self.kind == "all":
             return None
+        if self.kind == "mean":
+            return jnp.argsort(packing.lengths <= self.count, axis=1, stable=True) if self.count else None
         if self.kind == "last":
             return jnp.maximum(packing.ends - 1, 0)
         positions = packing.positions
         columns = jnp.arange(packing.tokens, dtype=jnp.int32)[None, :]
         if self.kind == "first":
             kept = positions < self.count
+        elif self.kind == "from":
+            kept = positions >= self.count
         elif self.kind == "every":
             kept = positions % self.count == 0
         else:
@@ -134,5 +164,6 @@ class Positions:
     def select(self, x: Array, packing: Packing, columns: Array | None) -> Array:
         """x [b, tokens, width] -> [b, slots, width]: the rows at `columns`, or each sample's mean, or all."""
         if self.kind == "mean":
-            return packing.sums(x) / jnp.maximum(packing.lengths, 1)[:, :, None].astype(jnp.float32)
+            counts = jnp.maximum(packing.lengths - self.count, 1)[:, :, None]
+            x = packing.sums(x, self.count) / counts.astype(jnp.float32)
         return x if columns is None else jnp.take_along_axis(x, columns[:, :, None], axis=1)

@@ -17,7 +17,8 @@ from jax import Array
 
 from models.accelerated_attention import kernel_attention
 from models.attention import causal_attention
-from models.attention_pattern import HOOK, SampleKeys, attend_visibly
+from models.attention_pattern import SampleKeys, attend_visibly
+from models.hooks import PATTERN
 from models.layers import Numerics, TokenPlaces
 from models.packing import InWholeRows
 from models.taps import Taps
@@ -84,7 +85,7 @@ def attend(
     Returns:
       float32 [b, t, g * r * h], taps, attention with what it remembers.
     """
-    if taps.keeps_or_changes(HOOK):
+    if taps.keeps_or_changes(PATTERN):
         mixed, taps, attention = attention.attend_visibly(rule, layer, query, key, value, taps, numerics)
     else:
         mixed, attention = attention.attend(rule, layer, query, key, value, numerics)

@@ -2,7 +2,7 @@
 
     JAX_NUM_CPU_DEVICES=8 python tests/mesh_worker.py FOLDER TEXTS.json OUT BATCH_SIZE 8,1 1,8 2,4
 
-Writes OUT/rows_8x1.npz ("sample|hook|layer" -> rows) for each mesh, and OUT/facts.json (mesh -> facts).
+Writes OUT/rows_8x1.npz ("positions|sample|hook|layer" -> rows) for each mesh, and OUT/facts.json (mesh -> facts).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ COLLECTIVE = re.compile(
     r"|send|recv)(?:-start)?\("
 )
 ROWS, LENGTH = 2, 32
+POSITIONS = {"all": ("*",), "from:7": ("after_block",), "mean_from:7": ("after_block",)}  # and the hook points
 
 
 def program_on(model: OpenModel, mesh: Any) -> tuple[CaptureProgram, Any]:
@@ -79,20 +80,22 @@ def main(folder: str, texts: str, out: str, batch_size: str, *meshes: str) -> No
     model = OpenModel.open(folder)
     facts: dict[str, Any] = {"devices": len(jax.devices())}
     for shape in meshes:
-        run = extract(
-            folder,
-            json.loads(Path(texts).read_text()),
-            layers=range(model.config.num_hidden_layers),
-            hook_points=("*",),
-            positions="all",
-            batch_size=int(batch_size),
-            mesh_shape=shape,
-        )
-        rows = {
-            f"{sample.sample_id}|{site.hook}|{site.layer}": sample.get(site.layer, site.hook)
-            for sample in run.samples()
-            for site in run.sites
-        }
+        rows = {}
+        for positions, hook_points in POSITIONS.items():
+            run = extract(
+                folder,
+                json.loads(Path(texts).read_text()),
+                layers=range(model.config.num_hidden_layers),
+                hook_points=hook_points,
+                positions=positions,
+                batch_size=int(batch_size),
+                mesh_shape=shape,
+            )
+            rows |= {
+                f"{positions}|{sample.sample_id}|{site.hook}|{site.layer}": sample.get(site.layer, site.hook)
+                for sample in run.samples()
+                for site in run.sites
+            }
         np.savez(Path(out) / f"rows_{shape.replace(',', 'x')}.npz", **rows)
         facts[shape] = facts_of(model, shape)
     (Path(out) / "facts.json").write_text(json.dumps(facts))

@@ -284,14 +284,14 @@ def test_what_is_seen_on_torch_can_be_changed(family: str) -> None:
         width = hook_width(config, hook)
         change = functools.partial(torch.add, torch.rand(len(ids), width, generator=random))
         rows, truth = truth_of(model, ids, [TorchChange(hook, 1, change)])
-        handle = listen(base, modules_of(model)[hook], 1, width, change)
+        handle = listen(base, modules_of(model)[hook], 1, change)
         got, found = logits(), reference(model, ids)
         handle.remove()
         assert row_errors(got, truth).max() < 2e-5, hook
         assert row_errors(found["after_block", 1], rows["after_block", 1]).max() < 1e-5, hook
         assert row_errors(got, before).max() > 1e-3, f"{hook} must act"
         assert row_errors(logits(), before).max() < 2e-5, f"{hook} must end with its handle"
-        base.set_attn_implementation(attention)
+        assert base.config._attn_implementation == attention, "the model is as it was before"
 
 
 # ---------------------------------------------------------------------------------------- while answering

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mesh_worker import POSITIONS
 from tiny_models import Rows, random_ids, row_errors, run_rows, text_of, tiny_folder
 
 from jax_extract import extract
@@ -41,8 +42,8 @@ def rows_of(run: Any) -> dict[str, Rows]:
 
 
 def extracted(**options: Any) -> dict[str, Rows]:
-    folder = str(tiny_folder(FAMILY))
-    return rows_of(extract(folder, TEXTS, layers=LAYERS, hook_points=("*",), positions="all", **options))
+    options = {"hook_points": ("*",), "positions": "all", **options}
+    return rows_of(extract(str(tiny_folder(FAMILY)), TEXTS, layers=LAYERS, **options))
 
 
 @pytest.fixture(scope="module")
@@ -111,17 +112,16 @@ def test_rows_are_byte_for_byte_those_of_one_device_on_every_mesh(
     on_devices: tuple[Path, dict[str, Any]], alone: dict[str, Rows]
 ) -> None:
     out, facts = on_devices
-    on_one = extracted(batch_size=ON_DEVICES)
-    assert_same(on_one, alone)
-    for mesh in facts:
-        got: dict[str, Rows] = {}
-        with np.load(out / f"rows_{mesh.replace(',', 'x')}.npz") as stored:
-            for key, rows in stored.items():
-                name, hook, layer = key.split("|")
-                got.setdefault(name, {})[hook, None if layer == "None" else int(layer)] = rows
-        for name, sites in on_one.items():
-            for site, rows in sites.items():
-                assert rows.tobytes() == got[name][site].tobytes(), (mesh, name, site)
+    for positions, hook_points in POSITIONS.items():
+        on_one = extracted(batch_size=ON_DEVICES, positions=positions, hook_points=hook_points)
+        if positions == "all":
+            assert_same(on_one, alone)
+        for mesh in facts:
+            with np.load(out / f"rows_{mesh.replace(',', 'x')}.npz") as got:
+                for name, sites in on_one.items():
+                    for (hook, layer), rows in sites.items():
+                        key = f"{positions}|{name}|{hook}|{layer}"
+                        assert rows.tobytes() == got[key].tobytes(), (mesh, key)
 
 
 def test_no_two_devices_hold_the_same_captured_rows(on_devices: tuple[Path, dict[str, Any]]) -> None:

@@ -66,7 +66,7 @@ def test_a_token_knows_its_place_in_its_sample(samples: int, tokens: int) -> Non
         np.testing.assert_array_equal(places[row], np.concatenate(wanted))
 
 
-@pytest.mark.parametrize("text", ["last", "first:3", "every:4", "at:0,2,9"])
+@pytest.mark.parametrize("text", ["last", "from:3", "first:3", "every:4", "at:0,2,9"])
 def test_what_is_kept_of_many_samples_is_what_is_kept_of_each(text: str) -> None:
     positions, tokens = Positions.parse(text), 200
     lengths = random_lengths(3, 90, tokens)
@@ -81,6 +81,33 @@ def test_what_is_kept_of_many_samples_is_what_is_kept_of_each(text: str) -> None
     for row, counts in enumerate(lengths):
         wanted = [values[row, span][positions.of(span.stop - span.start)] for span in spans(counts)]
         np.testing.assert_array_equal(rows[row, : sum(map(len, wanted))], np.concatenate(wanted))
+
+
+@pytest.mark.parametrize("owned_at_once", [0, packing._OWNED_AT_ONCE])
+def test_means_leave_out_the_first_tokens_of_each_sample_and_samples_without_others(
+    owned_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First tokens are a million times as large, so that a sum which had them in it would be nothing but them."""
+    monkeypatch.setattr(packing, "_OWNED_AT_ONCE", owned_at_once)
+    positions, tokens = Positions.parse("mean_from:3"), 700
+    lengths = random_lengths(2, 90, tokens)
+    lengths[1, :6] = [3, 400, 1, 2, 40, 4]
+    lengths[1, 6:] = 0
+    values = np.random.default_rng(0).normal(size=(2, tokens, 7)).astype(np.float32)
+    for row, counts in enumerate(lengths):
+        for span in spans(counts):
+            values[row, span][:3] *= 1e6
+
+    def kept(x: Any, given: Any) -> Any:
+        packing = Packing(given, tokens)
+        return positions.select(x, packing, positions.columns(packing))
+
+    rows = np.asarray(jax.jit(kept)(values, lengths))
+    for row, counts in enumerate(lengths):
+        long = [span for span in spans(counts) if span.stop - span.start > 3]
+        assert len(long) < (counts > 0).sum(), "some give no row"
+        wanted = [values[row, span][3:].astype(np.float64).mean(axis=0) for span in long]
+        np.testing.assert_allclose(rows[row, : len(wanted)], wanted, atol=2e-6)
 
 
 def test_sums_over_many_samples_are_those_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +212,8 @@ def test_plans_of_before_hold_several_samples_a_row_only_where_they_are_packed()
 
 
 @pytest.mark.parametrize(("text", "travel"), [
-    ("last", True), ("mean", True), ("first:4", True), ("at:0,7", True), ("every:8", False), ("all", False),
+    ("last", True), ("mean", True), ("mean_from:1", True), ("first:4", True), ("at:0,7", True),
+    ("every:8", False), ("from:1", False), ("all", False),
 ])  # fmt: skip
 def test_rows_travel_where_they_are_few(text: str, travel: bool) -> None:
     assert rows_travel(Positions.parse(text), MOST_TRAVELLING_BYTES) == travel

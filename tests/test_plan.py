@@ -118,7 +118,7 @@ def test_every_sample_is_in_exactly_one_slab_and_the_limits_hold(
 @given(
     lengths_of_samples,
     st.sampled_from([5, 16, 64]),
-    st.sampled_from(["all", "last", "every:7", "at:0,250"]),
+    st.sampled_from(["all", "last", "from:40", "mean_from:40", "every:7", "at:0,250"]),
     st.booleans(),
 )
 def test_a_stream_of_several_windows_covers_every_sample_once(

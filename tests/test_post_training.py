@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,9 @@ def files(folder: Path) -> set[str]:
     return {str(path) for path in found if "_run" not in path.parts}
 
 
-def rows_of_hugging_face(model: Any, base: Path) -> dict[str, np.ndarray]:
-    """Sample id -> float64 [3, width]: means over the tokens of both blocks' outputs and of the final hidden states."""
+def rows_of_hugging_face(model: Any, base: Path, first: int = 1) -> dict[str, np.ndarray]:
+    """Sample id -> float64 [3, width]: of both blocks' outputs and of the final hidden states, means over the tokens
+    from `first` on."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base / "model")
     streams: list[torch.Tensor] = []
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -82,7 +84,7 @@ def rows_of_hugging_face(model: Any, base: Path) -> dict[str, np.ndarray]:
         ids = tokenizer(benchmark_named("sst2").prompt(json.loads(line)), return_tensors="pt")["input_ids"]
         with torch.inference_mode():
             final = inner.model(ids).last_hidden_state
-        means[f"sst2:validation:{i}"] = torch.stack([*streams, final])[:, 0].double().mean(1).numpy()
+        means[f"sst2:validation:{i}"] = torch.stack([*streams, final])[:, 0, first:].double().mean(1).numpy()
     for hook in hooks:
         hook.remove()
     return means
@@ -114,6 +116,14 @@ def test_rows_are_those_of_transformers_and_peft(backend: str, base: Path, place
     assert_rows(by_name["lora_sst2_seed42"], rows_of_hugging_face(PeftModel.from_pretrained(before, adapter), base))
 
 
+def test_a_mean_over_all_tokens_is_there_for_who_asks_for_it(base: Path, place: Path) -> None:
+    folder, *_ = run(place, pooling="mean", methods=("lora",))
+    of_base = LlamaForCausalLM.from_pretrained(base / "model")
+    assert_rows(folder, rows_of_hugging_face(of_base, base, first=0))
+    said = json.loads((folder / "metadata.json").read_text())
+    assert said["pooling_is"] == "mean over the tokens of the text, special ones included, padding never"
+
+
 def test_folders_and_files_are_where_the_document_says(place: Path) -> None:
     run(place)
     rows = {"layer_0.pt", "layer_1.pt", "final_hidden_states.pt", "metadata.json"}
@@ -128,7 +138,9 @@ def test_folders_and_files_are_where_the_document_says(place: Path) -> None:
 def test_metadata_say_whose_rows_they_are_and_how_they_were_pooled(base: Path, place: Path) -> None:
     run(place)
     said = json.loads((place / OUTPUT / "lora_sst2_seed42" / "step_000000" / "metadata.json").read_text())
-    expected = {"method": "lora", "task": "sst2", "seed": 42, "step": 0, "pooling": "mean", "positions": "mean"}
+    expected = {"method": "lora", "task": "sst2", "seed": 42, "step": 0, "pooling": "mean_from:1"}
+    expected["positions"] = "mean_from:1"
+    expected["pooling_is"] = "mean over the tokens of the text but the first, special ones included, padding never"
     assert {name: said[name] for name in expected} == expected
     source = str(base / "validation.jsonl")
     assert said["validation"] == {"source": source, "asked_for": 750, "used": 60, "whole_split": True}
@@ -242,6 +254,47 @@ def test_nothing_is_computed_twice_unless_it_is_asked_for(place: Path) -> None:
     assert all(path.stat().st_mtime_ns != then for path, then in before.items())
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_what_was_begun_with_another_pooling_goes_on_with_it_and_the_command_says_so(
+    finished: bool, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As folders were made when `mean` was the default: the same command must not mix them with other rows."""
+    first, *_ = run(place, pooling="mean", methods=("full_finetune",))
+    if not finished:
+        for record in (first / "_run" / "commits").iterdir():
+            record.unlink()
+        (first / "metadata.json").unlink()
+    before = {path: path.read_bytes() for path in place.rglob("layer_*.pt")}
+    options = {"results_dir": str(place / "results"), "device": "cpu"}
+    made = representations(PostTrainingConfig(**options), Terminal())
+    assert "note     the rows are --pooling mean, as those that are there" in capsys.readouterr().out
+    assert {json.loads((folder / "metadata.json").read_text())["pooling"] for folder in made} == {"mean"}
+    assert before.items() <= {path: path.read_bytes() for path in place.rglob("layer_*.pt")}.items()
+    refused(place, r"was made with --pooling mean, and this command says mean_from:1", pooling="mean_from:1")
+    anew = run(place, overwrite=True)
+    assert {json.loads((folder / "metadata.json").read_text())["pooling"] for folder in anew} == {"mean_from:1"}
+
+
+def test_an_extractor_goes_on_with_what_a_folder_was_begun_with(base: Path, tmp_path: Path) -> None:
+    texts = {"a": "w1 w2 fine", "b": "dull w3"}
+    old = RepresentationExtractor(str(base / "model"), pooling="mean", device="cpu")
+    new = RepresentationExtractor(str(base / "model"), device="cpu")
+    old.save(texts, tmp_path / "saved")
+    assert new.save(texts, tmp_path / "saved")["pooling"] == "mean"
+    assert new.save(texts, tmp_path / "other")["pooling"] == "mean_from:1"
+    with pytest.raises(UserError, match="holds another run"):
+        replace(old, pooling="mean_from:1").save(texts, tmp_path / "saved")
+    assert new.save(texts, tmp_path / "saved", overwrite=True)["pooling"] == "mean_from:1"
+
+
+def test_a_text_of_which_nothing_is_left_is_refused_by_its_name(base: Path, tmp_path: Path) -> None:
+    texts = {"a": "w1 w2 fine w4", "b": "w3", "c": "dull"}
+    extractor = RepresentationExtractor(str(base / "model"), pooling="mean_from:2", device="cpu")
+    with pytest.raises(UserError, match=r"sample 'b' \(and 1 other sample\) has no token for mean_from:2"):
+        extractor.save(texts, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 # ----------------------------------------------------------------------------------------------- which models
 
 
@@ -330,7 +383,7 @@ def test_a_model_is_gone_before_the_next_one_comes(base: Path, tmp_path: Path) -
     before = models()
     gc.disable()
     try:
-        RepresentationExtractor(str(base / "model"), device="cpu").save(["w1"], tmp_path / "saved")
+        RepresentationExtractor(str(base / "model"), device="cpu").save(["w1 w2"], tmp_path / "saved")
         assert models() == before
     finally:
         gc.enable()
@@ -338,7 +391,7 @@ def test_a_model_is_gone_before_the_next_one_comes(base: Path, tmp_path: Path) -
 
 def test_an_extractor_takes_what_people_write(base: Path, tmp_path: Path) -> None:
     extractor = RepresentationExtractor(base / "model", layers=1, hook_points="after_block", device="cpu")  # type: ignore[arg-type]
-    extractor.save((text for text in ("w1", "w2")), tmp_path / "saved", about={"total_samples": 99, "mine": 1})
+    extractor.save((text for text in ("w1 w2", "w2 w1")), tmp_path / "saved", about={"total_samples": 99, "mine": 1})
     saved = jax_extract.open_activations(str(tmp_path / "saved"))
     assert (saved.layers, saved.metadata["total_samples"], saved.metadata["mine"]) == ([1], 2, 1)
 
@@ -348,7 +401,9 @@ def test_an_extractor_takes_what_people_write(base: Path, tmp_path: Path) -> Non
     [
         ({"layers": [0.9]}, "are not whole numbers"),
         ({"hook_points": None}, "--hook_points is empty"),
-        ({"pooling": "first:2"}, "pooling 'first:2' is none of mean, last"),
+        ({"pooling": "first:2"}, "pooling 'first:2' is none of mean_from:k"),
+        ({"pooling": "median"}, "pooling 'median' is none of mean_from:k"),
+        ({"pooling": "mean_from:9"}, "text '0' has no token for mean_from:9; leave it out, or choose mean or last"),
     ],
 )
 def test_an_extractor_refuses_what_it_cannot_do(options: dict[str, Any], said: str, base: Path) -> None:
@@ -476,7 +531,9 @@ def test_rows_of_another_training_or_dtype_are_not_gone_on_with(base: Path, plac
     refused(place, r"was computed in float32 with torch, and this command would use bfloat16", dtype="bfloat16")
     refused(place, r"was computed in float32 with torch.*float32 with jax; give", backend="jax")
     refused(
-        place, r"was made with --pooling mean, and this command says last; compute all of them anew", pooling="last"
+        place,
+        r"was made with --pooling mean_from:1, and this command says last; give --pooling mean_from:1, or compute all",
+        pooling="last",
     )
     shutil.rmtree(next((place / "results").glob("lora_*")))
     other = seem_trained(base, place / "results", "lora", steps=24)

@@ -75,17 +75,20 @@ def whole() -> Any:
     return extract(str(tiny_folder("qwen2_window")), texts_of(), backend="torch", layers=(1, 3), positions="all")
 
 
-@pytest.mark.parametrize("positions", ["last", "mean", "first:5", "every:7", "at:0,2,30"])
+@pytest.mark.parametrize("positions", ["last", "from:3", "mean", "mean_from:3", "first:5", "every:7", "at:0,2,30"])
 def test_positions_are_selected_as_jax_selects_them(positions: str, whole: Any) -> None:
     """From rows of every token, as test_positions.py holds JAX to."""
     folder = str(tiny_folder("qwen2_window"))
     run = extract(folder, texts_of(), backend="torch", layers=(1, 3), positions=positions)
     for i, length in enumerate(LENGTHS):
         sample, every = run.sample(str(i)), whole.sample(str(i))
-        kept = [-1] if positions == "mean" else list(Positions.parse(positions).of(length))
+        chosen = Positions.parse(positions)
+        kept = chosen.of(length)
         np.testing.assert_array_equal(sample.positions, kept)
         for layer in (1, 3):
-            rows = every.get(layer).mean(axis=0, keepdims=True) if positions == "mean" else every.get(layer)[kept]
+            rows = every.get(layer)[chosen.begins :] if chosen.kind == "mean" else every.get(layer)[kept]
+            if chosen.kind == "mean" and len(rows):
+                rows = rows.mean(axis=0, keepdims=True)
             assert row_errors(sample.get(layer), rows).max(initial=0.0) <= 1e-5
 
 
@@ -255,7 +258,10 @@ def test_a_stream_that_would_not_fit_one_file_a_layer_is_refused(tmp_path: Path)
         ({"backend": "torch", "mesh_shape": "1,1"}, r"--mesh_shape is of --backend jax"),
         ({"backend": "torch", "max_new_tokens": 4}, r"--max_new_tokens is of --backend jax"),
         ({"device": "cuda"}, r"--device cuda is of --backend torch"),
-        ({"one_file_per_layer": True, "positions": "all"}, r"--one_file_per_layer is for positions last and mean"),
+        (
+            {"one_file_per_layer": True, "positions": "all"},
+            r"--one_file_per_layer is for positions last, mean and mean_from:k",
+        ),
     ],
 )
 def test_what_is_not_there_is_told_in_one_sentence(options: dict[str, Any], said: str, tmp_path: Path) -> None:

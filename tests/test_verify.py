@@ -171,11 +171,11 @@ def test_a_good_run_is_verified_by_our_own_forward_where_torch_is_not(
     assert all(site.ok for site in verdict.sites)
 
 
-@pytest.mark.parametrize("positions", ["every:7", "at:0,30"])
+@pytest.mark.parametrize("positions", ["every:7", "at:0,30", "from:30", "mean_from:30"])
 def test_every_choice_of_positions_is_compared_row_by_row(make: Callable[..., Path], positions: str) -> None:
     verdict = verified(make(positions=positions), samples=len(LENGTHS))
     assert verdict.verdict == "verified"
-    assert verdict.sites[0].rows == {"every:7": 61, "at:0,30": 18}[positions]
+    assert verdict.sites[0].rows == {"every:7": 61, "at:0,30": 18, "from:30": 121, "mean_from:30": 8}[positions]
 
 
 def test_weights_that_transformers_cannot_read_are_read_by_us(
@@ -694,6 +694,10 @@ def test_beginnings_of_a_sample_give_the_rows_that_a_run_would_store_of_them() -
     expected = [values[: end + 1].mean(0, dtype=np.float64) for end in (8, *mean.beginnings)]
     np.testing.assert_allclose(mean.select(values), expected, rtol=1e-12)
     assert mean.beginnings.tolist() == [0, 2, 5, 8]
+    rest = Wanted.of(tokens, np.array([-1], np.int32), 4, begins=3)
+    expected = [values[3 : end + 1].mean(0, dtype=np.float64) for end in (8, *rest.beginnings)]
+    np.testing.assert_allclose(rest.select(values), expected, rtol=1e-12)
+    assert rest.beginnings.tolist() == [3, 4, 6, 8]
 
 
 def test_a_site_is_judged_by_both_of_its_bounds() -> None:

@@ -38,7 +38,7 @@ class CompileConfig:
       hook_points: where in the block, by name, TransformerLens name or glob.
       attention_pattern_tokens: of attention_pattern: weights that a row has for each head, and the most tokens of a
         sample.
-      positions: which tokens: all, last, mean, first:n, every:k, at:i,j,…
+      positions: which tokens: all, from:k, last, mean, mean_from:k, first:n, every:k, at:i,j,…
       dtype: of the computation.
       capture_dtype: of the stored values.
       batch_size: sequences per chip.

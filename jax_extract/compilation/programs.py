@@ -95,7 +95,7 @@ def compile_program(subject: Subject, layout: Layout, shape: SlabShape) -> Compi
     function = capture_function(
         subject.port, subject.config, subject.plan, subject.mesh, subject.numerics, specs, subject.rows_travel
     )
-    lowered = function.lower(params, *slab_inputs(subject.mesh, shape))
+    lowered = function.lower(params, *slab_inputs(subject.mesh, shape), ())
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

@@ -30,7 +30,7 @@ from jax_extract.extraction.prepare import Job, wrapping_of
 from jax_extract.extraction.requirements import host_budget, require_room, require_rows, require_samples
 from jax_extract.extraction.resumption import Resumption
 from jax_extract.extraction.session import keep_in
-from jax_extract.extraction.summary import tell_input, tell_plan, tell_request
+from jax_extract.extraction.summary import tell_input, tell_plan, tell_request, tell_without_rows
 from jax_extract.inputs.contexts import ContextCounts
 from jax_extract.inputs.planning.slabs import PlanSettings, Shapes
 from jax_extract.inputs.planning.windows import Part, Window
@@ -162,6 +162,7 @@ def _plan(request: _Request) -> tuple[Work, list[Part], Shapes, ReadProbe]:
     every = [part for window in windows for part in window.parts]
     require_rows(every, job)
     tell_plan(every, job.step_counts(every), terminal)
+    tell_without_rows(every, job, terminal)
     pending = _pending(request, windows, counts)
     whole = windows[-1].is_last
     parts = pending if whole else every  # what foretells the rest must be typical of it

@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from jax_extract.devices.platform import PlatformDefaults
+from jax_extract.forward.edits import Edits, Placed
 from jax_extract.inputs.planning.slabs import PlanSettings, SlabShape
 from jax_extract.store.writer import Blocks
 from jax_extract.weights.open_model import OpenModel
@@ -26,9 +27,11 @@ class Program(Protocol):
       hosts, host: how many processes compute together, and which of them this one is.
       devices_of_host: devices of this process; each computes a slab in every step.
       rows_travel: whether every host gets the captures of all devices, and not of its own alone.
+      edits: that it makes; None where it makes none.
     """
 
     plan: CapturePlan
+    edits: Edits | None
     hosts: int
     host: int
     devices_of_host: int
@@ -42,13 +45,14 @@ class Program(Protocol):
         """What the captures of one step take in this host's memory."""
         ...
 
-    def run(self, tokens: np.ndarray, lengths: np.ndarray) -> Any:
+    def run(self, tokens: np.ndarray, lengths: np.ndarray, placed: Iterable[Placed] = ()) -> Any:
         """Starts a step and the way of its captures to the host; may return before either is done.
 
         Args:
           tokens: int32 [devices_of_host * rows, length]; the i-th device gets the i-th block of rows.
           lengths: int32 [devices_of_host * rows, samples], real tokens of the samples that lie in each row, one
             behind the other; 0 where there is none.
+          placed: where samples lie, for the edits.
         """
         ...
 
@@ -156,6 +160,7 @@ class Backend(Protocol):
         shapes: Iterable[SlabShape],
         needed: Sequence[SlabShape],
         rows_travel: bool = False,
+        edits: Edits | None = None,
     ) -> Program:
         """Loads the weights and meanwhile makes ready for what is needed; this is where the real work begins.
 
@@ -163,7 +168,7 @@ class Backend(Protocol):
           weights: as `weights` gave them.
           shapes: that a slab may have.
           needed: those that are computed, the largest first.
-          rows_travel: see `Program`.
+          rows_travel, edits: see `Program`.
         """
         ...
 

@@ -13,13 +13,12 @@ from jax_extract.errors import UserError
 from jax_extract.store.parts import Site
 from jax_extract.weights.open_model import OpenModel
 from models.capture_plan import PATTERN_TOKENS, CapturePlan
-from models.hooks import HOOK_POINTS, resolve_hook_points
+from models.hooks import HOOK_POINTS, PATTERN, resolve_hook_points
 from models.ports import ModelConfig, hook_width, longest_sample
 from models.positions import Positions
 from models.qwen2_jax_with_hooks import DEFAULT_SAE_LAYERS
 
 LONGEST_DEFAULT = 8_192
-PATTERN = "attention_pattern"
 
 
 def choose_layers(wanted: Iterable[int] | None, num_layers: int) -> tuple[int, ...]:
@@ -72,23 +71,29 @@ def captures_patterns(plan: CapturePlan) -> bool:
     return any(hook == PATTERN for hook, _ in plan.layers)
 
 
-def require_short_enough(plan: CapturePlan, sample_ids: Sequence[str], lengths: np.ndarray, answer: int = 0) -> None:
-    """UserError where a sample has more tokens than a row of `attention_pattern` has weights for.
+def require_short_enough(
+    plan: CapturePlan, sample_ids: Sequence[str], lengths: np.ndarray, answer: int = 0, mend: str | None = None
+) -> None:
+    """UserError where `attention_pattern` is captured and a sample has more tokens than a row of it has weights for.
 
     Args:
       lengths: int [samples], in tokens.
       answer: tokens that may follow each of them yet.
+      mend: what can be done; by default by options.
     """
     most = plan.pattern_tokens - answer
     if not captures_patterns(plan) or not (lengths > most).any():
         return
     place = int(np.argmax(lengths > most))
     behind = f" before an answer of up to {answer}" if answer else ""
-    wanted = int(lengths.max()) + answer
+    if mend is None:
+        mend = (
+            f"give --attention_pattern_tokens {int(lengths.max()) + answer}, or cut samples with --max_seq_length "
+            f"{plan.pattern_tokens}"
+        )
     raise UserError(
         f"sample {sample_ids[place]!r} has {lengths[place]} tokens{behind}, and {PATTERN} is kept of samples of at "
-        f"most {plan.pattern_tokens}; give --attention_pattern_tokens {wanted}, or cut samples with --max_seq_length "
-        f"{plan.pattern_tokens}"
+        f"most {plan.pattern_tokens}; {mend}"
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.choice import use_devices
 from jax_extract.devices.processes import Processes, start_processes
-from jax_extract.errors import UserError
+from jax_extract.errors import UserError, user_path
 from jax_extract.extraction.as_begun import named_as_begun, of_the_same_commits, of_the_same_hook_points
 from jax_extract.extraction.backend import Loadable
 from jax_extract.extraction.model_fields import (
@@ -34,6 +34,7 @@ from jax_extract.extraction.planned_input import PlannedInput
 from jax_extract.extraction.prepare import Job, wrapping_of
 from jax_extract.extraction.requirements import (
     host_budget,
+    require_a_row_each,
     require_one_window,
     require_room,
     require_rows,
@@ -41,7 +42,15 @@ from jax_extract.extraction.requirements import (
 )
 from jax_extract.extraction.resumption import FINGERPRINT, Fingerprint, Resumption
 from jax_extract.extraction.session import Session, Windows, keep_in
-from jax_extract.extraction.summary import tell_input, tell_layout, tell_notes, tell_plan, tell_request, tell_result
+from jax_extract.extraction.summary import (
+    tell_input,
+    tell_layout,
+    tell_notes,
+    tell_plan,
+    tell_request,
+    tell_result,
+    tell_without_rows,
+)
 from jax_extract.inputs.planning.slabs import PlanSettings, Shapes, SlabShape
 from jax_extract.inputs.planning.windows import shapes_of
 from jax_extract.inputs.sources import Source, open_source
@@ -289,6 +298,8 @@ class _Extraction:
         counts = every[-1].counts if every else self.job.new_counts()
         require_samples(counts, self.source)
         windows = [each.window for each in every]
+        if self.job.edits:
+            self.job.edits.check(sample for window in windows for sample in window.arrangement.table)
         if found:
             longest = max(int(window.arrangement.lengths.max()) for window in windows)
             require_meaning_as_begun(found, self.job.model, longest)
@@ -301,8 +312,10 @@ class _Extraction:
         parts = [part for window in windows for part in window.parts]
         if self.config.one_file_per_layer:
             require_one_window(counts.samples)
+            require_a_row_each(parts, self.job)
         require_rows(parts, self.job)
         tell_plan(parts, self.job.step_counts(parts), self.terminal)
+        tell_without_rows(parts, self.job, self.terminal)
         pending = [part for part in parts if part.key not in committed]
         parties = max(self.processes.count, self.config.num_workers or 1)
         sizes = [self.job.bytes_stored(part.lengths) for part in pending]
@@ -421,12 +434,16 @@ def run_of(config: ExtractConfig, job: Job, weights: Loadable, settings: PlanSet
         "numerics": job.backend.fingerprint(),
         "description": {
             **job.description(),
-            "asked": {"revision": config.revision, "adapter": config.adapter},
+            "asked": {"revision": config.revision, "adapter": config.adapter, **_asked_edits(config)},
             MODEL_FIELDS: model_fields(job.model, job.max_length),
             "source": config.dataset or config.tasks_file,
             "mesh": dict(job.backend.mesh_shape),
         },
     }
+
+
+def _asked_edits(config: ExtractConfig) -> dict[str, str]:
+    return {} if config.edits is None else {"edits": str(user_path(config.edits, "--edits").resolve())}
 
 
 def text_identity(config: ExtractConfig) -> dict[str, Any]:

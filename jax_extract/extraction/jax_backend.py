@@ -24,6 +24,7 @@ from jax_extract.devices.sharding import Layout
 from jax_extract.errors import UserError
 from jax_extract.extraction.backend import holds_several_a_row
 from jax_extract.extraction.program import CaptureProgram, captured_bytes, rows_travel
+from jax_extract.forward.edits import Edits
 from jax_extract.inputs.planning.slabs import PlanSettings, SlabShape
 from jax_extract.weights.load import Weights, parameter_shapes
 from jax_extract.weights.open_model import OpenModel
@@ -178,6 +179,10 @@ class JaxBackend:
         """On devices of which no figures are kept; the CPU devices of a process share one copy of what is whole."""
         return Layout.REPLICATED if platform_of(self.mesh) == "cpu" else Layout.GATHERED
 
+    def numerics_of_answers(self, model: OpenModel) -> Numerics:
+        """With sums undivided: a step of a token or two reads the weights, and would copy their parts."""
+        return with_attention(replace(self.numerics, longest_sum=None), self.mesh, model.config)
+
     def layout_of_whole(self, weights: Weights) -> Layout:
         """Of models that are asked again and again: whole parameters where they fit.
 
@@ -202,6 +207,7 @@ class JaxBackend:
         shapes: Iterable[SlabShape],
         needed: Sequence[SlabShape],
         rows_travel: bool = False,
+        edits: Edits | None = None,
     ) -> CaptureProgram:
         """Parameters lie as suits the largest shape."""
         decision = self.layout(model, plan, weights, shapes, rows_travel)
@@ -209,7 +215,7 @@ class JaxBackend:
         params = weights.shapes(self.mesh, self.dtype, layout)
         if platform_of(self.mesh) == "cpu":
             require_parameters(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)))
-        program = CaptureProgram(model.port, model.config, params, plan, self.mesh, self.numerics, rows_travel)
+        program = CaptureProgram(model.port, model.config, params, plan, self.mesh, self.numerics, rows_travel, edits)
         with program.compiling(needed):
             program.use(weights.load(self.mesh, self.dtype, layout))
         return program

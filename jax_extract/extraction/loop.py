@@ -20,6 +20,7 @@ import numpy as np
 from jax_extract.devices.exhaustion import refusing_exhaustion
 from jax_extract.extraction.backend import Program
 from jax_extract.extraction.schedule import Step, Work, steps
+from jax_extract.forward.edits import Placed
 from jax_extract.inputs.planning.slabs import SlabShape
 from jax_extract.inputs.planning.windows import Part
 from jax_extract.startup import seconds_since_start
@@ -221,19 +222,26 @@ def rows_of_part(part: Part, work: Work, positions: Positions) -> list[RowPiece]
     return pieces
 
 
-def _pack(step: Step, program: Program) -> tuple[np.ndarray, np.ndarray]:
-    """This host's token ids [devices * rows, length] and lengths [devices * rows, samples], int32; the rest is 0."""
+def _pack(step: Step, program: Program) -> tuple[np.ndarray, np.ndarray, list[Placed]]:
+    """This host's token ids [devices * rows, length] and lengths [devices * rows, samples], int32; the rest is 0.
+
+    And where the samples lie, where the program makes edits of them.
+    """
     shape, rows = step.shape, program.devices_of_host * step.shape.rows
     tokens = np.zeros((rows, shape.length), np.int32)
     lengths = np.zeros((rows, shape.samples), np.int32)
+    placed: list[Placed] = []
     for device, work in enumerate(step.work[program.host]):
         place = work.slab.first
         for row, count in enumerate(work.slab.counts, device * shape.rows):
             ids = np.concatenate([work.arrangement.tokens_at(i) for i in range(place, place + count)])
             tokens[row, : len(ids)] = ids
             lengths[row, :count] = work.arrangement.lengths[place : place + count]
+            if program.edits:
+                begins = np.cumsum(lengths[row, :count]) - lengths[row, :count]
+                placed += [Placed(row, int(begins[i]), work.arrangement.sample_at(place + i)) for i in range(count)]
             place += count
-    return tokens, lengths
+    return tokens, lengths, placed
 
 
 def part_content(part: Part, positions: Positions) -> PartContent:

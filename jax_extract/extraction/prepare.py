@@ -30,6 +30,8 @@ from jax_extract.extraction.capture import (
 )
 from jax_extract.extraction.jax_backend import JaxBackend
 from jax_extract.extraction.schedule import steps
+from jax_extract.forward.edit_files import read_edits
+from jax_extract.forward.edits import Edits
 from jax_extract.inputs.contexts import ContextCounts, ContextForm, KnownContexts, join
 from jax_extract.inputs.planning.slabs import SINCE_VERSION_2, WHOLE_INPUT, PlanSettings, SlabShape
 from jax_extract.inputs.planning.windows import WINDOW_SAMPLES, Part, Window, plan_tables, shapes_of
@@ -60,6 +62,7 @@ class Job:
       prompt_length: longest prompt in tokens.
       contexts: what samples are joined into, where they are.
       captured_answer: tokens that may follow a prompt and are captured with it, at most.
+      edits: that the forward makes; None where it makes none.
     """
 
     model: OpenModel
@@ -70,13 +73,18 @@ class Job:
     prompt_length: int
     contexts: ContextForm | None = None
     captured_answer: int = 0
+    edits: Edits | None = None
 
     @classmethod
     def open(cls, config: ExtractConfig) -> Job:
         """Opens the model and checks the request against it and against the devices; UserError."""
         backend = _open_backend(config)
         needs_port = backend.name == "jax"
-        model = OpenModel.open(config.model_path, config.revision, config.adapter, needs_port)
+        return cls.of(config, OpenModel.open(config.model_path, config.revision, config.adapter, needs_port), backend)
+
+    @classmethod
+    def of(cls, config: ExtractConfig, model: OpenModel, backend: Backend) -> Job:
+        """The same of an opened model, whatever the configuration says of one."""
         plan = capture_plan(
             model,
             config.layers_to_extract,
@@ -102,6 +110,7 @@ class Job:
             backend=backend,
             contexts=contexts,
             captured_answer=new_tokens if config.capture_answers else 0,
+            edits=_edits(config, model, plan),
         ).under(None)
 
     def under(self, settings: PlanSettings | None) -> Job:
@@ -254,7 +263,7 @@ class Job:
     def program(self, weights: Loadable, shapes: Collection[SlabShape], needed: Sequence[SlabShape] = ()) -> Program:
         """See `Backend.program`."""
         travel = self.backend.rows_travel(self.plan, self.model, shapes)
-        return self.backend.program(self.model, self.plan, weights, shapes, needed, travel)
+        return self.backend.program(self.model, self.plan, weights, shapes, needed, travel, self.edits)
 
     def bytes_stored(self, lengths: np.ndarray) -> int:
         """Bytes of all the rows that samples of these lengths give, over all sites."""
@@ -271,6 +280,7 @@ class Job:
             "capture_dtype": self.plan.dtype,
             **({"attention_pattern_tokens": self.plan.pattern_tokens} if captures_patterns(self.plan) else {}),
             **({"contexts": self.contexts.as_json()} if self.contexts else {}),
+            **({"edits": self.edits.digest} if self.edits else {}),
         }
 
     def description(self) -> dict[str, Any]:
@@ -281,6 +291,7 @@ class Job:
             "model_path": self.model.checkpoint.source,
             "model_revision": self.model.checkpoint.revision,
             "adapter": self.model.checkpoint.adapter,
+            **({"edits": self.edits.described} if self.edits else {}),
             "hidden_dim": self.model.config.hidden_size,
             "num_hidden_layers": self.model.config.num_hidden_layers,
             "packages": {name: importlib.metadata.version(name) for name in (*_PACKAGES, *self.backend.packages)},
@@ -305,6 +316,15 @@ def _open_backend(config: ExtractConfig) -> Backend:
 
         return TorchBackend.open(config.device, config.dtype)
     return JaxBackend.open(config.mesh_shape, config.dtype)
+
+
+def _edits(config: ExtractConfig, model: OpenModel, plan: CapturePlan) -> Edits | None:
+    """Those of --edits; UserError where the model lacks what they name, or nothing that is kept shows one."""
+    if config.edits is None:
+        return None
+    edits = Edits.of(read_edits(config.edits), model, config.max_new_tokens or 0)
+    edits.require_seen(plan, config.max_new_tokens is not None)
+    return edits
 
 
 def _contexts(config: ExtractConfig, model: OpenModel, plan: CapturePlan) -> ContextForm | None:

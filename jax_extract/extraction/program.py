@@ -10,7 +10,7 @@ device is given the captures of all of them, so that a host can store rows that 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
@@ -26,10 +26,13 @@ from jax_extract.devices.memory import require_room
 from jax_extract.devices.mesh import BATCH_AXES, platform_of
 from jax_extract.devices.platform import platform_defaults
 from jax_extract.devices.sharding import BATCH_SPEC, CAPTURE_SPEC, make_gather, named
+from jax_extract.forward.edits import Edits, Placed
+from jax_extract.forward.program import specs_of
 from jax_extract.inputs.planning.slabs import SlabShape
 from jax_extract.store.writer import Blocks
 from models.capture_plan import CapturePlan
 from models.decoder import Decoder
+from models.interventions import Intervention
 from models.layers import Numerics
 from models.packing import Packing
 from models.ports import ModelConfig, Parameters, Port, hook_width
@@ -59,10 +62,12 @@ class CaptureProgram:
         mesh: Mesh,
         numerics: Numerics,
         rows_travel: bool = False,
+        edits: Edits | None = None,
     ) -> None:
         self.mesh = mesh
         self.plan = plan
         self.rows_travel = rows_travel
+        self.edits = edits
         self._params = params
         owners = [device.process_index for device in mesh.devices.flat]
         self.hosts = len(set(owners))
@@ -74,7 +79,8 @@ class CaptureProgram:
         self._config = config
         self._batch_sharding = named(mesh, BATCH_SPEC)
         specs = jax.tree.map(lambda parameter: parameter.sharding.spec, params)
-        self._jit = capture_function(port, config, plan, mesh, numerics, specs, rows_travel)
+        changes = edits.interventions((), (self.devices, 1), self.devices) if edits else ()
+        self._jit = capture_function(port, config, plan, mesh, numerics, specs, rows_travel, changes)
         self._compiled: dict[SlabShape, jax.stages.Compiled] = {}
         self._ahead: dict[SlabShape, Future[jax.stages.Compiled]] = {}
         self._beside: ThreadPoolExecutor | None = None
@@ -124,20 +130,34 @@ class CaptureProgram:
         self._params = params
 
     def _compile(self, shape: SlabShape) -> jax.stages.Compiled:
-        return self._jit.lower(self._params, *slab_inputs(self.mesh, shape)).compile()
+        return self._jit.lower(self._params, *slab_inputs(self.mesh, shape), self._changes(shape)).compile()
+
+    def _changes(self, shape: SlabShape) -> tuple[Intervention, ...]:
+        """Interventions of a step, without values."""
+        if not self.edits:
+            return ()
+        rows = self.devices * shape.rows
+        found = self.edits.interventions((), (rows, shape.length), self.devices, shape.samples)
+
+        def without_values(leaf: Any, spec: P) -> jax.ShapeDtypeStruct:
+            leaf = np.asarray(leaf)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=named(self.mesh, spec))
+
+        return jax.tree.map(without_values, found, tuple(map(specs_of, found)))
 
     def bytes_on_host(self, shape: SlabShape) -> int:
         """What the captures of one step take in this host's memory."""
         devices = self.devices if self.rows_travel else self.devices_of_host
         return devices * captured_bytes(self.plan, self._config, shape, platform_of(self.mesh), self.rows_travel)
 
-    def run(self, tokens: np.ndarray, lengths: np.ndarray) -> dict[str, Array]:
+    def run(self, tokens: np.ndarray, lengths: np.ndarray, placed: Iterable[Placed] = ()) -> dict[str, Array]:
         """Starts a step and the way of its captures to the host; returns at once.
 
         Args:
           tokens: int32 [devices_of_host * rows, length]; its i-th device gets the i-th block of rows.
           lengths: int32 [devices_of_host * rows, samples], real tokens of the samples that lie in each row, one
             behind the other; 0 where there is none.
+          placed: where samples lie, for the edits.
 
         Returns:
           Hook point -> [slots, devices * rows, positions, width]; slots beyond the wanted layers are spare.
@@ -145,7 +165,8 @@ class CaptureProgram:
         """
         rows = tokens.shape[0] // self.devices_of_host
         execute = self.compiled(SlabShape(tokens.shape[1], rows, lengths.shape[1]))
-        captured = execute(self._params, self._put(tokens, rows), self._put(lengths, rows))
+        changes = self._put_changes(placed, tokens.shape, lengths.shape[1])
+        captured = execute(self._params, self._put(tokens, rows), self._put(lengths, rows), changes)
         for array in captured.values():
             for shard in self._wanted(array):
                 shard.copy_to_host_async()
@@ -174,6 +195,20 @@ class CaptureProgram:
             return [array.addressable_shards[0].data]
         shards = sorted(array.addressable_shards, key=lambda shard: shard.index[1].start or 0)
         return [shard.data for shard in shards]
+
+    def _put_changes(self, placed: Iterable[Placed], shape: tuple[int, int], samples: int) -> tuple[Intervention, ...]:
+        """This host's interventions as its share of those on the whole mesh."""
+        if not self.edits:
+            return ()
+        found = self.edits.interventions(placed, shape, self.devices_of_host, samples)
+
+        def put(leaf: Any, spec: P) -> Array:
+            leaf = np.asarray(leaf)
+            if spec == BATCH_SPEC:
+                return self._put(leaf, len(leaf) // self.devices_of_host)
+            return jax.make_array_from_callback(leaf.shape, named(self.mesh, spec), lambda index: leaf[index or ()])
+
+        return jax.tree.map(put, found, tuple(map(specs_of, found)))
 
     def _put(self, local: np.ndarray, rows: int) -> Array:
         """This host's blocks of rows as its share of the array on the whole mesh."""
@@ -230,13 +265,19 @@ def capture_function(
     numerics: Numerics,
     specs: Mapping[str, Any],
     rows_travel: bool = False,
+    changes: tuple[Intervention, ...] = (),
 ) -> Any:
-    """The jitted (params, tokens, lengths) -> captures, before compilation; where rows travel, whole on each device."""
+    """The jitted (params, tokens, lengths, interventions) -> captures, before compilation.
+
+    Where rows travel, captures are whole on each device. `changes` are interventions of the kinds that it will get.
+    """
     decoder = Decoder(port, config, numerics, make_gather(dict(specs)))
     keeps_spare = _keeps_spare(platform_of(mesh), rows_travel)
 
-    def one_device(params: Parameters, tokens: Array, lengths: Array) -> dict[str, Array]:
-        buffers = decoder.capture(params, tokens, Packing(lengths, tokens.shape[1]), plan)
+    def one_device(
+        params: Parameters, tokens: Array, lengths: Array, interventions: tuple[Intervention, ...]
+    ) -> dict[str, Array]:
+        buffers = decoder.capture(params, tokens, Packing(lengths, tokens.shape[1]), plan, interventions)
         if keeps_spare:
             return buffers
         buffers = {hook: buffers[hook][: max(1, len(layers))] for hook, layers in plan.layers}
@@ -250,7 +291,7 @@ def capture_function(
         jax.shard_map(
             one_device,
             mesh=mesh,
-            in_specs=(specs, BATCH_SPEC, BATCH_SPEC),
+            in_specs=(specs, BATCH_SPEC, BATCH_SPEC, tuple(map(specs_of, changes))),
             out_specs=P() if rows_travel else CAPTURE_SPEC,
             check_vma=False,  # what was gathered is equal on all devices, which it cannot see
         )

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from jax_extract.config import ExtractConfig
 from jax_extract.errors import UserError
 from jax_extract.extraction.loop import STEPS_IN_MEMORY
@@ -18,7 +20,7 @@ from jax_extract.inputs.sources import Source
 from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.store.budget import ByteBudget, default_limit
 from jax_extract.store.upload import upload_buffer_bytes
-from jax_extract.terminal import bytes_text
+from jax_extract.terminal import bytes_text, plural
 
 _SPOOLED_PARTS = 4  # two that are written, and as many that wait to be uploaded and deleted
 
@@ -41,6 +43,22 @@ def require_samples(counts: InputCounts, source: Source) -> None:
 def require_rows(parts: Iterable[Part], job: Job) -> None:
     if not any(job.plan.positions.rows_of(part.lengths).any() for part in parts):
         raise UserError(f"no sample is long enough for positions {job.plan.positions}; choose earlier ones")
+
+
+def require_a_row_each(parts: Iterable[Part], job: Job) -> None:
+    """UserError where a layer's one file, which is read as a row a sample, would lack one."""
+    positions = job.plan.positions
+    short: list[str] = []
+    for part in parts:
+        if len(places := np.flatnonzero(positions.rows_of(part.lengths) == 0)):
+            ids = part.table.sample_ids
+            short += [ids[place] for place in places.tolist()]
+    if short:
+        more = f" (and {plural(len(short) - 1, 'other sample')})" if len(short) > 1 else ""
+        raise UserError(
+            f"sample {short[0]!r}{more} has no token for {positions}, and one file a layer holds a row of every "
+            "sample; leave such samples out, or choose mean or last"
+        )
 
 
 def require_room(place: Place, needed: int, parties: int, largest: int = 0) -> None:

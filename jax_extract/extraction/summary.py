@@ -141,6 +141,14 @@ def tell_plan(parts: Sequence[Part], counts: StepCounts, terminal: Terminal, few
         terminal.line("note", idle_text(counts, sum(map(len, parts)), fewer))
 
 
+def tell_without_rows(parts: Sequence[Part], job: Job, terminal: Terminal) -> None:
+    """How many samples nothing is kept of."""
+    positions = job.plan.positions
+    if short := sum(int((positions.rows_of(part.lengths) == 0).sum()) for part in parts):
+        gives = "has no token at positions {} and gives" if short == 1 else "have no token at positions {} and give"
+        terminal.line("note", f"{plural(short, 'sample')} {gives.format(positions)} no row")
+
+
 def shares_text(shares: TokenShares, several_devices: bool) -> str:
     """`real 97.1%, padding within rows 1.9%, idle devices 1.0%`: of the tokens that devices compute."""
     idle = f", idle devices {share_text(shares.idle)}" if several_devices else ""

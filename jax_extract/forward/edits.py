@@ -1,4 +1,4 @@
-"""Edits: what a forward is asked to change, in the user's words, and what that comes to for given samples.
+"""What edits come to for a model and its samples.
 
 In: `Edit`s, a model, tokenised samples. Out: `Edits`, which names everything that does not exist before anything
 runs, and gives the `Intervention`s of a batch. Positions count the tokens of a sample, never the columns of a batch.
@@ -6,8 +6,10 @@ runs, and gives the `Intervention`s of a batch. Positions count the tokens of a 
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,155 +18,25 @@ import jax
 import numpy as np
 
 from jax_extract.errors import UserError
+from jax_extract.forward.batches import rounded
+from jax_extract.forward.edit import VECTOR, Edit
 from jax_extract.inputs.token_table import PROMPT_TOKENS, TokenizedSample
 from jax_extract.weights.open_model import OpenModel
-from models.capture_plan import CapturePlan
-from models.hooks import HOOK_POINTS, depth, resolve_hook_points
+from models.capture_plan import PATTERN_TOKENS, CapturePlan
+from models.hooks import HOOK_POINTS, PATTERN, depth, resolve_hook_points
 from models.interventions import UNCHANGED, Intervention, Kind
 from models.ports import hook_width
 
 if TYPE_CHECKING:
-    from jax_extract.store.reader import Run, SampleActivations
-
-CHANGES = ("zero", "add", "mean", "replace", "patch")
-_VECTOR, _ROWS = 1, 2  # axes
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Edit:
-    """A change of the activations at a hook point.
-
-    Attributes:
-      hook: a hook point, by its name or its TransformerLens name (`blocks.12.hook_resid_post` names the layer too).
-      change: what is done with the rows there:
-        `zero`: they become zero.
-        `add`: `scale` times `value` is added.
-        `mean`: they become the mean of the rows `value`, or of all rows that `source` holds there.
-        `replace`: they become `value`.
-        `patch`: they become the rows of the same sample and positions in `source`; of its only one, if it holds one.
-        a pure JAX function `change(rows, operand)` of rows float32 [tokens, width] and of `value`, any pytree: they
-          become its result. It is called once for each row of a batch, and compiled anew where it is another function,
-          so define it once and give what varies as `value`.
-      layer: one layer or several, counted from 0, or from the end if negative; None where the hook point has none.
-      value: [width], or [positions, width] with a row for each of `positions` (of each token, where these are None).
-      scale: of `add`.
-      positions: token positions of the sample; if negative, from the end of its prompt, behind which answers follow;
-        None is all. In `source` they count from the end there.
-      samples: ids, or places in the input; None is all.
-      source: a run that holds the hook point.
-
-    Raises:
-      UserError: an unknown change, or one that lacks what it needs or is given what it does not take.
-    """
-
-    hook: str
-    change: str | Callable[[Any, Any], Any]
-    layer: int | Iterable[int] | None = None
-    value: Any = None
-    scale: float = 1.0
-    positions: int | Iterable[int] | None = None
-    samples: str | int | Iterable[str | int] | None = None
-    source: Run | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.hook, str):
-            raise UserError(f"an edit's hook point is a name such as 'after_block', not {self.hook!r:.60}")
-        if not callable(self.change) and self.change not in CHANGES:
-            raise UserError(
-                f"unknown change {self.change!r:.60} at {self.hook!r}; expected {', '.join(CHANGES)}, or a function "
-                "change(rows, operand)"
-            )
-        for name in ("layer", "positions"):
-            _set(self, name, _whole_numbers(getattr(self, name), f"{name} of the edit at {self.hook!r}"))
-        if isinstance(self.samples, str | int):
-            _set(self, "samples", (self.samples,))
-        elif self.samples is not None:
-            _set(self, "samples", tuple(self.samples))
-        if not callable(self.change):
-            self._check_what_it_takes()
-
-    def _check_what_it_takes(self) -> None:
-        here = f"the change {self.change!r} at {self.hook!r}"
-        if self.scale != 1.0 and self.change != "add":
-            raise UserError(f"{here} takes no scale; multiply the value, or use 'add'")
-        if self.change == "zero" and not (self.value is None and self.source is None):
-            raise UserError(f"{here} takes neither value nor source; use 'replace' or 'patch' for them")
-        if self.change == "patch" and (self.source is None or self.value is not None):
-            raise UserError(f"{here} needs source=, a run that holds {self.hook!r}, and no value")
-        if self.change in ("add", "replace") and (self.value is None or self.source is not None):
-            raise UserError(f"{here} needs value=, a vector [width] or rows [positions, width], and no source")
-        if self.change == "mean" and (self.value is None) == (self.source is None):
-            raise UserError(
-                f"{here} needs value=, the rows whose mean it puts there, or source=, a run that holds them"
-            )
-        if self.value is not None:
-            _set(self, "value", _array(self.value, here, (_ROWS,) if self.change == "mean" else (_VECTOR, _ROWS)))
-
-    def __repr__(self) -> str:
-        said = [repr(self.hook), repr(self.change) if isinstance(self.change, str) else _name(self.change)]
-        for name in ("layer", "positions", "samples"):
-            if (given := getattr(self, name)) is not None:
-                said.append(f"{name}={given[0] if name == 'layer' and len(given) == 1 else list(given)!r}")
-        if self.value is not None:
-            said.append(f"value={list(self.value.shape)}" if isinstance(self.value, np.ndarray) else "value=…")
-        if self.scale != 1.0:
-            said.append(f"scale={self.scale:g}")
-        if self.source is not None:
-            said.append("source=…")
-        return f"Edit({', '.join(said)})"
-
-
-def _set(edit: Edit, name: str, value: Any) -> None:
-    object.__setattr__(edit, name, value)
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "__name__", type(function).__name__)
-
-
-def _whole_numbers(given: Any, what: str) -> tuple[int, ...] | None:
-    if given is None:
-        return None
-    several: Any = given if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
-    try:
-        found = tuple(operator.index(each) for each in several)
-    except TypeError:
-        raise UserError(f"the {what} must be whole numbers, not {given!r:.60}") from None
-    if not found:
-        raise UserError(f"the {what} name nothing; leave them out for all")
-    if len(set(found)) != len(found):
-        raise UserError(f"the {what} name one twice: {list(found)!r:.60}")
-    return found
-
-
-def _array(value: Any, here: str, axes: tuple[int, ...]) -> np.ndarray:
-    """float32 of an array or torch tensor; UserError where it is none, has other axes, or is not finite."""
-    if hasattr(value, "detach"):
-        value = value.detach().float().cpu().numpy()
-    try:
-        array = np.array(value, np.float32)
-    except (TypeError, ValueError):
-        raise UserError(f"the value of {here} is no array of numbers: {value!r:.60}") from None
-    if array.ndim not in axes or not array.size:
-        expected = " or ".join({_VECTOR: "[width]", _ROWS: "[rows, width]"}[n] for n in axes)
-        raise UserError(f"the value of {here} has the shape {list(array.shape)}; expected {expected}")
-    if not np.isfinite(array).all():
-        raise UserError(f"the value of {here} holds numbers that are not finite")
-    return array
+    from jax_extract.store.reader import SampleActivations
 
 
 class Placed(NamedTuple):
-    """Where a sample lies in a batch.
-
-    Attributes:
-      row, column: of its first token.
-      first: the position of the token that lies there, where the sample's beginning does not.
-    """
+    """Where a sample lies in a batch: row and column of its first token."""
 
     row: int
     column: int
     sample: TokenizedSample
-    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -173,6 +45,7 @@ class Resolved:
 
     Attributes:
       rows: what is put or added, [1, width] or [positions, width]; None where it is of the sample, or of no array.
+      room: tokens of an answer that may follow a sample.
     """
 
     edit: Edit
@@ -180,32 +53,70 @@ class Resolved:
     layers: tuple[int, ...]
     width: int
     rows: np.ndarray | None
+    room: int = 0
 
     @property
     def kind(self) -> Kind:
         change: Any = self.edit.change
         return "replace" if change in ("mean", "patch") else change
 
+    @property
+    def names_tokens(self) -> bool:
+        """Whether some samples may not do."""
+        edit = self.edit
+        some = edit.positions is not None or edit.samples is not None or self.gives_each_its_own
+        return some or self.hook == PATTERN
+
     def concerns(self, sample: TokenizedSample) -> bool:
         samples: Any = self.edit.samples
         return samples is None or sample.sample_id in samples or sample.sample_index in samples
 
     def positions(self, sample: TokenizedSample) -> np.ndarray:
-        """int64, from 0; UserError where the sample has no such token."""
+        """int64, from 0; UserError where the sample has no such token, or more than a row of the pattern has."""
         given: Any = self.edit.positions
-        if given is None:
-            return np.arange(sample.length)
+        if self.hook == PATTERN and (length := sample.length + self.room) > PATTERN_TOKENS:
+            behind = " with its answer" if self.room else ""
+            raise UserError(
+                f"{self.edit!r} has rows of {PATTERN_TOKENS} weights a head, and sample {sample.sample_id!r} {length} "
+                f"tokens{behind}; shorten it, or leave it out with samples="
+            )
+        if given is None:  # a source, and rows for each token, are of a prompt
+            return np.arange(sample.prompt_length if self.gives_each_its_own else sample.length)
         end = sample.prompt_length
         for position in given:
-            if not -end <= position < sample.length:
+            if not -end <= position < sample.length + self.room:
                 raise UserError(
                     f"{self.edit!r} names position {position}, and sample {sample.sample_id!r} has the positions 0 to "
-                    f"{sample.length - 1}; name others, or leave the sample out with samples="
+                    f"{sample.length + self.room - 1}; name others, or leave the sample out with samples="
                 )
         found = np.array([position if position >= 0 else end + position for position in given])
         if len(np.unique(found)) != len(found):
             raise UserError(f"{self.edit!r} names a token of sample {sample.sample_id!r} twice; name each once")
         return found
+
+    @property
+    def gives_each_its_own(self) -> bool:
+        """Whether every position has a row of the operand."""
+        return self.edit.change == "patch" or (self.rows is not None and len(self.rows) > 1)
+
+    def most_rows(self, shape: tuple[int, int], samples: int) -> int:
+        """Of its operand, of one device's batch of that shape with so many samples a row."""
+        positions: Any = self.edit.positions
+        rows, columns = shape
+        return rows * (columns if positions is None else min(columns, samples * len(positions)))
+
+    def of_answer(self, sample: TokenizedSample, tokens: int) -> np.ndarray:
+        """int32 [tokens]: which row of the operand each token of the answer to this prompt gets."""
+        numbers = np.full(tokens, UNCHANGED, np.int32)
+        if self.edit.positions is None:
+            if not self.gives_each_its_own:
+                numbers[:] = 0
+            return numbers
+        positions = self.positions(sample)
+        each = np.arange(len(positions)) if self.gives_each_its_own else np.zeros(len(positions), np.int32)
+        there = (positions >= sample.length) & (positions < sample.length + tokens)
+        numbers[positions[there] - sample.length] = each[there]
+        return numbers
 
     def operand_of(self, sample: TokenizedSample) -> np.ndarray:
         """float32 [positions, width]: what each of its positions gets."""
@@ -248,10 +159,10 @@ class Resolved:
         end = int(there.meta.get(PROMPT_TOKENS, tokens))
         wanted = self.positions(sample)
         given: Any = self.edit.positions
-        if given is None and tokens != sample.length:
+        if given is None and end != sample.prompt_length:
             raise UserError(
-                f"{self.edit!r} puts all rows of a sample of {tokens} tokens into sample {sample.sample_id!r}, which "
-                f"has {sample.length}; name the positions"
+                f"{self.edit!r} puts all rows of a sample of {end} tokens into sample {sample.sample_id!r}, which "
+                f"has {sample.prompt_length}; name the positions"
             )
         if given is not None:
             wanted = np.array([position if position >= 0 else end + position for position in given])
@@ -277,34 +188,71 @@ class Edits:
     blocks: int
 
     @classmethod
-    def of(cls, edits: Edit | Iterable[Edit], model: OpenModel) -> Edits:
-        """UserError where the model lacks a hook point or a layer, or a value has another width."""
+    def of(cls, edits: Edit | Iterable[Edit], model: OpenModel, room: int = 0) -> Edits:
+        """Of a model that may answer with so many tokens.
+
+        Raises:
+          UserError: it lacks a hook point or a layer, or a value has another width.
+        """
         if isinstance(edits, Edit):
             edits = (edits,)
         found: list[Resolved] = []
         for edit in edits:
             if not isinstance(edit, Edit):
                 raise UserError(f"edits are Edit(…), not {edit!r:.60}")
-            found += _at_layers(edit, model)
+            found += [dataclasses.replace(one, room=room) for one in _at_layers(edit, model)]
         return cls(tuple(found), model.config.num_hidden_layers)
+
+    @cached_property
+    def digest(self) -> str:
+        """`sha256:…` over what they change: equal where they are equal, whatever files they come from."""
+        total = hashlib.sha256()
+        for one in self.each:
+            edit = one.edit
+            said = [one.hook, str(edit.change), one.layers, edit.positions, edit.samples]
+            total.update(json.dumps(said).encode())
+            if one.rows is not None:
+                total.update(repr(one.rows.shape).encode() + one.rows.astype("<f4").tobytes())
+            if edit.change == "patch" and edit.source is not None:
+                for part in edit.source.parts:
+                    total.update(part.content.plan.encode())
+                total.update(json.dumps(edit.source.metadata.get("model_name")).encode())
+        return f"sha256:{total.hexdigest()}"
+
+    @property
+    def described(self) -> list[str]:
+        """For records."""
+        return list(dict.fromkeys(repr(one.edit) for one in self.each))
 
     def __bool__(self) -> bool:
         return bool(self.each)
 
-    def check(self, samples: Sequence[TokenizedSample]) -> None:
-        """UserError where an edit names a sample or position that does not exist, or concerns none."""
-        ids, count = {sample.sample_id for sample in samples}, len(samples)
-        for one in self.each:
-            for named in one.edit.samples or ():  # type: ignore[union-attr] (a tuple by now)
-                if named not in ids and not (isinstance(named, int) and 0 <= named < count):
-                    known = f"0 to {count - 1}" if isinstance(named, int) else "those of the input"
-                    raise UserError(f"{one.edit!r} names sample {named!r}, which is not there; the samples are {known}")
-            for sample in samples:
+    def check(self, samples: Iterable[TokenizedSample]) -> None:
+        """UserError where an edit names a sample or position that does not exist; samples are looked at once."""
+        picky = [one for one in self.each if one.names_tokens]
+        if not picky:
+            return
+        ids: set[str | int] = set()
+        for sample in samples:
+            ids |= {sample.sample_id, sample.sample_index}
+            for one in picky:
                 if one.concerns(sample):
                     one.check(sample)
+        for one in picky:
+            named: Any = one.edit.samples or ()
+            if lacking := [each for each in named if each not in ids]:
+                raise UserError(
+                    f"{one.edit!r} names sample {lacking[0]!r}, which is not there; the samples are "
+                    f"{', '.join(map(repr, sorted(each for each in ids if isinstance(each, str))[:5]))} and so on"
+                )
 
     def require_seen(self, plan: CapturePlan, has_logits: bool) -> None:
         """UserError where nothing that is kept could show an edit."""
+        if plan.pattern_tokens != PATTERN_TOKENS and any(one.hook == PATTERN for one in self.each):
+            raise UserError(
+                f"edits at {PATTERN} are of rows with {PATTERN_TOKENS} weights a head, and --attention_pattern_tokens "
+                f"is {plan.pattern_tokens}; leave it out"
+            )
         if has_logits:
             return
         deepest = max((depth(hook, layer) for hook, layer in plan.sites()), default=None)
@@ -314,33 +262,65 @@ class Edits:
                     f"{one.edit!r} changes nothing that is kept: keep a hook point behind it, or ask for logits"
                 )
 
-    def interventions(self, placed: Iterable[Placed], shape: tuple[int, int]) -> tuple[Intervention, ...]:
+    def interventions(
+        self, placed: Iterable[Placed], shape: tuple[int, int], devices: int = 1, samples: int | None = None
+    ) -> tuple[Intervention, ...]:
         """Of a batch of so many rows and columns, on the host.
 
-        Those of any two batches of one shape have equal structures and shapes, as far as no edit is of rows that differ
-        by sample.
+        Args:
+          devices: that have an equal share of the rows each.
+          samples: most of a row. Given, any two batches of one shape have interventions of equal shapes; else those
+            that put rows which differ by sample are as large as they must be.
         """
         placed = tuple(placed)
-        return tuple(self._intervention(one, placed, shape) for one in self.each)
+        return tuple(self._intervention(one, placed, shape, devices, samples) for one in self.each)
 
-    def _intervention(self, one: Resolved, placed: Sequence[Placed], shape: tuple[int, int]) -> Intervention:
+    def _intervention(
+        self, one: Resolved, placed: Sequence[Placed], shape: tuple[int, int], devices: int, samples: int | None
+    ) -> Intervention:
         rows = np.full(shape, UNCHANGED, np.int32)
-        given: list[np.ndarray] = []
+        of_device = shape[0] // devices
+        given: list[list[np.ndarray]] = [[] for _ in range(devices)]
         for place in placed:
             if not one.concerns(place.sample):
                 continue
-            columns = one.positions(place.sample) - place.first + place.column
-            numbers = np.zeros(len(columns), np.int32)
+            positions = one.positions(place.sample)
+            numbers = np.arange(len(positions)) if one.gives_each_its_own else np.zeros(len(positions), np.int32)
             if one.edit.change == "patch":
-                numbers = np.arange(len(columns)) + sum(map(len, given))
-                given.append(one.operand_of(place.sample))
-            elif one.rows is not None and len(one.rows) > 1:
-                numbers = np.arange(len(columns))
-            rows[place.row, columns] = numbers
-        operand = one.rows if one.edit.change != "patch" else _padded(given, one.width)
-        if callable(one.edit.change):
-            operand = one.operand_of_function
-        return Intervention(one.hook, one.kind, self.at(one.layers), rows, operand)
+                mine = given[place.row // of_device]
+                numbers = numbers + sum(map(len, mine))
+                mine.append(one.operand_of(place.sample))
+            there = positions < place.sample.length  # others are of an answer that is not there yet
+            rows[place.row, place.column + positions[there]] = numbers[there]
+        layers = self.at(one.layers)
+        if one.edit.change == "patch":
+            size = max(sum(map(len, mine)) for mine in given)
+            if samples is not None:
+                size = one.most_rows((of_device, shape[1]), samples)
+            operand = np.concatenate([_padded(mine, rounded(max(2, size)), one.width) for mine in given])
+            return Intervention(one.hook, one.kind, layers, rows, operand, by_device=True)
+        operand = one.operand_of_function if callable(one.edit.change) else one.rows
+        return Intervention(one.hook, one.kind, layers, rows, operand)
+
+    def while_answering(self, placed: Iterable[Placed], rows: int, tokens: int) -> tuple[Intervention, ...]:
+        """Of the tokens of answers, whose `rows` are int32 [rows, tokens]: those of one step are a column of it.
+
+        Args:
+          placed: of each prompt its row of answers.
+          tokens: of each answer.
+        """
+        placed = tuple(placed)
+        found = []
+        for one in self.each:
+            if one.edit.change == "patch":  # of a source, which ends with the prompt
+                continue
+            numbers = np.full((rows, tokens), UNCHANGED, np.int32)
+            for place in placed:
+                if one.concerns(place.sample):
+                    numbers[place.row] = one.of_answer(place.sample, tokens)
+            operand = one.operand_of_function if callable(one.edit.change) else one.rows
+            found.append(Intervention(one.hook, one.kind, self.at(one.layers), numbers, operand))
+        return tuple(found)
 
     def at(self, layers: Iterable[int]) -> np.ndarray:
         """bool [1, blocks + 1]"""
@@ -388,7 +368,7 @@ def _rows(edit: Edit) -> np.ndarray | None:
     if edit.change == "mean":
         return edit.value.mean(axis=0, dtype=np.float64).astype(np.float32)[None]
     rows = np.float32(edit.scale) * edit.value
-    return rows[None] if rows.ndim == _VECTOR else rows
+    return rows[None] if rows.ndim == VECTOR else rows
 
 
 def _source_mean(edit: Edit, hook: str, layers: tuple[int, ...]) -> np.ndarray | None:
@@ -407,12 +387,9 @@ def _source_mean(edit: Edit, hook: str, layers: tuple[int, ...]) -> np.ndarray |
     return (total / rows).astype(np.float32)[None]
 
 
-def _padded(given: Sequence[np.ndarray], width: int) -> np.ndarray:
-    """[n, width] with n a power of two, so that few numbers are compiled for."""
+def _padded(given: Sequence[np.ndarray], size: int, width: int) -> np.ndarray:
+    """[size, width]; a single row would be taken for all tokens alike."""
     rows = np.concatenate([np.zeros((0, width), np.float32), *given])
-    size = 2  # one row would be taken for all tokens alike
-    while size < len(rows):
-        size *= 2
     return np.concatenate([rows, np.zeros((size - len(rows), width), np.float32)])
 
 

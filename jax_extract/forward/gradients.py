@@ -16,7 +16,7 @@ from jax_extract.devices.platform import PlatformDefaults
 from jax_extract.forward.batches import power_below, rounded
 from jax_extract.forward.edits import Edits
 from jax_extract.forward.many_edits import EditedRow, interventions_of
-from jax_extract.forward.suffix import SuffixProgram
+from jax_extract.forward.suffix import Suffix
 from jax_extract.forward.sweeps import Measured, groups_of, padded_texts, rows_of
 from jax_extract.inputs.token_table import TokenizedSample
 from models.capture_plan import CapturePlan
@@ -39,7 +39,7 @@ class SampleGradient(NamedTuple):
 
 
 def gradients(
-    program: SuffixProgram,
+    program: Suffix,
     config: ModelConfig,
     samples: Sequence[TokenizedSample],
     plan: CapturePlan,

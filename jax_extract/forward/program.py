@@ -122,6 +122,8 @@ def specs_of(intervention: Intervention) -> Intervention:
     """How an intervention lies on the mesh: what is of the rows of the batch with them, the rest on all devices."""
     per_row = intervention.layers.shape[0] > 1
     shared = intervention.shared or (True,) * len(jax.tree.leaves(intervention.operand))
+    if intervention.by_device:
+        shared = (False,)
     structure = jax.tree.structure(intervention.operand)
     operand = jax.tree.unflatten(structure, [P() if alike else BATCH_SPEC for alike in shared])
     layers: Any = BATCH_SPEC if per_row else P()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_extract.devices.mesh import BATCH_AXES
 from jax_extract.devices.sharding import BATCH_SPEC, CAPTURE_SPEC
+from jax_extract.errors import UserError
 from jax_extract.forward.metrics import Function, MetricInputs, measured
 from jax_extract.forward.program import ForwardProgram, specs_of
 from models.capture_plan import CapturePlan
@@ -49,7 +50,29 @@ class Rows(NamedTuple):
 _ROWS_SPEC = Rows(BATCH_SPEC, BATCH_SPEC, MetricInputs(BATCH_SPEC, BATCH_SPEC, BATCH_SPEC))
 
 
+class Suffix(Protocol):
+    """What computes them; see `SuffixProgram`. A stream is whatever it likes to be given again."""
+
+    def enter(self, tokens: np.ndarray, lengths: np.ndarray) -> Any: ...
+    def advance(self, stream: Any, lengths: np.ndarray, first: int, last: int) -> Any: ...
+    def measure(
+        self, kind: str | Function, stream: Any, first: int, rows: Rows, interventions: Interventions
+    ) -> Any: ...
+    def differentiate(
+        self,
+        kind: str | Function,
+        sites: tuple[tuple[str, int], ...],
+        layers: Mapping[str, np.ndarray],
+        stream: Any,
+        first: int,
+        rows: Rows,
+        interventions: Interventions,
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]: ...
+
+
 class SuffixProgram:
+    """The compiled ones."""
+
     def __init__(self, whole: ForwardProgram) -> None:
         self._whole = whole
         self._enter = jax.jit(self._enter_on_mesh)
@@ -176,6 +199,9 @@ class SuffixProgram:
                 x, _, _ = decoder.blocks(params, x, taps, attention, first, probes=probes)
                 x, _ = decoder.final_norm(params, x, outside)
                 values = measured(kind, decoder, params, x, rows.metric)
+                if getattr(values, "shape", None) != (b,):
+                    name = getattr(kind, "__name__", kind)
+                    raise UserError(f"the function {name!r} must return one number for a gradient; return a scalar")
                 return jnp.sum(values), values
 
             zeros = {hook: jnp.zeros((k, b, t, hook_width(decoder.config, hook)), jnp.float32) for hook, k in sites}

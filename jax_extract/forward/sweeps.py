@@ -19,7 +19,7 @@ from jax_extract.forward.batches import columns_of, power_below, rounded
 from jax_extract.forward.edits import Edits
 from jax_extract.forward.many_edits import EditedRow, first_block, interventions_of
 from jax_extract.forward.metrics import Function, metric_inputs
-from jax_extract.forward.suffix import Rows, SuffixProgram
+from jax_extract.forward.suffix import Rows, Suffix
 from jax_extract.inputs.token_table import TokenizedSample
 
 
@@ -59,7 +59,7 @@ def groups_of(
 
 
 def measure(
-    program: SuffixProgram,
+    program: Suffix,
     samples: Sequence[TokenizedSample],
     sets: Sequence[Edits],
     measured: Measured,

@@ -11,14 +11,13 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jax_extract.config import ExtractConfig
@@ -32,7 +31,7 @@ from jax_extract.extraction.command import (
     open_request,
     require_same_run,
 )
-from jax_extract.extraction.jax_backend import JaxBackend, numerics_fingerprint, with_attention
+from jax_extract.extraction.jax_backend import JaxBackend, numerics_fingerprint
 from jax_extract.extraction.model_fields import MODEL_FIELDS, refuse_changed_meaning, understood_fields
 from jax_extract.extraction.place import Place, kept_by, local_time
 from jax_extract.extraction.preemption import on_preemption
@@ -59,9 +58,10 @@ from jax_extract.generation.answers import (
     inputs_digest,
     own_first,
 )
-from jax_extract.generation.program import NO_TOKEN, STEPS, AnswerProgram
+from jax_extract.generation.program import AnswerProgram
 from jax_extract.generation.reading import Reading, readings
 from jax_extract.generation.sampling import Sampling
+from jax_extract.generation.steps import answer_of, answered, stop_tokens
 from jax_extract.inputs.arc_task import ArcTask
 from jax_extract.inputs.sources import Source
 from jax_extract.inputs.token_table import PROMPT_TOKENS, TokenizedSample
@@ -71,7 +71,6 @@ from jax_extract.terminal import Terminal, plural, share_text
 from jax_extract.weights.load import Weights
 from models.layers import Numerics
 
-_NO_TOKEN_BEYOND = 2**31
 _FEW_ENDED = 0.5  # of answers
 
 
@@ -163,6 +162,8 @@ class _Inference:
             counts = InputCounts()
             samples = list(self.job.tokenized(self.source.samples(), wrapping_of(config, kept), counts))
             require_samples(counts, self.source)
+            if self.job.edits:
+                self.job.edits.check(samples)
             weights = Weights(
                 self.job.model.checkpoint, self.job.model.port, self.job.model.config, self._layers, head=True
             )
@@ -223,9 +224,7 @@ class _Inference:
 
     @property
     def _numerics(self) -> Numerics:
-        """With sums undivided: a step of a token or two reads the weights, and would copy their parts."""
-        whole = dataclasses.replace(self._backend.numerics, longest_sum=None)
-        return with_attention(whole, self._backend.mesh, self.job.model.config)
+        return self._backend.numerics_of_answers(self.job.model)
 
     def _require_own_input(self) -> None:
         """UserError where the answers would be written over the input."""
@@ -241,20 +240,7 @@ class _Inference:
 
     @cached_property
     def stops(self) -> tuple[int, ...]:
-        """The tokens that end an answer, as the model says, else its tokenizer."""
-        checkpoint = self.job.model.checkpoint
-        for where, said in (("generation_config.json", checkpoint.generation), ("config.json", checkpoint.config)):
-            if (found := said.get("eos_token_id")) is None:
-                continue
-            tokens = tuple(found) if isinstance(found, list) else (found,)
-            if not all(type(token) is int and 0 <= token < _NO_TOKEN_BEYOND for token in tokens):
-                raise UserError(
-                    f"{where} of {checkpoint.source} has eos_token_id {found!r:.40}; expected a token id, or a list "
-                    "of them"
-                )
-            return tokens
-        end = self.job.model.tokenizer.eos_token_id
-        return () if end is None else (int(end),)
+        return stop_tokens(self.job.model)
 
     def _read(self, files: AnswerFiles, batch: Batch) -> list[Answer]:
         if (answers := files.read(batch)) is None:
@@ -275,6 +261,7 @@ class _Inference:
             "stops": list(self.stops),
             "dtype": self._backend.dtype,
             NUMERICS: numerics_fingerprint(self._numerics),
+            **({"edits": self.job.edits.digest} if self.job.edits else {}),
             SIZE: found.get(SIZE, self.config.batch_size * self._backend.devices),
         }
 
@@ -437,39 +424,14 @@ class _Answerer:
         return self.files.read(batch) if self.inference.config.worker_id is not None else None
 
     def _answers(self, batch: Batch, reading: Reading, bar: Any) -> list[Answer]:
-        pieces = list(self._steps(batch, reading, bar))
+        edits = self.inference.job.edits
+        pieces = list(answered(self.program, reading, batch.columns, self.most, edits, partial(self._count, bar)))
         tokens = np.concatenate(pieces, axis=1)[:, : self.most]
         by_sample = {prompt.sample_index: tokens[place] for place, prompt in reading.prompts()}
-        return [self._answer(prompt, by_sample[prompt.sample_index]) for prompt in batch.samples]
+        model, stops = self.inference.job.model, self.inference.stops
+        return [answer_of(model, stops, prompt, by_sample[prompt.sample_index]) for prompt in batch.samples]
 
-    @refusing_exhaustion()
-    def _steps(self, batch: Batch, reading: Reading, bar: Any) -> Iterator[np.ndarray]:
-        """int32 [rows, STEPS] until all answers have ended or are as long as they may be."""
-        lengths, samples = (np.zeros(reading.devices * reading.rows, np.int32) for _ in range(2))
-        for place, prompt in reading.prompts():
-            lengths[place], samples[place] = prompt.length, prompt.sample_index
-        columns = batch.columns + -(-self.most // STEPS) * STEPS
-        state = self.program.start(lengths, samples, batch.columns, columns)
-        for slabs in reading.steps():
-            state = self.program.read(state, slabs.tokens, slabs.lengths, slabs.rows)
-            jax.block_until_ready(state.token)  # what is told to be read has been
-            self._count(bar, read=int(slabs.lengths.sum()))
-        state = self.program.ready(state)
-        for at in range(0, self.most, STEPS):
-            state, told, unfinished = self.program.answer(state)
-            piece = np.asarray(told)
-            self._count(bar, written=int(np.sum(piece[:, : self.most - at] != NO_TOKEN)))
-            yield piece
-            if not int(unfinished):
-                return
-
-    def _count(self, bar: Any, read: int = 0, written: int = 0) -> None:
+    def _count(self, bar: Any, read: int, written: int) -> None:
         bar.update(read + written)
         self.counts.read += read
         self.counts.written += written
-
-    def _answer(self, sample: TokenizedSample, row: np.ndarray) -> Answer:
-        tokens = tuple(int(token) for token in row[row != NO_TOKEN])
-        ended = bool(tokens) and tokens[-1] in self.inference.stops
-        text = self.inference.job.model.tokenizer.decode(list(tokens), skip_special_tokens=True)
-        return Answer(sample.sample_index, sample.sample_id, sample.length, tokens, ended, text)

@@ -21,9 +21,11 @@ from jax.sharding import PartitionSpec as P
 
 from jax_extract.devices.mesh import BATCH_AXES, platform_of
 from jax_extract.devices.sharding import BATCH_SPEC, CAPTURE_SPEC, STACKED, make_gather, named
+from jax_extract.forward.program import specs_of
 from jax_extract.generation.sampling import Sampling
 from models.capture_plan import CapturePlan
 from models.decoder import Decoder
+from models.interventions import Intervention
 from models.kv_cache import Decoding, KeyValueCache, Prefill, apart
 from models.layers import Numerics
 from models.packing import Packing
@@ -31,6 +33,7 @@ from models.ports import ModelConfig, Parameters, Port
 from models.positions import Positions
 
 NO_TOKEN = -1  # behind the end of an answer
+Interventions = tuple[Intervention, ...]
 STEPS = 16  # tokens of every answer between two looks at whether all are finished
 
 _LAST_ROW = CapturePlan((("final_norm", ()),), Positions("last"))
@@ -92,12 +95,18 @@ class AnswerProgram:
             static_argnums=0,
         )
         self._read = jax.jit(
-            self._on_mesh(self._model.read, (specs, stacked, BATCH_SPEC, BATCH_SPEC, BATCH_SPEC), stacked),
+            lambda *given: self._on_mesh(
+                self._model.read,
+                (specs, stacked, BATCH_SPEC, BATCH_SPEC, BATCH_SPEC, tuple(map(specs_of, given[-1]))),
+                stacked,
+            )(*given),
             donate_argnums=1,
         )
         self._ready = jax.jit(self._on_mesh(_ready, (stacked,), stepped)) if has_layers_apart else lambda state: state
         self._answer = jax.jit(
-            self._on_mesh(self._model.answer, (step_specs, stepped), (stepped, P(), P())),
+            lambda *given: self._on_mesh(
+                self._model.answer, (step_specs, stepped, tuple(map(specs_of, given[-1]))), (stepped, P(), P())
+            )(*given),
             donate_argnums=1,
         )
 
@@ -113,28 +122,43 @@ class AnswerProgram:
         """
         return self._start(columns, self._put(lengths), self._put(samples), np.int32(prompt_columns), self._seed)
 
-    def read(self, state: Answering, tokens: np.ndarray, lengths: np.ndarray, rows: np.ndarray) -> Answering:
+    def read(
+        self,
+        state: Answering,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        rows: np.ndarray,
+        made: Interventions = (),
+    ) -> Answering:
         """Reads some of the prompts and chooses the first token of each answer; returns at once, `state` is used up.
 
         Args:
           tokens: int32 [devices * b, t], a slab of each device.
           lengths: int32 [devices * b, n], real tokens of the prompts that lie in each row, one behind the other.
           rows: int32 [devices * b, n], of the device's answers, whose prompts these are; one beyond where none is.
+          made: what is changed of the prompts.
         """
-        return self._read(self._params, state, *map(self._put, (tokens, lengths, rows)))
+        return self._read(self._params, state, *map(self._put, (tokens, lengths, rows)), self._put_changes(made))
 
     def ready(self, state: Answering) -> Answering:
         """All prompts are read."""
         return self._ready(state)
 
-    def answer(self, state: Answering) -> tuple[Answering, Array, Array]:
-        """`STEPS` more tokens of every answer; returns at once.
+    def answer(self, state: Answering, following: Interventions = ()) -> tuple[Answering, Array, Array]:
+        """`STEPS` more tokens of every answer; returns at once. `following` is what is changed of answers' tokens.
 
         Returns:
           What goes on from here, in the place of `state`, which is used up; the tokens of all rows on every host,
           int32 [devices * rows, STEPS], NO_TOKEN behind an answer's end; and how many answers are unfinished.
         """
-        return self._answer(self._step_params, state)
+        return self._answer(self._step_params, state, self._put_changes(following))
+
+    def _put_changes(self, made: Interventions) -> Interventions:
+        def put(leaf: Any, spec: P) -> Array:
+            leaf = np.asarray(leaf)
+            return jax.make_array_from_callback(leaf.shape, named(self.mesh, spec), lambda index: leaf[index or ()])
+
+        return jax.tree.map(put, made, tuple(map(specs_of, made)))
 
     def _on_mesh(self, body: Any, given: Any, gives: Any) -> Any:
         # Gathered parameters are equal on all devices, which the check of varying values cannot see.
@@ -159,17 +183,25 @@ class _Model:
         cache = KeyValueCache.empty(lengths, prompt_columns, shape, self.decoder.numerics.dtype)
         return Answering(cache, jnp.zeros_like(lengths), lengths == 0, samples, jnp.int32(0), seed)
 
-    def read(self, params: Parameters, state: Answering, tokens: Array, lengths: Array, rows: Array) -> Answering:
+    def read(
+        self,
+        params: Parameters,
+        state: Answering,
+        tokens: Array,
+        lengths: Array,
+        rows: Array,
+        interventions: Interventions,
+    ) -> Answering:
         """Prompts [b, t] into the cache, and the first token of their answers."""
         packing = Packing(lengths, tokens.shape[1])
         memory = Prefill.into(state.cache, packing, rows)
-        logits, memory = self._logits(params, tokens, packing, memory)
+        logits, memory = self._logits(params, tokens, packing, memory, interventions)
         rows = rows.reshape(-1)
         whose = jnp.take(state.samples, rows, mode="clip")
         first = self.sampling.choose(logits.reshape(rows.size, -1), whose, state.step, state.seed)
         return dataclasses.replace(state, cache=memory.cache, token=state.token.at[rows].set(first, mode="drop"))
 
-    def answer(self, params: Parameters, state: Answering) -> tuple[Answering, Array, Array]:
+    def answer(self, params: Parameters, state: Answering, following: Interventions) -> tuple[Answering, Array, Array]:
         """`STEPS` tokens; how many answers are unfinished is counted over all devices."""
         b = state.token.shape[0]
         one = Packing(jnp.ones((b, 1), jnp.int32), 1)
@@ -180,7 +212,8 @@ class _Model:
             tokens = jax.lax.dynamic_update_slice(tokens, told[:, None], (jnp.int32(0), i))
             finished = state.finished | jnp.isin(state.token, jnp.asarray(self.stops, jnp.int32))
             memory = Decoding(state.cache, state.step)
-            logits, memory = self._logits(params, state.token[:, None], one, memory)
+            made = tuple(_of_token(each, state.step) for each in following)
+            logits, memory = self._logits(params, state.token[:, None], one, memory, made)
             chosen = self.sampling.choose(logits[:, 0], state.samples, state.step + 1, state.seed)
             return Answering(memory.cache, chosen, finished, state.samples, state.step + 1, state.seed), tokens
 
@@ -190,10 +223,17 @@ class _Model:
         told = jax.lax.all_gather(tokens, BATCH_AXES, axis=0, tiled=True)
         return state, told, jax.lax.psum(jnp.sum(~state.finished, dtype=jnp.int32), BATCH_AXES)
 
-    def _logits(self, params: Parameters, tokens: Array, rows: Packing, memory: Any) -> tuple[Array, Any]:
+    def _logits(
+        self, params: Parameters, tokens: Array, rows: Packing, memory: Any, interventions: Interventions
+    ) -> tuple[Array, Any]:
         """Of the last token of each sample, float32 [b, samples of a row, vocab]."""
-        taps, memory = self.decoder.run(params, tokens, self.decoder.taps(_LAST_ROW, rows), memory)
+        taps, memory = self.decoder.run(params, tokens, self.decoder.taps(_LAST_ROW, rows, interventions), memory)
         return self.decoder.logits(params, taps.buffers["final_norm"][0]), memory
+
+
+def _of_token(following: Intervention, step: Array) -> Intervention:
+    """What is changed of the token of a step of all answers."""
+    return dataclasses.replace(following, rows=jax.lax.dynamic_slice_in_dim(following.rows, step, 1, axis=1))
 
 
 def _ready(state: Answering) -> Answering:

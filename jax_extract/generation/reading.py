@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from jax_extract.forward.edits import Placed
 from jax_extract.generation.answers import Batch
 from jax_extract.inputs.planning.slabs import FilledSlab, PlanSettings, SlabShape
 from jax_extract.inputs.planning.windows import slabs_of
@@ -26,11 +27,13 @@ class Slabs:
       tokens: int32 [devices * b, t].
       lengths: int32 [devices * b, n], real tokens of the prompts that lie in each row, one behind the other.
       rows: int32 [devices * b, n], of the device's answers, whose prompts these are; one beyond where none is.
+      placed: where each prompt lies.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     rows: np.ndarray
+    placed: tuple[Placed, ...]
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Reading:
         b = self.devices * shape.rows
         tokens, lengths = np.zeros((b, shape.length), np.int32), np.zeros((b, shape.samples), np.int32)
         whose = np.full((b, shape.samples), self.rows, np.int32)
+        placed: list[Placed] = []
         for device in range(self.devices):
             for i, some in enumerate(rows, device * shape.rows):
                 end = 0
@@ -77,8 +81,9 @@ class Reading:
                     prompt = self.dealt[row][device]
                     tokens[i, end : end + prompt.length] = prompt.token_ids
                     lengths[i, n], whose[i, n] = prompt.length, row
+                    placed.append(Placed(i, end, prompt))
                     end += prompt.length
-        return Slabs(tokens, lengths, whose)
+        return Slabs(tokens, lengths, whose, tuple(placed))
 
 
 def readings(batches: Sequence[Batch], devices: int, settings: PlanSettings) -> list[Reading]:

@@ -30,20 +30,22 @@ def judged(
             )
         metric = Metric(metric)
     if metric.kind == "answer":
-        samples, answers = with_answers(prompts, _for_each(metric.first, len(prompts)), model)
+        alike = isinstance(metric.first, str) or is_token_ids(metric.first)
+        samples, answers = with_answers(prompts, _for_each(metric.first, alike, len(prompts)), model)
         columns = [np.arange(p.length, s.length) - 1 for p, s in zip(prompts, samples, strict=True)]
         return samples, Measured("answer", columns, answers)
     last = [np.array([prompt.length - 1]) for prompt in prompts]
     if metric.kind == "difference":
-        both = zip(*(_for_each(tokens, len(prompts)) for tokens in (metric.first, metric.second)), strict=True)
+        given = [(tokens, isinstance(tokens, str | int | np.integer)) for tokens in (metric.first, metric.second)]
+        both = zip(*(_for_each(tokens, alike, len(prompts)) for tokens, alike in given), strict=True)
         tokens = [np.array([_token(one, model) for one in pair]) for pair in both]
         return list(prompts), Measured("difference", last, tokens)
     return list(prompts), Measured(metric.kind, last, [np.zeros(1, np.int64)] * len(prompts))
 
 
-def _for_each(given: Any, count: int) -> list[Any]:
+def _for_each(given: Any, alike: bool, count: int) -> list[Any]:
     """One for each text: the one there is, or as many as there are."""
-    if isinstance(given, str | int | np.integer) or is_token_ids(given):
+    if alike:
         return [given] * count
     if len(given) != count:
         raise UserError(f"the metric has {len(given)} answers or tokens for {count} texts; give one for each, or one")

@@ -8,29 +8,36 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from jax_extract.devices import compilation_cache
+from jax_extract.devices import compilation_cache, libtpu
 from jax_extract.errors import UserError
-from jax_extract.extraction.capture import sites_of
+from jax_extract.extraction.capture import require_short_enough, sites_of
 from jax_extract.extraction.jax_backend import JaxBackend
 from jax_extract.extraction.prepare import Job
+from jax_extract.extraction.program import CaptureProgram
 from jax_extract.forward.batches import Batch, batches_of
-from jax_extract.forward.edits import Edit, Edits, Placed
+from jax_extract.forward.edit import Edit
+from jax_extract.forward.edits import Edits, Placed
 from jax_extract.forward.gradients import gradients
 from jax_extract.forward.metrics import Function, Metric
 from jax_extract.forward.program import ForwardProgram, Inputs, Wanted
-from jax_extract.forward.suffix import SuffixProgram
+from jax_extract.forward.suffix import Suffix, SuffixProgram
 from jax_extract.forward.sweeps import measure
+from jax_extract.generation.answers import Answer
+from jax_extract.generation.sampling import Sampling
+from jax_extract.inputs.text import named_texts
 from jax_extract.inputs.token_table import TokenizedSample
 from jax_extract.inputs.wrapping import Kept, Wrapping
+from jax_extract.interactive.answering import AnsweringModel, CompiledAnswers
 from jax_extract.interactive.collecting import Collected, collected_gradients
 from jax_extract.interactive.judged import judged
+from jax_extract.interactive.notebook import NOTEBOOK_OPTIONS, extract_config, extracted
 from jax_extract.interactive.outcome import EditEffects, Gradients, Outcome
 from jax_extract.interactive.requests import (
     Capture,
@@ -43,11 +50,18 @@ from jax_extract.interactive.requests import (
     tokenized,
     with_answers,
 )
+from jax_extract.store.reader import Run
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
-from models.hooks import HookPoints
+from models.capture_plan import CapturePlan
+from models.hooks import DEFAULT_HOOK_POINT, HookPoints
 from models.ports import longest_sample
 
+if TYPE_CHECKING:
+    from jax_extract.pytorch.backend import TorchBackend
+    from jax_extract.pytorch.forward import TorchForward
+
+_OPTIONS = NOTEBOOK_OPTIONS - frozenset("adapter backend device dtype mesh_shape revision".split())
 _LOGITS_AT_ONCE = 1 << 27  # values of a device, unless one text alone has more
 
 
@@ -83,6 +97,19 @@ def load_model(
     ):
         if given not in allowed:
             raise UserError(f"{name} is {given!r}; expected {' or '.join(map(repr, filter(None, allowed)))}")
+    libtpu.silence()
+    if backend == "torch":
+        if mesh_shape is not None:
+            raise UserError("the torch backend has one device; leave mesh_shape out, or use backend='jax'")
+        from jax_extract.pytorch.backend import TorchBackend
+        from jax_extract.pytorch.forward import TorchSuffix
+
+        torch_backend = TorchBackend.open(device, dtype)
+        found = OpenModel.open(str(model), revision, adapter, needs_port=False)
+        forward = torch_backend.forward(found)
+        return Model(found, torch_backend, forward, TorchSuffix(forward))
+    if device is not None:
+        raise UserError("device= is of the torch backend; JAX takes all devices that it sees")
     compilation_cache.start()
     opened = JaxBackend.open(mesh_shape, dtype)
     if opened.devices > opened.devices_of_host:
@@ -91,7 +118,8 @@ def load_model(
     computing = opened.under(found, None)
     weights = Weights(found.checkpoint, found.port, found.config, found.config.num_hidden_layers, head=True)
     params = weights.load(computing.mesh, computing.dtype, computing.layout_of_whole(weights))
-    return Model(found, computing, ForwardProgram(found.port, found.config, params, computing.mesh, computing.numerics))
+    program = ForwardProgram(found.port, found.config, params, computing.mesh, computing.numerics)
+    return Model(found, computing, program, SuffixProgram(program))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -99,8 +127,9 @@ class Model:
     """A loaded model; `load_model` makes one. All texts of a call are computed together, in as few batches as fit."""
 
     _opened: OpenModel
-    _backend: JaxBackend
-    _program: ForwardProgram
+    _backend: JaxBackend | TorchBackend
+    _program: ForwardProgram | TorchForward
+    _suffix: Suffix
 
     def __repr__(self) -> str:
         config = self._opened.config
@@ -173,6 +202,7 @@ class Model:
         made = Edits.of(edits, self._opened)
         made.require_seen(plan, logits is not None or answers is not None)
         made.check(samples)
+        _require_short_enough(plan, samples)
         if not plan.layers and logits is None and answers is None:
             raise UserError("nothing is asked for; give capture=, logits= or answers=")
         wanted = Wanted(plan, logits is not None, answers is not None)
@@ -188,7 +218,7 @@ class Model:
                 batch.spread(given or before),
             )
             placed = [Placed(row, column, samples[number]) for row, column, number in batch.members]
-            interventions = made.interventions(placed, (batch.rows, batch.columns))
+            interventions = made.interventions(placed, (batch.rows, batch.columns), self._backend.devices)
             collected.take(batch, self._program.run(wanted, inputs, interventions), [len(each) for each in at], given)
         return collected.outcome(wanted, given, time.perf_counter() - started)
 
@@ -267,19 +297,109 @@ class Model:
             raise UserError("a gradient is with respect to a hook point; name one")
         made = Edits.of(edits, self._opened)
         made.check(samples)
+        _require_short_enough(plan, samples)
         found = gradients(
             *(self._suffix, self._opened.config, samples, plan, made, measured),
             *(self._backend.devices, self._backend.defaults),
         )
         return collected_gradients(self._job(plan), samples, found)
 
+    def extract(
+        self,
+        texts: Sequence[str] | Mapping[str, str],
+        *,
+        layers: Iterable[int] | int | None = None,
+        hook_points: Iterable[str] = (DEFAULT_HOOK_POINT,),
+        positions: str = "last",
+        edits: Iterable[Edit] = (),
+        progress: bool = False,
+        **options: Any,
+    ) -> Run:
+        """Activations of many texts, as `jax_extract.extract` gives them, of the loaded model.
+
+        Args:
+          texts, layers, hook_points, positions, progress: as of `jax_extract.extract`.
+          edits: changes on the way.
+          options: further fields of `ExtractConfig`, but those that say what model it is and how it is loaded.
+
+        Raises:
+          UserError: anything about the request that cannot be done.
+        """
+        config = extract_config(self._opened.checkpoint.source, layers, hook_points, positions, options, _OPTIONS)
+        job = Job.of(config, self._opened, self._backend)
+        if made := Edits.of(edits, self._opened):
+            made.require_seen(job.plan, False)
+            job = replace(job, edits=made)
+        return extracted(job, config, named_texts(texts), progress, lambda _: self._capture_program(job))
+
+    def _capture_program(self, job: Job) -> Any:
+        if isinstance(self._backend, JaxBackend):
+            program = self._program
+            assert isinstance(program, ForwardProgram), "load_model sees to it"
+            return CaptureProgram(
+                self._opened.port,
+                self._opened.config,
+                program.params,
+                job.plan,
+                program.mesh,
+                self._backend.numerics,
+                edits=job.edits,
+            )
+        return self._program.capture_program(job)  # type: ignore[union-attr] (torch's)
+
+    def generate(
+        self,
+        texts: Texts,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        edits: Iterable[Edit] = (),
+        chat_template: bool = False,
+        add_special_tokens: bool | None = None,
+    ) -> list[Answer]:
+        """Answers, greedily or by sampling, under edits of prompts and of what is answered: steering.
+
+        Args:
+          texts: as of `run`.
+          max_new_tokens: of an answer.
+          temperature, top_k, top_p, seed: as the flags of `jax-extract generate`.
+          edits: an edit without positions is made of every token, those of the answer too; positions count on into the
+            answer, and negative ones from the end of the prompt.
+
+        Returns:
+          In the order of the texts; `answer.text`, `answer.token_ids`, `answer.ended`.
+
+        Raises:
+          UserError: as `run`.
+        """
+        prompts = self._prompts(texts, chat_template, add_special_tokens)
+        made = Edits.of(edits, self._opened, max_new_tokens)
+        made.check(prompts)
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        sampling.check()
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}; an answer has at least one token")
+        longest = max(prompt.length for prompt in prompts)
+        if (most := longest_sample(self._opened.config)) < max_new_tokens + longest:
+            raise UserError(
+                f"a prompt of {longest} tokens and an answer of {max_new_tokens} are more than the {most} that the "
+                "model takes; shorten one of them"
+            )
+        return self._answering.answers(prompts, max_new_tokens, sampling, made)
+
+    @cached_property
+    def _answering(self) -> AnsweringModel:
+        if not isinstance(self._program, ForwardProgram):
+            return self._program.answering(self._opened)
+        assert isinstance(self._backend, JaxBackend), "load_model sees to it"
+        return CompiledAnswers(self._opened, self._backend, self._program.params)
+
     def _prompts(self, texts: Texts, chat_template: bool, add_special_tokens: bool | None) -> list[TokenizedSample]:
         wrapping = Wrapping(chat_template, add_special_tokens=add_special_tokens, kept=Kept.from_now_on())
         return tokenized(named_inputs(texts), self._opened, wrapping)
-
-    @cached_property
-    def _suffix(self) -> SuffixProgram:
-        return SuffixProgram(self._program)
 
     def _batches(self, lengths: Sequence[int], logits: int, at: Sequence[np.ndarray]) -> list[Batch]:
         defaults = self._backend.defaults
@@ -293,3 +413,9 @@ class Model:
         sites = tuple(sites_of(plan, self._opened.config))
         most = longest_sample(self._opened.config)
         return Job(self._opened, plan, sites, self._backend, most, most)
+
+
+def _require_short_enough(plan: CapturePlan, samples: Sequence[TokenizedSample]) -> None:
+    lengths = np.array([sample.length for sample in samples])
+    mend = "give shorter texts, or extract() with a larger attention_pattern_tokens"
+    require_short_enough(plan, [sample.sample_id for sample in samples], lengths, mend=mend)

@@ -6,15 +6,19 @@ command; only the sink differs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jax_extract.config import ExtractConfig
 from jax_extract.errors import UserError
+from jax_extract.extraction.backend import Program
 from jax_extract.extraction.loop import STEPS_IN_MEMORY, LoopStatistics, run_parts
 from jax_extract.extraction.prepare import Job, wrapping_of
+from jax_extract.inputs.planning.slabs import Shapes
 from jax_extract.inputs.planning.windows import shapes_of
+from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.text import named_texts
 from jax_extract.inputs.wrapping import Kept
 from jax_extract.store.budget import ByteBudget
@@ -51,36 +55,63 @@ def extract(
     Raises:
       UserError: anything about the request that cannot be done.
     """
-    samples = named_texts(texts)
-    if unknown := sorted(set(options) - _NOTEBOOK_OPTIONS):
-        raise UserError(
-            f"extract has no option {unknown[0]!r}; its options are: {', '.join(sorted(_NOTEBOOK_OPTIONS))}"
-        )
+    config = extract_config(str(model), layers, hook_points, positions, options)
+    job = Job.open(config)
+    return extracted(job, config, named_texts(texts), progress, lambda shapes: job.program(job.weights(), shapes))
+
+
+def extract_config(
+    model: str,
+    layers: Iterable[int] | int | None,
+    hook_points: Iterable[str],
+    positions: str,
+    options: Mapping[str, Any],
+    known: frozenset[str] | None = None,
+) -> ExtractConfig:
+    """UserError where an option is none of the `known` ones."""
+    known = NOTEBOOK_OPTIONS if known is None else known
+    if unknown := sorted(set(options) - known):
+        raise UserError(f"extract has no option {unknown[0]!r}; its options are: {', '.join(sorted(known))}")
     chosen = (layers,) if isinstance(layers, int) else None if layers is None else tuple(int(i) for i in layers)
     config = ExtractConfig(
-        model_path=str(model),
+        model_path=model,
         layers_to_extract=chosen,
         hook_points=(hook_points,) if isinstance(hook_points, str) else tuple(hook_points),
         positions=positions,
         **options,
     )
     config.check()
-    job = Job.open(config)
+    return config
+
+
+def extracted(
+    job: Job,
+    config: ExtractConfig,
+    samples: Iterable[Sample],
+    progress: bool,
+    make_program: Callable[[Shapes], Program],
+) -> Run:
+    """A run in memory; the program is made when the shapes of its slabs are known."""
     settings = job.plan_settings(config)
     counts = job.new_counts(settings)
     windows = list(job.windows(samples, settings, wrapping_of(config, Kept.from_now_on()), counts))
     if not windows:
         raise UserError("none of the texts has a token; there is nothing to extract")
+    if job.edits:
+        job.edits.check(sample for window in windows for sample in window.arrangement.table)
     sink = MemorySink(job.sites, config.capture_dtype)
     pending = [part for window in windows for part in window.parts]
     shapes = shapes_of(pending)
     budget = ByteBudget(STEPS_IN_MEMORY * job.bytes_on_host(shapes))
-    with Terminal(silent=not progress).progress(counts.tokens) as bar:
+    with (
+        contextlib.closing(make_program(windows[0].shapes)) as program,
+        Terminal(silent=not progress).progress(counts.tokens) as bar,
+    ):
 
         def advance(so_far: LoopStatistics) -> None:
             bar.update(so_far.tokens - bar.n)
 
-        statistics = run_parts(pending, job.program(job.weights(), windows[0].shapes), sink, budget, advance)
+        statistics = run_parts(pending, program, sink, budget, advance)
     metadata = {
         **job.identity(),
         **job.description(),
@@ -93,7 +124,7 @@ def extract(
     return Run(metadata, job.sites, sink.parts)
 
 
-_NOTEBOOK_OPTIONS = frozenset(
+NOTEBOOK_OPTIONS = frozenset(
     (
         "adapter backend device dtype capture_dtype batch_size mesh_shape max_seq_length slab_tokens "
         "attention_pattern_tokens chat_template system_prompt chat_template_kwargs add_special_tokens context_tokens "

@@ -8,7 +8,7 @@ before the first forward; what is whole already is passed over, so that the same
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from jax_extract.inputs.benchmarks_rows import read_examples
 from jax_extract.inputs.samples import Sample
 from jax_extract.post_training.config import PostTrainingConfig
 from jax_extract.post_training.extractors import LoRARepresentationExtractor, RepresentationExtractor
-from jax_extract.post_training.names import BASE, step_folder
+from jax_extract.post_training.names import BASE, representations_in, step_folder
+from jax_extract.post_training.pooling import DEFAULT_POOLING, begun_with
 from jax_extract.post_training.subjects import Prompts, Subject, find_subjects
 from jax_extract.pytorch.finetuning.folder import half_saved_models
 from jax_extract.store.reader import open_activations
@@ -68,6 +69,13 @@ def representations(config: PostTrainingConfig, terminal: Terminal | None = None
     config.check()
     terminal = terminal or Terminal()
     subjects = find_subjects(config)
+    begun = None
+    if config.pooling is None:
+        if not config.overwrite:
+            begun = begun_with(
+                each.folder for root in (config.output, config.base_output) for each in representations_in(root)
+            )
+        config = replace(config, pooling=begun or DEFAULT_POOLING)
     extractors = [_extractor(subject, config) for subject in subjects]
     folders = [_folder(subject, config) for subject in subjects]
     for subject, extractor in zip(subjects, extractors, strict=True):
@@ -84,6 +92,11 @@ def representations(config: PostTrainingConfig, terminal: Terminal | None = None
     trained = sum(subject.name.method != BASE for subject in subjects)
     base = " and their base model" if trained < len(subjects) else ""
     terminal.line("models", f"{trained}{base}, {extractors[0].description()}")
+    if begun is not None and begun != DEFAULT_POOLING:
+        terminal.line(
+            "note",
+            f"the rows are --pooling {begun}, as those that are there; new folders have {DEFAULT_POOLING}",
+        )
     if config.skip_half_saved and (passed_over := half_saved_models(config.results)):
         terminal.line("half-saved", f"passed over: {', '.join(folder.name for folder in passed_over)}")
     terminal.line("tasks", "; ".join(map(str, tasks.values())))
@@ -175,7 +188,10 @@ def _refuse_other(folder: Path, subject: Subject, extractor: RepresentationExtra
     wanted = {"pooling": extractor.pooling, "max_length": subject.prompts.max_length}
     for name, value in {**wanted, "capture_dtype": extractor.capture_dtype}.items():
         if (there := metadata.get(name)) != value:
-            raise UserError(f"{folder} was made with --{name} {there}, and this command says {value}; {anew}")
+            raise UserError(
+                f"{folder} was made with --{name} {there}, and this command says {value}; give --{name} {there}, or "
+                f"{anew}"
+            )
     dtype, backend = metadata["numerics"]["dtype"], metadata["numerics"].get("backend", "jax")
     if (dtype, backend) != (extractor.computed_in, extractor.backend):
         raise UserError(

@@ -12,6 +12,7 @@ from typing import Literal
 from jax_extract.errors import UserError, user_path
 from jax_extract.inputs.benchmarks import benchmark_named
 from jax_extract.inputs.benchmarks_prompts import ANSWER_TOKENS
+from jax_extract.post_training.pooling import pooling_of
 from jax_extract.pytorch.finetuning.folder import METHODS
 
 _LARGEST = 2**31 - 1
@@ -41,7 +42,8 @@ class PostTrainingConfig:
       data_dir: local validation data, TASK/validation.jsonl or .csv in it; by default what models were trained with.
       validation_samples: so many from the first, all where there are fewer; by default as the models were trained.
       max_length: of a prompt with its answer, in tokens; by default as the models were trained.
-      pooling: what stands for a prompt: the mean over its tokens, or its last token.
+      pooling: what stands for a prompt: mean_from:k, the mean over its tokens from token k on, mean, over all of them,
+        or last, its last token; by default mean_from:1, or as the folders that are there were begun.
       backend: torch, by forward hooks, or jax.
       device: of the torch backend: cpu, cuda or cuda:N; by default the first GPU, if there is one.
       dtype: of the computation; by default bfloat16 on TPU and GPU, float32 on CPU.
@@ -65,7 +67,7 @@ class PostTrainingConfig:
     data_dir: str | None = None
     validation_samples: int | None = None
     max_length: int | None = None
-    pooling: Literal["mean", "last"] = "mean"
+    pooling: str | None = None
     backend: Literal["torch", "jax"] = "torch"
     device: str | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -101,6 +103,8 @@ class PostTrainingConfig:
             if getattr(self, name) == ():
                 raise UserError(f"--{name} is empty; name at least one, or leave the flag out")
         _ = self.wanted_tasks
+        if self.pooling is not None:
+            pooling_of(self.pooling)
         for method in self.methods or ():
             if method not in METHODS:
                 raise UserError(f"--methods {method!r} is none of {', '.join(METHODS)}")

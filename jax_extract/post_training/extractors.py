@@ -24,18 +24,14 @@ from jax_extract.inputs.sources import Source
 from jax_extract.inputs.text import named_texts
 from jax_extract.interactive.notebook import extract
 from jax_extract.post_training.adapter_weights import FOLDER, Matrices, adapter_weights, save_adapter_weights
+from jax_extract.post_training.pooling import DEFAULT_POOLING, begun_with, pooling_of, pooling_text
 from jax_extract.store.reader import Run
 from jax_extract.store.storage.verbs import BUCKET_SCHEME
 from jax_extract.terminal import Terminal
 from jax_extract.weights.adapter import find_adapter
 from jax_extract.weights.open_model import OpenModel
 
-Pooling = Literal["mean", "last"]
 Texts = Iterable[str] | Mapping[str, str] | Iterable[Sample]
-_POOLING_TEXT = {
-    "mean": "mean over the tokens of the text, special ones included, padding never",
-    "last": "the last token of the text",
-}
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,8 @@ class RepresentationExtractor:
       revision: branch, tag or commit of a hub id.
       layers: by default all.
       hook_points: by default the output of every block and the final hidden states.
-      pooling: the mean over a text's tokens, or its last token.
+      pooling: `mean_from:k`, the mean over a text's tokens from token k on, `mean`, over all of them, or `last`, its
+        last token; by default `mean_from:1`, and in a folder that was begun, what it was begun with.
       max_length: of a text in tokens; longer ones are cut at the end.
       batch_size: texts a device computes at once, at least.
       backend: torch, by forward hooks, or jax.
@@ -60,7 +57,7 @@ class RepresentationExtractor:
     revision: str | None = None
     layers: Sequence[int] | int | None = None
     hook_points: Sequence[str] | str = ("after_block", "final_norm")
-    pooling: Pooling = "mean"
+    pooling: str | None = None
     max_length: int | None = None
     batch_size: int = 8
     backend: Literal["torch", "jax"] = "torch"
@@ -76,8 +73,8 @@ class RepresentationExtractor:
             if not all(isinstance(layer, int) for layer in layers):
                 raise UserError(f"layers {layers!r:.80} are not whole numbers; give numbers from 0")
             given["layers"] = layers
-        if self.pooling not in _POOLING_TEXT:
-            raise UserError(f"pooling {self.pooling!r} is none of {', '.join(_POOLING_TEXT)}")
+        if self.pooling is not None:
+            given["pooling"] = pooling_of(self.pooling)
         for name, value in given.items():
             object.__setattr__(self, name, value)
 
@@ -124,7 +121,14 @@ class RepresentationExtractor:
           UserError: anything that the user can mend.
         """
         options = {name: value for name, value in self._options().items() if name not in _OF_RUNS}
-        return extract(self.model_path, texts, layers=self._layers(), **options)
+        run = extract(self.model_path, texts, layers=self._layers(), **options)
+        for sample in run.samples():
+            if not len(sample.positions):
+                raise UserError(
+                    f"text {sample.sample_id!r} has no token for {options['positions']}; leave it out, or choose mean "
+                    "or last"
+                )
+        return run
 
     def save(
         self,
@@ -153,7 +157,9 @@ class RepresentationExtractor:
         _require_json(about)
         source = Source(f"{len(samples)} texts", "text", True, lambda: iter(samples))
         config = replace(self._config(), activations_dir=str(folder), overwrite=overwrite)
-        said = {"pooling": self.pooling, "pooling_is": _POOLING_TEXT[self.pooling], **(about or {})}
+        if self.pooling is None and not overwrite and (begun := begun_with([folder])):
+            config = replace(config, positions=begun)
+        said = {"pooling": config.positions, "pooling_is": pooling_text(config.positions), **(about or {})}
         return extract_to_directory(config, terminal or Terminal(silent=True), source, said)
 
     def _config(self) -> ExtractConfig:
@@ -166,7 +172,7 @@ class RepresentationExtractor:
         return {
             "revision": self.revision,
             "hook_points": tuple(self.hook_points),
-            "positions": self.pooling,
+            "positions": self.pooling or DEFAULT_POOLING,
             "max_seq_length": self.max_length,
             "batch_size": self.batch_size,
             "backend": self.backend,

@@ -80,7 +80,7 @@ def find_representations(root: str | Path) -> list[Representations]:
         raise UserError(f"there is no folder {root}; extract representations first, or name the folder that has them")
     found: dict[tuple[Name, int], Representations] = {}
     inner = (root / "phase3_representations" / "representations", root / "representations")
-    there = next((all_of for place in (root, *inner) if (all_of := list(_folders(place)))), None)
+    there = next((all_of for place in (root, *inner) if (all_of := list(representations_in(place)))), None)
     if there is None:
         raise UserError(f"{root} holds no representations; name the --output_dir of jax-extract representations")
     for each in there:
@@ -92,7 +92,8 @@ def find_representations(root: str | Path) -> list[Representations]:
     return sorted(found.values(), key=lambda each: (each.name.method, each.name.task, each.name.seed or 0, each.step))
 
 
-def _folders(root: Path) -> Iterator[Representations]:
+def representations_in(root: Path) -> Iterator[Representations]:
+    """What lies in a folder itself, by name, finished or not; nothing where there is no such folder."""
     for folder in sorted(root.iterdir()) if root.is_dir() else ():
         if (name := Name.parse(folder.name)) is None or not folder.is_dir():
             continue

@@ -5,9 +5,10 @@ In: `--device` and `--dtype`. Out: a `TorchBackend`, as `extraction.backend.Back
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from jax_extract.devices.platform import PlatformDefaults
 from jax_extract.errors import UserError
 from jax_extract.extraction.backend import holds_several_a_row
+from jax_extract.forward.edits import Edits
 from jax_extract.inputs.planning.slabs import PlanSettings, SlabShape
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
@@ -128,40 +130,30 @@ class TorchBackend:
             return AllWeights(model.checkpoint)
         return Weights(model.checkpoint, model.port, model.config, plan.blocks_needed(model.config.num_hidden_layers))
 
-    def program(
-        self,
-        model: OpenModel,
-        plan: CapturePlan,
-        weights: Any,
-        shapes: Iterable[SlabShape],
-        needed: Sequence[SlabShape],
-        rows_travel: bool = False,
-    ) -> Any:
+    def forward(self, model: OpenModel) -> Any:
+        """The whole model with its head: a `TorchForward`."""
         import torch
 
+        from jax_extract.pytorch.forward import TorchForward
         from jax_extract.pytorch.loading import hooked_modules, load_ours, load_theirs, quiet
-        from jax_extract.pytorch.program import TorchProgram
+
+        is_port = isinstance(model.family, Port)
+        load = load_ours if is_port else load_theirs
+        with self._refusing(model), quiet():
+            causal = load(model, model.config.num_hidden_layers, getattr(torch, self.dtype), head=True).to(self.device)
+            base = getattr(causal.base_model, "language_model", causal.base_model)
+            modules, device = hooked_modules(base, model), torch.device(self.device)
+            return TorchForward(causal, base, modules, device, not is_port, same_rotations_to(model.config))
+
+    @contextlib.contextmanager
+    def _refusing(self, model: OpenModel) -> Iterator[None]:
+        """UserError where the model does not fit, or transformers does not load or run it."""
+        import torch
 
         if self.dtype == "float32":  # everywhere: a GPU's matrix units would round the operands
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        is_port = isinstance(model.family, Port)
-        blocks = max(1, plan.blocks_needed(model.config.num_hidden_layers))
-        load = load_ours if is_port else load_theirs
         try:
-            with quiet():
-                loaded = load(model, blocks, getattr(torch, self.dtype)).to(self.device)
-                modules = hooked_modules(loaded, model)
-                device = torch.device(self.device)
-                program = TorchProgram(
-                    loaded,
-                    modules,
-                    plan,
-                    device,
-                    _widths(plan, model),
-                    needs_mask=not is_port,
-                    same_rotations_to=same_rotations_to(model.config),
-                )
-                program.try_out()
+            yield
         except torch.cuda.OutOfMemoryError:
             raise UserError(
                 f"the model does not fit {self.device}; give --dtype bfloat16, or fewer layers, or a larger device"
@@ -173,6 +165,40 @@ class TorchBackend:
                 f"transformers does not load or run {model.checkpoint.source} as a decoder with such hook points "
                 f"({reason.rstrip('.')}); check the folder, or ask for other --hook_points"
             ) from None
+
+    def program(
+        self,
+        model: OpenModel,
+        plan: CapturePlan,
+        weights: Any,
+        shapes: Iterable[SlabShape],
+        needed: Sequence[SlabShape],
+        rows_travel: bool = False,
+        edits: Edits | None = None,
+    ) -> Any:
+        import torch
+
+        from jax_extract.pytorch.loading import hooked_modules, load_ours, load_theirs, quiet
+        from jax_extract.pytorch.program import TorchProgram
+
+        is_port = isinstance(model.family, Port)
+        blocks = max(1, plan.blocks_needed(model.config.num_hidden_layers))
+        load = load_ours if is_port else load_theirs
+        with self._refusing(model), quiet():
+            loaded = load(model, blocks, getattr(torch, self.dtype)).to(self.device)
+            modules = hooked_modules(loaded, model)
+            device = torch.device(self.device)
+            program = TorchProgram(
+                loaded,
+                modules,
+                plan,
+                device,
+                _widths(plan, model),
+                needs_mask=not is_port,
+                same_rotations_to=same_rotations_to(model.config),
+                edits=edits,
+            )
+            program.try_out()
         return program
 
 

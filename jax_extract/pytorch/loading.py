@@ -27,8 +27,8 @@ _POOLER = "pooler."  # behind the last hidden state of models that may be encode
 _SOFT_CAPS = ("attn_logit_softcapping", "attention_logit_softcapping")  # as models without a port call it
 
 
-def load_theirs(model: OpenModel, layers: int, dtype: torch.dtype) -> Any:
-    """As any user of transformers loads it.
+def load_theirs(model: OpenModel, layers: int, dtype: torch.dtype, head: bool = False) -> Any:
+    """As any user of transformers loads it; with `head`, the language-model head too.
 
     A family without a port keeps its upper blocks: some compute with their number.
     """
@@ -51,13 +51,18 @@ def load_theirs(model: OpenModel, layers: int, dtype: torch.dtype) -> Any:
             _without_upper_blocks(config.get_text_config(), layers)
         options["config"] = config
     adapter = getattr(model.checkpoint, "adapter_folder", None)
-    kind: Any = AutoModel if adapter is None else AutoModelForCausalLM  # whose modules an adapter names
+    # An adapter names the modules of the model with its head.
+    kind: Any = AutoModelForCausalLM if head or adapter is not None else AutoModel
     loaded, info = kind.from_pretrained(source, output_loading_info=True, **options)
     lost = sorted([*info["missing_keys"], *info["mismatched_keys"]])
     if lacking := [name for name in lost if not name.startswith(_POOLER)]:
         raise ValueError(f"it did not find {lacking[0]!r}")  # and would compute with random numbers in its place
     if adapter is not None:
         loaded = _merged(loaded, adapter)
+    if head:
+        return loaded.eval()
+    if adapter is not None:
+        loaded = loaded.base_model
     loaded = getattr(loaded, "language_model", loaded)  # of a model that reads pictures too
     if is_port:
         del loaded.get_submodule(blocks_path(loaded, model))[layers:]
@@ -75,29 +80,46 @@ def _merged(loaded: Any, adapter: Path) -> Any:
         merged = PeftModel.from_pretrained(loaded, adapter).merge_and_unload()
     if _sums(merged) == before:
         raise ValueError(f"the adapter in {adapter} changes nothing of this model")
-    return merged.base_model
+    return merged
 
 
 def _sums(loaded: Any) -> dict[str, float]:
     return {name: value.sum(dtype=torch.float64).item() for name, value in loaded.named_parameters()}
 
 
-def load_ours(model: OpenModel, layers: int, dtype: torch.dtype) -> Any:
-    """With the tensors that our reader gives, merged with an adapter where there is one."""
+def load_ours(model: OpenModel, layers: int, dtype: torch.dtype, head: bool = False) -> Any:
+    """With the tensors that our reader gives, merged with an adapter where there is one; with `head`, that too."""
     fields = untagged(dict(model.checkpoint.config))
     model_type = fields.pop("model_type")
     if model_type == "mistral" and "layer_types" in fields:
         model_type = "ministral"  # as AutoConfig takes it
     config = _without_upper_blocks(AutoConfig.for_model(model_type, **fields), layers)
     with no_init_weights():  # every parameter is written over
-        loaded = AutoModel.from_config(config, dtype=dtype, **_attention(model)).eval()
+        kind = AutoModelForCausalLM if head else AutoModel
+        loaded = kind.from_config(config, dtype=dtype, **_attention(model)).eval()
+        loaded.tie_weights()  # which is part of what is left out
     stored = model.checkpoint.names()
+    heads: dict[str, str] = _stored_heads(loaded, model) if head else {}
     with torch.no_grad():
         for name, parameter in loaded.named_parameters():
-            whole = model.family.prefix + name
-            values = model.checkpoint.read(whole if whole in stored else name)
+            whole = heads.get(name, name) if head else model.family.prefix + name
+            bare = whole.removeprefix(model.family.prefix)
+            values = model.checkpoint.read(whole if whole in stored else bare)
             parameter.copy_(torch.from_numpy(values.astype(np.float32)))
     return loaded
+
+
+def _stored_heads(loaded: Any, model: OpenModel) -> dict[str, str]:
+    """A parameter of the head -> its name in a checkpoint, which need not be that in the model."""
+    sources = model.port.sources(model.config)
+    ours = dict(loaded.get_output_embeddings().named_parameters())
+    stored = {"weight": sources.get("head"), "bias": sources.get("head_bias")}
+    return {
+        name: source.names[0]
+        for name, parameter in loaded.named_parameters()
+        for kind, source in stored.items()
+        if source is not None and parameter is ours.get(kind)
+    }
 
 
 def hooked_modules(loaded: Any, model: OpenModel) -> Mapping[str, Module]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,9 @@ import numpy as np
 import torch
 
 from jax_extract.errors import UserError
+from jax_extract.forward.edits import Edits, Placed
 from jax_extract.inputs.planning.slabs import SlabShape
+from jax_extract.pytorch.changing import changed
 from jax_extract.pytorch.hooks import listen
 from jax_extract.pytorch.loading import forget_lengths
 from models.capture_plan import CapturePlan
@@ -51,12 +53,15 @@ class TorchProgram:
         widths: Mapping[str, int],
         needs_mask: bool,
         same_rotations_to: int | None = None,
+        edits: Edits | None = None,
     ) -> None:
         """Args:
         needs_mask: where it is not known that the model is causal in everything it does.
         same_rotations_to: the longest batch that is rotated as shorter ones are; None where all are.
         """
         self.plan = plan
+        self.edits = edits
+        self._modules = modules
         self.hosts, self.host, self.devices_of_host, self.rows_travel = 1, 0, 1, False
         self._model = model
         self._device = device
@@ -65,7 +70,8 @@ class TorchProgram:
         self._same_to = same_rotations_to
         self._dtype = _DTYPES[plan.dtype]
         self._captured: dict[SiteKey, torch.Tensor] = {}
-        self._selection: _Selection | None = None
+        self._selection: Selection | None = None
+        self._handles: list[Any] = []
         self._sites = len(list(plan.sites()))
         for hook, layer in plan.sites():
             self._listen(modules, hook, layer)
@@ -76,7 +82,11 @@ class TorchProgram:
             # The input of a block that does not run is the output of the one before it.
             module, at = modules["after_block"], layer - 1
         me = weakref.proxy(self)  # else model and program would keep each other, and the next model would lack memory
-        listen(self._model, module, at, self._widths[hook], lambda rows: me._keep((hook, layer), rows))
+
+        def keep(rows: torch.Tensor) -> None:
+            me._keep((hook, layer), rows)
+
+        self._handles.append(listen(self._model, module, at, keep, self.plan.pattern_tokens))
 
     def _keep(self, key: SiteKey, value: torch.Tensor) -> None:
         """Selects and casts on the device, and copies: the model may write over its own."""
@@ -97,16 +107,22 @@ class TorchProgram:
         """Nothing is."""
 
     def close(self) -> None:
-        """Nothing is made ready beside the computation."""
+        """The model is as it was before."""
+        while self._handles:
+            self._handles.pop().remove()
 
     def bytes_on_host(self, shape: SlabShape) -> int:
         return captured_bytes(self.plan, self._widths, shape)
 
-    def run(self, tokens: np.ndarray, lengths: np.ndarray) -> Any:
+    def run(self, tokens: np.ndarray, lengths: np.ndarray, placed: Iterable[Placed] = ()) -> Any:
+        changes = self.edits.interventions(placed, tokens.shape) if self.edits else ()
         groups = rotated_alike(lengths[:, 0], tokens.shape[1], self._same_to)
         try:
             with torch.inference_mode():
-                captured = [self._captured_of(tokens[rows, :columns], lengths[rows]) for rows, columns in groups]
+                captured = []
+                for rows, columns in groups:
+                    with changed(self._model, self._modules, [change.of_rows(rows) for change in changes]):
+                        captured.append(self._captured_of(tokens[rows, :columns], lengths[rows]))
                 if len(captured) == 1:
                     return _OnItsWay(captured[0], self._device)
                 return _OnItsWay(self._together(captured, [rows for rows, _ in groups], tokens.shape), self._device)
@@ -120,7 +136,7 @@ class TorchProgram:
         """Of rows [b, t] that are computed together: [b, slots, width]."""
         if self._same_to is not None:
             forget_lengths(self._model)
-        self._selection = _Selection.of_rows(self.plan.positions, lengths[:, 0], tokens.shape[1], self._device)
+        self._selection = Selection.of_rows(self.plan.positions, lengths[:, 0], tokens.shape[1], self._device)
         self._captured = {}
         given: dict[str, torch.Tensor] = {"input_ids": torch.from_numpy(tokens.astype(np.int64)).to(self._device)}
         if self._needs_mask:
@@ -171,35 +187,38 @@ def captured_bytes(plan: CapturePlan, widths: Mapping[str, int], shape: SlabShap
 
 
 @dataclass(frozen=True)
-class _Selection:
+class Selection:
     """Which rows of [b, t, d] are kept.
 
     Attributes:
       columns: int64 [b, slots]; None where all are, or their mean.
-      shares: float32 [b, t], of each token in the mean; None where it is none.
+      shares: float32 [b, t - first], of each token in the mean; None where it is none.
+      first: the position at which the mean begins.
     """
 
-    columns: torch.Tensor | None
-    shares: torch.Tensor | None
+    columns: torch.Tensor | None = None
+    shares: torch.Tensor | None = None
+    first: int = 0
 
     @classmethod
-    def of_rows(cls, positions: Positions, lengths: np.ndarray, tokens: int, device: torch.device) -> _Selection:
+    def of_rows(cls, positions: Positions, lengths: np.ndarray, tokens: int, device: torch.device) -> Selection:
         if positions.kind == "all":
-            return cls(None, None)
+            return cls()
         if positions.kind == "mean":
-            counts = np.maximum(lengths, 1)[:, None]
-            shares = (np.arange(tokens)[None, :] < counts) / counts
-            return cls(None, torch.from_numpy(shares.astype(np.float32)).to(device))
+            first = positions.count
+            counts = np.maximum(lengths - first, 1)[:, None]
+            shares = (np.arange(tokens - first)[None, :] < counts) / counts
+            return cls(shares=torch.from_numpy(shares.astype(np.float32)).to(device), first=first)
         columns = np.zeros((len(lengths), positions.slots(tokens)), np.int64)
         for row, length in enumerate(lengths):
             kept = positions.of(max(int(length), 1))
             columns[row, : len(kept)] = kept
-        return cls(torch.from_numpy(columns).to(device), None)
+        return cls(torch.from_numpy(columns).to(device))
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """x [b, t, d] -> [b, slots, d]."""
         if self.shares is not None:
-            return torch.einsum("bt,btd->bd", self.shares, x.float())[:, None]
+            return torch.einsum("bt,btd->bd", self.shares, x[:, self.first :].float())[:, None]
         if self.columns is None:
             return x
         return torch.gather(x, 1, self.columns[:, :, None].expand(-1, -1, x.shape[-1]))

@@ -79,7 +79,7 @@ class PartContent:
       sample_indices: int64 [samples], place in the original input.
       sample_ids: names, in the same order.
       token_ids: per sample int32 [length].
-      positions: per sample int32 [rows], the token position of each row (-1: the mean of all).
+      positions: per sample int32 [rows], the token position of each row (-1: a mean).
       full_lengths: int64 [samples], tokens before truncation.
       meta: per sample JSON values of its source.
       plan: digest of the part's place in the plan.

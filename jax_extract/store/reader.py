@@ -35,7 +35,7 @@ class SampleActivations:
       sample_id: the source's name for it.
       sample_index: its place in the input.
       token_ids: int32 [tokens], all of them, special tokens included.
-      positions: int32 [rows], the token position of each stored row; -1 where a row is the mean of all.
+      positions: int32 [rows], the token position of each stored row; -1 where a row is a mean.
       meta: the source's JSON values.
       truncated_tokens: how many tokens were cut off its end.
       pieces: the documents that it was joined from, with --context_tokens; else itself.
@@ -238,7 +238,7 @@ class Run:
 
         Args:
           sample_indices: [rows], the place of each row's sample in the input.
-          positions: [rows], the token position of each row in it; -1 is the mean.
+          positions: [rows], the token position of each row in it; -1 is a mean.
 
         Returns:
           Strings [rows], empty where a row is of no document (a BOS between two, the mean over several); and int32

@@ -125,7 +125,8 @@ class Comparison:
         tokens, positions = content.token_ids[sample.place], content.positions[sample.place]
         first = int(content.row_offsets[sample.place])
         arrays = {array.site.key: array for array in sidecar.arrays}
-        wanted = Wanted.of(tokens, positions, _BEGINNINGS if references.peer else 0)
+        beginnings = _BEGINNINGS if references.peer else 0
+        wanted = Wanted.of(tokens, positions, beginnings, self.layout.positions.begins)
         theirs = references.peer.rows(wanted, sites) if references.peer else None
         for site, truth in references.truth.rows(wanted, sites):
             stored = self._stored(sample.part, arrays[site.key], first, len(positions))

@@ -75,19 +75,21 @@ class Wanted:
 
     Attributes:
       token_ids: int32 [tokens], exactly what the model sees.
-      positions: int32 [stored], the token position of each stored row; -1 alone stands for the mean over all.
+      positions: int32 [stored], the token position of each stored row; -1 alone stands for a mean.
       beginnings: int [more], the last position of each beginning whose `last` row (or mean) follows those rows.
+      begins: the position before which a run stores nothing, and at which means begin.
     """
 
     token_ids: np.ndarray
     positions: np.ndarray
     beginnings: np.ndarray
+    begins: int = 0
 
     @classmethod
-    def of(cls, token_ids: np.ndarray, positions: np.ndarray, beginnings: int) -> Wanted:
-        """At most so many beginnings, of lengths spread evenly."""
-        last = np.linspace(0, len(token_ids) - 1, min(beginnings, len(token_ids)))
-        return cls(token_ids, positions, np.unique(last.astype(np.int64)))
+    def of(cls, token_ids: np.ndarray, positions: np.ndarray, beginnings: int, begins: int = 0) -> Wanted:
+        """At most so many beginnings, of lengths spread evenly, each long enough for a row."""
+        last = np.linspace(begins, len(token_ids) - 1, min(beginnings, len(token_ids) - begins))
+        return cls(token_ids, positions, np.unique(last.astype(np.int64)), begins)
 
     @property
     def count(self) -> int:
@@ -97,8 +99,8 @@ class Wanted:
         """values [tokens, width] -> rows [count, width]."""
         if self.positions.tolist() != [MEAN_POSITION]:
             return values[np.concatenate([self.positions, self.beginnings])]
-        sums = np.cumsum(values, axis=0, dtype=np.float64)
-        last = np.append([len(values) - 1], self.beginnings)
+        sums = np.cumsum(values[self.begins :], axis=0, dtype=np.float64)
+        last = np.append([len(values) - 1], self.beginnings) - self.begins
         return sums[last] / (last + 1)[:, None]
 
 
@@ -154,8 +156,9 @@ def grouped(sites: Iterable[Site], rows: int) -> Iterator[list[Site]]:
 class HuggingFace:
     """Hugging Face's model on the CPU, read through forward hooks."""
 
-    def __init__(self, model: Any, name: str, modules: Mapping[str, Module]) -> None:
+    def __init__(self, model: Any, config: ModelConfig, name: str, modules: Mapping[str, Module]) -> None:
         self.name = name
+        self._config = config
         self.versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers")}
         self._model = model
         self._modules = modules
@@ -173,6 +176,7 @@ class HuggingFace:
         from jax_extract.pytorch.loading import forget_lengths
 
         found: dict[SiteKey, np.ndarray] = {}
+        pattern_tokens = plan_of(sites, self._config).pattern_tokens
 
         def keep(key: SiteKey, value: torch.Tensor) -> None:
             found[key] = sample.select(value[0].float().numpy())  # a copy: the model may write over its own
@@ -180,7 +184,7 @@ class HuggingFace:
         with contextlib.ExitStack() as hooks:
             for site in sites:
                 see = partial(keep, site.key)
-                handle = listen(self._model, self._modules[site.hook], site.layer, site.width, see)
+                handle = listen(self._model, self._modules[site.hook], site.layer, see, pattern_tokens)
                 hooks.callback(handle.remove)
             forget_lengths(self._model)
             with torch.inference_mode():
@@ -213,7 +217,7 @@ def _open_torch(model: OpenModel, sites: Sequence[Site], weights: str, dtype: st
         try:
             with quiet():
                 loaded = load(model, layers, getattr(torch, weights)).to(getattr(torch, dtype))
-                return HuggingFace(loaded, name + whose, hooked_modules(loaded, model))
+                return HuggingFace(loaded, model.config, name + whose, hooked_modules(loaded, model))
         except Exception as error:  # noqa: BLE001 (whatever a library of models raises, there is another reference)
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             tell(f"transformers does not load this model{whose} ({reason.rstrip('.')}), so {instead}")

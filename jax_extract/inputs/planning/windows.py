@@ -57,6 +57,9 @@ class Arrangement:
         """Numbers of the slabs that hold the samples at these places, or some of them."""
         return range(bisect_right(self.bounds, start) - 1, bisect_left(self.bounds, stop))
 
+    def sample_at(self, place: int) -> TokenizedSample:
+        return self.table[int(self.order[place])]
+
     def tokens_at(self, place: int) -> np.ndarray:
         """int32 [length] of the sample at a place."""
         return self.table.tokens_of(self.order[place])

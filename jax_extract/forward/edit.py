@@ -1,0 +1,145 @@
+"""An edit, as a user writes it.
+
+In: a hook point, a change, layers, positions, samples, values. Out: `Edit`, with everything refused that can be known
+to be wrong without a model.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jax_extract.errors import UserError
+
+if TYPE_CHECKING:
+    from jax_extract.store.reader import Run
+
+CHANGES = ("zero", "add", "mean", "replace", "patch")
+VECTOR, ROWS = 1, 2  # axes
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Edit:
+    """A change of the activations at a hook point.
+
+    Attributes:
+      hook: a hook point, by its name or its TransformerLens name (`blocks.12.hook_resid_post` names the layer too).
+      change: what is done with the rows there:
+        `zero`: they become zero.
+        `add`: `scale` times `value` is added.
+        `mean`: they become the mean of the rows `value`, or of all rows that `source` holds there.
+        `replace`: they become `value`.
+        `patch`: they become the rows of the same sample and positions in `source`; of its only one, if it holds one.
+        a pure JAX function `change(rows, operand)` of rows float32 [tokens, width] and of `value`, any pytree: they
+          become its result. It is called once for each row of a batch, and compiled anew where it is another function,
+          so define it once and give what varies as `value`.
+      layer: one layer or several, counted from 0, or from the end if negative; None where the hook point has none.
+      value: [width], or [positions, width] with a row for each of `positions` (of each token, where these are None).
+      scale: of `add`.
+      positions: token positions of the sample; if negative, from the end of its prompt, behind which answers follow;
+        None is all. In `source` they count from the end there.
+      samples: ids, or places in the input; None is all.
+      source: a run that holds the hook point.
+
+    Raises:
+      UserError: an unknown change, or one that lacks what it needs or is given what it does not take.
+    """
+
+    hook: str
+    change: str | Callable[[Any, Any], Any]
+    layer: int | Iterable[int] | None = None
+    value: Any = None
+    scale: float = 1.0
+    positions: int | Iterable[int] | None = None
+    samples: str | int | Iterable[str | int] | None = None
+    source: Run | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.hook, str):
+            raise UserError(f"an edit's hook point is a name such as 'after_block', not {self.hook!r:.60}")
+        if not callable(self.change) and self.change not in CHANGES:
+            raise UserError(
+                f"unknown change {self.change!r:.60} at {self.hook!r}; expected {', '.join(CHANGES)}, or a function "
+                "change(rows, operand)"
+            )
+        for name in ("layer", "positions"):
+            _set(self, name, _whole_numbers(getattr(self, name), f"{name} of the edit at {self.hook!r}"))
+        if isinstance(self.samples, str | int):
+            _set(self, "samples", (self.samples,))
+        elif self.samples is not None:
+            _set(self, "samples", tuple(self.samples))
+        if not callable(self.change):
+            self._check_what_it_takes()
+
+    def _check_what_it_takes(self) -> None:
+        here = f"the change {self.change!r} at {self.hook!r}"
+        if self.scale != 1.0 and self.change != "add":
+            raise UserError(f"{here} takes no scale; multiply the value, or use 'add'")
+        if self.change == "zero" and not (self.value is None and self.source is None):
+            raise UserError(f"{here} takes neither value nor source; use 'replace' or 'patch' for them")
+        if self.change == "patch" and (self.source is None or self.value is not None):
+            raise UserError(f"{here} needs source=, a run that holds {self.hook!r}, and no value")
+        if self.change in ("add", "replace") and (self.value is None or self.source is not None):
+            raise UserError(f"{here} needs value=, a vector [width] or rows [positions, width], and no source")
+        if self.change == "mean" and (self.value is None) == (self.source is None):
+            raise UserError(
+                f"{here} needs value=, the rows whose mean it puts there, or source=, a run that holds them"
+            )
+        if self.value is not None:
+            _set(self, "value", _array(self.value, here, (ROWS,) if self.change == "mean" else (VECTOR, ROWS)))
+
+    def __repr__(self) -> str:
+        said = [repr(self.hook), repr(self.change) if isinstance(self.change, str) else _name(self.change)]
+        for name in ("layer", "positions", "samples"):
+            if (given := getattr(self, name)) is not None:
+                said.append(f"{name}={given[0] if name == 'layer' and len(given) == 1 else list(given)!r}")
+        if self.value is not None:
+            said.append(f"value={list(self.value.shape)}" if isinstance(self.value, np.ndarray) else "value=…")
+        if self.scale != 1.0:
+            said.append(f"scale={self.scale:g}")
+        if self.source is not None:
+            said.append("source=…")
+        return f"Edit({', '.join(said)})"
+
+
+def _set(edit: Edit, name: str, value: Any) -> None:
+    object.__setattr__(edit, name, value)
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _whole_numbers(given: Any, what: str) -> tuple[int, ...] | None:
+    if given is None:
+        return None
+    several: Any = given if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+    try:
+        found = tuple(operator.index(each) for each in several)
+    except TypeError:
+        raise UserError(f"the {what} must be whole numbers, not {given!r:.60}") from None
+    if not found:
+        raise UserError(f"the {what} name nothing; leave them out for all")
+    if len(set(found)) != len(found):
+        raise UserError(f"the {what} name one twice: {list(found)!r:.60}")
+    return found
+
+
+def _array(value: Any, here: str, axes: tuple[int, ...]) -> np.ndarray:
+    """float32 of an array or torch tensor; UserError where it is none, has other axes, or is not finite."""
+    if hasattr(value, "detach"):
+        value = value.detach().float().cpu().numpy()
+    try:
+        array = np.array(value, np.float32)
+    except (TypeError, ValueError):
+        raise UserError(f"the value of {here} is no array of numbers: {value!r:.60}") from None
+    if array.ndim not in axes or not array.size:
+        expected = " or ".join({VECTOR: "[width]", ROWS: "[rows, width]"}[n] for n in axes)
+        raise UserError(f"the value of {here} has the shape {list(array.shape)}; expected {expected}")
+    if not np.isfinite(array).all():
+        raise UserError(f"the value of {here} holds numbers that are not finite")
+    return array

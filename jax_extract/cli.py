@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import importlib.metadata
 import io
 import itertools
@@ -18,12 +17,17 @@ import re
 import signal
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jax_extract import interruption, startup
 from jax_extract.devices import libtpu
 from jax_extract.errors import UserError
+from jax_extract.layer_words import ALIASES, layer_words
+from jax_extract.spelling import as_said
+from jax_extract.terminal import folded
+from models.nearest import nearest
 
 if TYPE_CHECKING:
     from jax_extract.config import ExtractConfig
@@ -39,7 +43,7 @@ commands:
   finetune   train a model on a benchmark task, whole or by LoRA
   representations
              rows of every layer for all models that finetune has trained, and for their base model
-  compile    what a run will need on a TPU slice: memory, traffic, time, cost; by its compiler, without a TPU
+  compile    what a run will need on a TPU slice, by the TPU's compiler: memory, traffic, time, cost
   inspect    summarise a run, or one shard
   status     which parts of a run are committed, missing and torn
   verify     read a run again and recompute samples of it
@@ -55,11 +59,11 @@ jax-extract COMMAND --help lists the options of each.
 _PIPE_CLOSED = 128 + signal.SIGPIPE  # as a shell has it
 _CONFIG_FLAG = "--config"
 _EXTRACT_HELP = (
-    "Extract activations of a language model, matched to tokens. "
+    "Extract activations of a language model, matched to tokens.\n\n"
     f"Options can also come from a YAML file: {_CONFIG_FLAG} FILE; flags go over it."
 )
 _GENERATE_HELP = (
-    "Answer prompts, into answers.jsonl and, for ARC tasks, submission.json in --activations_dir; no activations. "
+    "Answer prompts, into answers.jsonl and, for ARC tasks, submission.json in --activations_dir.\n\n"
     f"Options can also come from a YAML file: {_CONFIG_FLAG} FILE; flags go over it."
 )
 
@@ -76,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(importlib.metadata.version("jax_extract"))
         return 0
     if argv[0] not in _COMMANDS:
-        print(f"error: unknown command {argv[0]!r}; the commands are: {', '.join(_COMMANDS)}", file=sys.stderr)
+        _say_error(f"unknown command {argv[0]!r}; the commands are: {', '.join(_COMMANDS)}")
         return 2
     return guarded(lambda: _COMMANDS[argv[0]](argv[1:]))
 
@@ -98,18 +102,23 @@ def guarded(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say_error(as_said(str(error)))
         return 2
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # who reads the output has gone, as in `jax-extract inspect … | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return _PIPE_CLOSED
         place = f"{error.filename} cannot be used" if error.filename else "the system refused"
-        print(f"error: {place} ({error.strerror or error}); check its permissions and the disk", file=sys.stderr)
+        _say_error(f"{place} ({error.strerror or error}); check its permissions and the disk")
         return 2
     except KeyboardInterrupt:
         interruption.say()
         return interruption.EXIT_CODE
+
+
+def _say_error(sentence: str) -> None:
+    """One line in a log, where it is searched for; on a terminal as many as it takes."""
+    print(folded("error: ", sentence) if sys.stderr.isatty() else f"error: {sentence}", file=sys.stderr)
 
 
 def _quiet_libraries() -> None:
@@ -172,7 +181,6 @@ def _extract_config(
         assert dataclasses.is_dataclass(defaults) and not isinstance(defaults, type)
         base = from_mapping(dataclasses.asdict(defaults), base, type(defaults).__name__)
     argv, path = _take_config(argv)
-    _refuse_layer_ranges(argv)
     if path is not None:
         base = from_yaml(path, base)
     base.check()
@@ -184,6 +192,7 @@ def _parse(kind: type[T], argv: list[str], program: str, default: T | None = Non
     import tyro
 
     _refuse_unknown_flags(argv, kind, program)
+    words = _join_layers(_spell_out_flags(argv, kind), kind)
     said = io.StringIO()
     given: dict[str, Any] = {} if default is None else {"default": default}
     try:
@@ -191,7 +200,7 @@ def _parse(kind: type[T], argv: list[str], program: str, default: T | None = Non
             return tyro.cli(
                 tyro.conf.configure(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)(kind),
                 prog=program,
-                args=_spell_out_flags(argv, kind),
+                args=words,
                 use_underscores=True,
                 description=help_text,
                 **given,
@@ -227,7 +236,6 @@ def _compile(argv: list[str]) -> None:
     interruption.again = None
     from jax_extract.compilation.config import CompileConfig
 
-    _refuse_layer_ranges(argv)
     config = _parse(CompileConfig, argv, "jax-extract compile")
     config.check()
     from jax_extract.compilation.command import compile_command
@@ -306,14 +314,15 @@ def _token_representations(argv: list[str]) -> None:
 
 
 def _refuse_unknown_flags(argv: list[str], kind: type, program: str) -> None:
-    """UserError that names the flag which is meant, or what there is instead of it."""
+    """UserError that names the flag which is meant, where one is near."""
     flags = [f"--{field.name}" for field in dataclasses.fields(kind)]
+    flags += [f"--{alias}" for alias in ALIASES if _layers_field(kind)]
     for word in argv:
-        flag = word.partition("=")[0].replace("-", "_").replace("__", "--", 1)
+        flag = _plain(word.partition("=")[0])
         if not word.startswith("--") or word == "--" or flag in (*flags, "--help"):
             continue
-        near = difflib.get_close_matches(flag, flags, n=1)
-        mend = f"did you mean {near[0]}? {program} --help" if near else f"{program} --help"
+        near = nearest(flag.lstrip("-"), (known.lstrip("-") for known in flags))
+        mend = f"did you mean --{near}? {program} --help" if near else f"{program} --help"
         raise UserError(f"there is no flag {word.partition('=')[0]}; {mend} lists the flags")
 
 
@@ -365,13 +374,39 @@ def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
     return rest, (paths or [None])[0]
 
 
-def _refuse_layer_ranges(argv: list[str]) -> None:
-    """`10-23` and `10,11` are natural to write and mean nothing here; the general message would be long."""
-    flags = ("--layers_to_extract", "--layers-to-extract")
-    for i, word in enumerate(argv):
-        value = argv[i + 1] if word in flags and i + 1 < len(argv) else word.partition("=")[2]
-        if word.startswith(flags) and re.search(r"\d[-,:]", value):
-            raise UserError(f"--layers_to_extract {value!r} is no list; write the layers with spaces: 10 11 12")
+def _join_layers(argv: list[str], kind: type) -> list[str]:
+    """All words about layers as one, under the field's own name: `--layers_to_extract=0-3,-1` of `--layers 0-3 -1`.
+
+    One word, because `-1` by itself would be a flag.
+    """
+    if (field := _layers_field(kind)) is None:
+        return argv
+    rest: list[str] = []
+    said: list[str] | None = None
+    words = deque(argv)
+    while words:
+        flag, given, value = (word := words.popleft()).partition("=")
+        if _plain(flag) not in {f"--{alias}" for alias in ALIASES}:
+            rest.append(word)
+            continue
+        said = [*(said or []), *([value] if given else [])]
+        while words and not words[0].startswith("--"):
+            said.append(words.popleft())
+    if said is None:
+        return argv
+    if said != ["None"]:  # the default, in words
+        layer_words(said, f"--{field}")  # what it refuses, it refuses in its own words
+    return [*rest, f"--{field}={','.join(said)}"]
+
+
+def _layers_field(kind: type) -> str | None:
+    """The field that holds layers, where these options have one."""
+    return next((field.name for field in dataclasses.fields(kind) if field.name in ALIASES), None)
+
+
+def _plain(flag: str) -> str:
+    """A flag as its field is spelled."""
+    return flag.replace("-", "_").replace("__", "--", 1)
 
 
 def _spell_out_flags(argv: list[str], dataclass: type) -> list[str]:

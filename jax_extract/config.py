@@ -7,7 +7,6 @@ can be without looking at files or devices. Flags are spelled as the fields are.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import types
 import typing
@@ -20,9 +19,11 @@ import yaml
 
 from jax_extract.errors import UserError
 from jax_extract.inputs.chat import NOT_VARIABLES
+from jax_extract.layer_words import ALIASES, OPTION, LayerWord, layer_words
 from jax_extract.store.storage.verbs import BUCKET_SCHEME
 from models.capture_plan import PATTERN_TOKENS
 from models.hooks import DEFAULT_HOOK_POINT
+from models.nearest import nearest
 from models.positions import Positions
 
 _LARGEST = 2**31 - 1
@@ -63,8 +64,10 @@ class ExtractConfig:
       capture_answers: keep activations of the answers' tokens too, behind those of their prompts.
       solutions_file: solutions of the ARC tasks, {"task id": [grid, …]}, where the tasks do not hold them.
       revision: branch, tag or commit of a hub model.
-      layers_to_extract: layers, counted from 0; by default 10 to 23, or what the model has of them.
-      hook_points: where in the block, by name, TransformerLens name or glob.
+      layers_to_extract: layers (--layers and --layer mean the same), counted from 0, or from the end: 12, -1 (the
+        last), 10-23 (both among them), all, or several of these; by default 10-23, or what the model has of them.
+      hook_points: where in the block, by name, TransformerLens name or glob. after_block of layer 12 is Hugging Face's
+        hidden_states[13], embeddings are hidden_states[0], and final_norm is hidden_states[-1].
       attention_pattern_tokens: of attention_pattern, which is kept where --hook_points has its name: weights that a row
         has for each head, and the most tokens of a sample.
       positions: which tokens: all, from:k, last, mean, mean_from:k, first:n, every:k, at:i,j,…
@@ -126,7 +129,7 @@ class ExtractConfig:
     capture_answers: bool = False
     solutions_file: str | None = None
     revision: str | None = None
-    layers_to_extract: tuple[int, ...] | None = None
+    layers_to_extract: tuple[LayerWord, ...] | None = None
     hook_points: tuple[str, ...] = (DEFAULT_HOOK_POINT,)
     attention_pattern_tokens: int = PATTERN_TOKENS
     positions: str = "last"
@@ -162,6 +165,7 @@ class ExtractConfig:
     def __post_init__(self) -> None:
         if isinstance(self.chat_template_kwargs, Mapping):  # as YAML and Python have it
             object.__setattr__(self, "chat_template_kwargs", _as_json(self.chat_template_kwargs))
+        object.__setattr__(self, OPTION, layer_words(self.layers_to_extract))
 
     def check(self) -> None:
         """Refuses values that no run can have; `extract_to_directory` calls it first."""
@@ -312,7 +316,7 @@ class Captures(Protocol):
     @property
     def attention_pattern_tokens(self) -> int: ...
     @property
-    def layers_to_extract(self) -> tuple[int, ...] | None: ...
+    def layers_to_extract(self) -> tuple[LayerWord, ...] | None: ...
 
 
 def check_captures(config: Captures) -> None:
@@ -357,7 +361,9 @@ def _check_type(name: str, value: object) -> None:
             if value in typing.get_args(option):
                 return
         elif typing.get_origin(option) is tuple:
-            if isinstance(value, tuple) and all(type(item) is typing.get_args(option)[0] for item in value):
+            members = typing.get_args(option)[0]
+            kinds = typing.get_args(members) or (members,)
+            if isinstance(value, tuple) and all(type(item) in kinds for item in value):
                 return
         elif type(value) is option or (option is float and type(value) is int):
             return
@@ -378,14 +384,17 @@ def _expected(options: Sequence[Any]) -> str:
 
 
 def from_mapping(values: Mapping[str, Any], defaults: ExtractConfig, origin: str) -> ExtractConfig:
-    """`defaults` with some fields replaced; UserError naming an unknown field and its nearest name."""
+    """`defaults` with some fields replaced; UserError naming an unknown field and one that is near it."""
     known = {field.name for field in dataclasses.fields(ExtractConfig)}
     for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            nearest = f"; the nearest is {near[0]!r}" if near else ""
-            raise UserError(f"{origin} has the unknown option {name!r}{nearest}")
+        if name not in known and name not in ALIASES:
+            meant = f"; the nearest is {near!r}" if (near := nearest(str(name), known)) else ""
+            raise UserError(f"{origin} has the unknown option {name!r}{meant}")
     clean = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    if len(given := [name for name in ALIASES if name in clean]) > 1:
+        raise UserError(f"{origin} has both {given[0]} and {given[1]}, which mean the same; leave one of them out")
+    for name in given:
+        clean[OPTION] = clean.pop(name)
     if isinstance(clean.get("mesh_shape"), tuple):
         clean["mesh_shape"] = ",".join(map(str, clean["mesh_shape"]))
     return dataclasses.replace(defaults, **clean)

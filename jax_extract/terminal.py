@@ -1,21 +1,24 @@
-"""What a person sees: labelled lines, one progress bar, one summary.
+"""What a person sees: labelled lines, one line that moves, one summary.
 
-In: facts. Out: text, lines on standard output and the bar on standard error; where that is a file or a pipe, a line now
-and then instead of the bar.
+In: facts. Out: text; lines on standard output, no wider than the terminal and never wider than `WIDEST`; what moves on
+standard error (`progress`).
 """
 
 from __future__ import annotations
 
-import io
 import os
+import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
-from typing import Any
 
-from tqdm import tqdm
+from jax_extract.progress import COMPUTING, WIDEST, Progress, Waiting, progress
 
 _LABEL = 9
-_LOG_SECONDS = 30.0  # from one line of progress to the next, in a log
+_NARROWEST = 60  # columns; a narrower terminal breaks lines by itself
+_TOGETHER = re.compile(r"jax-extract [a-z-]+( [^\s;,]+)?( --\w+)*|(?<=\d) (?=[A-Za-z])")
+_HELD = "\0"  # a space that no line ends at
 _PRECISE = 10  # of a unit of time; below it, one digit more is told
 _SHORTEST = 0.1  # seconds
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -27,51 +30,60 @@ class Terminal:
     def __init__(self, silent: bool = False) -> None:
         self._silent = silent
         self._told: dict[str, str] = {}
+        self._moving: Progress | Waiting | None = None
 
     def line(self, label: str, text: str) -> None:
-        """Nothing where it was the last that was told under this label: one command may come by twice."""
+        """Nothing where it was the last that was told under this label: one command may come by twice.
+
+        Without a label it is a row of a table, whose columns stay where they are on a narrow terminal too.
+        """
         if self._silent or self._told.get(label) == text:
             return
         self._told[label] = text
+        if self._moving is not None:
+            self._moving.clear()
         try:
-            print(f"{label:<{_LABEL}}{text}", flush=True)
+            print(folded(f"{label:<{_LABEL - 1}} ", text, None if label else WIDEST), flush=True)
         except BrokenPipeError:  # the reader has gone, as in `… | head -1`: the work goes on without words
             self._silent = True
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    def progress(self, total: int | None, label: str = "extract", unit: str = "tok") -> tqdm:
-        """A bar, over real tokens or bytes, with speed and time left; `total` None where it is not known."""
-        # A notebook's stream is no terminal either, but shows a bar.
-        in_log = isinstance(sys.stderr, io.TextIOWrapper) and not sys.stderr.isatty()
-        kind = _ProgressInLog if in_log else tqdm
-        return kind(
-            total=total,
-            unit=unit,
-            unit_scale=True,
-            desc=label,
-            disable=self._silent,
-            file=sys.stderr,
-            dynamic_ncols=True,
-            smoothing=0.1,
-        )
+    def progress(
+        self, total: float | None, word: str = COMPUTING, unit: str = " tokens", cost: float | None = None
+    ) -> Progress:
+        """A bar, over real tokens or bytes, with speed and time left; `total` None where it is not known.
+
+        Args:
+          word: what is done.
+          cost: of everything, where it differs; see `Progress.spend`.
+        """
+        self._moving = bar = progress(total, word, unit, cost, self._silent)
+        return bar
+
+    def waiting(self, word: str) -> Waiting:
+        """Inside, a line says what is waited for, such as `loading`."""
+        self._moving = waiting = Waiting(word, self._silent)
+        return waiting
 
 
 class PartOfBar(Terminal):
     """Says nothing, and moves a bar that goes over the work of several commands."""
 
-    def __init__(self, bar: tqdm) -> None:
+    def __init__(self, bar: Progress) -> None:
         super().__init__(silent=True)
         self._bar = bar
 
-    def progress(self, total: int | None, label: str = "extract", unit: str = "tok") -> tqdm:
+    def progress(
+        self, total: float | None, word: str = COMPUTING, unit: str = " tokens", cost: float | None = None
+    ) -> Progress:
         return _Forwarded(self._bar)
 
 
-class _Forwarded(tqdm):
+class _Forwarded(Progress):
     """Shows nothing itself."""
 
-    def __init__(self, bar: tqdm) -> None:
-        super().__init__(disable=True)
+    def __init__(self, bar: Progress) -> None:
+        super().__init__(None, "", "", disable=True)
         self.n = 0
         self._bar = bar
 
@@ -80,40 +92,24 @@ class _Forwarded(tqdm):
         return self._bar.update(n)
 
 
-class _ProgressInLog(tqdm):
-    """Progress as lines, one every `_LOG_SECONDS` at most and one at the end."""
+def folded(start: str, text: str, width: int | None = None) -> str:
+    """`start` and a text, over several lines where it is wide; they are broken between words and begin below it.
 
-    def __init__(self, **options: Any) -> None:
-        counts = "{n_fmt}" if options["total"] is None else "{percentage:.0f}% {n_fmt}/{total_fmt}"
-        left = "" if options["total"] is None else "<{remaining}"
-        super().__init__(
-            **options,
-            bar_format=f"{{desc}}: {counts} [{{elapsed}}{left}, {{rate_fmt}}]",
-            mininterval=_LOG_SECONDS,
-            miniters=1,  # every update looks at the clock, so that no line is late
-            delay=1e-9,  # nothing at 0 %
-        )
+    What belongs together stays on one line, however wide: a path, a command of ours, a number and its unit.
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        if msg is None:
-            if self.total is not None:
-                self.total = max(self.total, self.n)  # beyond it there would be no percentage
-            try:
-                self.fp.write(f"{self}\n")
-                self.fp.flush()
-            except OSError:  # the reader has gone: the work goes on without words
-                self.disable = True
-        return False
-
-    def clear(self, nolock: bool = False) -> None:
-        """Lines stay."""
-
-    def close(self) -> None:
-        if not self.disable:
-            self._ema_dt = lambda: None  # the last line says the speed of the whole
-            self.display()
-            self.leave = False
-        super().close()
+    Args:
+      width: by default that of the terminal, `WIDEST` at most.
+    """
+    lines = textwrap.wrap(
+        _TOGETHER.sub(lambda found: found[0].replace(" ", _HELD), text),
+        width or max(_NARROWEST, min(WIDEST, shutil.get_terminal_size((WIDEST, 0)).columns)),
+        initial_indent=start,
+        subsequent_indent=" " * len(start),
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+    )
+    return "\n".join(lines).replace(_HELD, " ") or start
 
 
 def bytes_text(count: float) -> str:

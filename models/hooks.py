@@ -5,7 +5,6 @@ In: names, TransformerLens names and globs as a user writes them. Out: `HookPoin
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from models.errors import UserError
+from models.nearest import nearest
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,14 @@ def depth(hook: str, layer: int | None) -> tuple[int, int]:
     return layer, order
 
 
-# What else hook points are called: the ends of a block by TransformerLens 3 (`blocks.{i}.hook_out`), and by analogy;
-# what lies in attention by its TransformerLens name without a module.
+# What else some are called: by TransformerLens 3 (`blocks.{i}.hook_out`), by its module's name, and by analogy; what
+# lies in attention, without a module.
 _OTHER_NAMES = {
     "in": "residual_before",
     "out": "after_block",
     "residual_after": "after_block",
     "residual_post": "after_block",
+    "ln_final": "final_norm",
     "q": "query",
     "k": "key",
     "v": "value",
@@ -127,7 +128,7 @@ def resolve_hook_points(names: Iterable[str], available: HookPoints = GATED) -> 
       The order is that of `HOOK_POINTS`.
 
     Raises:
-      UserError: a name that is no hook point (with the nearest name), or one this architecture lacks.
+      UserError: a name that is no hook point (with one that is near it), or one this architecture lacks.
     """
     found: dict[str, set[int] | None] = {}
     for name in names:
@@ -166,8 +167,8 @@ def _matches(name: str, available: HookPoints) -> list[tuple[str, int | None]]:
             f"hook point {name!r} does not exist in this architecture{why}; it has: "
             f"{', '.join(p for p in HOOK_POINTS if p in available)}"
         )
-    nearest = f"; the nearest name is {near!r}" if (near := _nearest(template)) else ""
-    raise UserError(f"unknown hook point {name!r}{nearest}; the hook points are: {', '.join(HOOK_POINTS)}")
+    meant = f"; the nearest name is {near!r}" if (near := _nearest(template)) else ""
+    raise UserError(f"unknown hook point {name!r}{meant}; the hook points are: {', '.join(HOOK_POINTS)}")
 
 
 def _nearest(name: str) -> str | None:
@@ -179,10 +180,9 @@ def _nearest(name: str) -> str | None:
     spellings = {_short(point.alias): point for point in HOOK_POINTS.values()}
     spellings |= {other: HOOK_POINTS[meant] for other, meant in _OTHER_NAMES.items()}
     spellings |= HOOK_POINTS
-    near = difflib.get_close_matches(_short(name), spellings, n=1, cutoff=0.4)
-    if not near:
+    if (near := nearest(_short(name), spellings)) is None:
         return None
-    return spellings[near[0]].alias if _ALIAS_LAYER.match(name) else spellings[near[0]].name
+    return spellings[near].alias if _ALIAS_LAYER.match(name) else spellings[near].name
 
 
 def _short(name: str) -> str:

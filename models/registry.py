@@ -5,7 +5,6 @@ In: a Hugging Face configuration dictionary. Out: a `Port`, or a sentence that l
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from models import (
     qwen2_jax_with_hooks,
 )
 from models.errors import UserError
+from models.nearest import nearest
 from models.ports import Port
 
 _ARCHITECTURES = (
@@ -38,9 +38,8 @@ def port_for(config: Mapping[str, Any]) -> Port:
             f"is, one of {', '.join(sorted(PORTS))}"
         )
     if model_type not in PORTS:
-        near = difflib.get_close_matches(model_type, PORTS, n=1)
-        nearest = f" (the nearest is {near[0]!r})" if near else ""
+        meant = f" (the nearest is {near!r})" if (near := nearest(model_type, PORTS)) else ""
         raise UserError(
-            f"unsupported architecture {model_type!r}{nearest}; supported model types: {', '.join(sorted(PORTS))}"
+            f"unsupported architecture {model_type!r}{meant}; supported model types: {', '.join(sorted(PORTS))}"
         )
     return PORTS[model_type]

@@ -214,7 +214,7 @@ def sentence(beside: Mapping[str, Any]) -> str:
 
 def generated() -> dict[str, str]:
     """Sections of the page that follow from the code alone, by name."""
-    files = {kind: Path(inspect.getfile(port.forward)).name for kind, port in PORTS.items()}
+    files = {kind: Path(inspect.getfile(port.block)).name for kind, port in PORTS.items()}
     types = "\n".join(f"| `{kind}` | {_MODELS[kind]} | `models/{files[kind]}` |" for kind in PORTS)
     refused = "\n".join(f"| `{json.dumps(beside)[1:-1]}` | {sentence(beside)} |" for beside in REFUSED)
     rotations = sentence({"rope_scaling": {"rope_type": "none"}}).partition("supported: ")[2].partition(";")[0]

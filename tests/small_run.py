@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -112,6 +113,11 @@ def write_arc(path: Path, tasks: int = 4) -> Path:
     pair = {"input": [[0, 1], [2, 3]], "output": [[3, 2], [1, 0]]}
     path.write_text(json.dumps({f"task{i:03d}": {"train": [pair], "test": [pair]} for i in range(tasks)}))
     return path
+
+
+def whole_lines(said: str) -> str:
+    """What was told, with every line that was too wide for a terminal as one again."""
+    return re.sub(r"\n +(?=\S)", " ", said)
 
 
 class Told(Terminal):

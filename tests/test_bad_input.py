@@ -218,7 +218,7 @@ def test_an_input_without_a_token_is_told(refused: Refused, tmp_path: Path, cont
 
 def test_a_layer_that_the_model_lacks_is_named_with_those_it_has(refused: Refused) -> None:
     assert "layer 2 does not exist; the model has layers 0 to 1" in refused("--layers_to_extract", 0, 2)
-    assert "layer -1" in refused("--layers_to_extract", -1)
+    assert "layer -3 does not exist" in refused("--layers_to_extract", -3)
     assert "layer 7 " in refused(hook_points="blocks.7.hook_resid_post")
 
 

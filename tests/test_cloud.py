@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import store_worker
 from gcs_server import RunningServer
-from small_run import environment, make_model, run_cli, run_here, shards, snapshot, write_jsonl
+from small_run import environment, make_model, run_cli, run_here, shards, snapshot, whole_lines, write_jsonl
 
 from jax_extract import UserError, open_activations
 from jax_extract.cli import main
@@ -138,7 +138,7 @@ def test_a_part_that_the_bucket_has_lost_is_computed_again_by_the_same_command(
     upload: dict[str, Any] = {"gcs_bucket": place, "upload_to_cloud": True, "delete_local": True}
     run_here(model, tasks, tmp_path / "a", **OPTIONS, **upload)
     assert main(["status", str(tmp_path / "a")]) == 0
-    out = capsys.readouterr().out
+    out = whole_lines(capsys.readouterr().out)
     assert f"elsewhere  3 parts, uploaded and deleted here: jax-extract status {place} looks at them" in out
     assert "what is elsewhere was not looked at" in out
     open_storage(place).delete("layer_11_batch_000002.pkl")

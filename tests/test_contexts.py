@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_run import make_model, run_here
+from small_run import make_model, run_here, whole_lines
 
 from jax_extract import extract
 from jax_extract.config import ExtractConfig
@@ -213,7 +213,7 @@ def test_a_run_of_contexts_gives_their_rows_and_says_of_each_which_text_it_is_of
         **EMBEDDINGS,
     )
     metadata = extract_to_directory(config)
-    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("input"))
+    told = next(line for line in whole_lines(capsys.readouterr().out).splitlines() if line.startswith("input"))
     assert told == (
         "input    in.jsonl: 4 texts in 4 contexts, 100 tokens (7 of them before contexts and between texts); "
         "1 text without a token left out"

@@ -306,6 +306,15 @@ def test_another_layer_position_sample_or_value_compiles_nothing(refusing: Model
     assert not compiled, "it must be the same program"
 
 
+def test_the_logit_lens_is_the_models_own_norm_and_head(family: str, model: Model) -> None:
+    [text] = random_ids([11], seed=6)
+    last = model.config.num_hidden_layers - 1
+    out = model.run(text, capture={"after_block": [last]}, logits="all")
+    assert row_errors(model.logits_of(out.run.sample("0").get(last)), out.logits[0]).max() <= LOGITS_BOUND
+    with pytest.raises(UserError, match="expected"):
+        model.logits_of(np.zeros((2, 3)))
+
+
 def test_log_probabilities_of_answers_are_hugging_faces(family: str, model: Model) -> None:
     torch_model = tiny_model(family)
     texts, answers = random_ids([12, 30, 5], seed=1), random_ids([3, 1, 17], seed=2)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gcs_server import running
-from small_run import run_here, shards, snapshot, write_jsonl
+from small_run import run_here, shards, snapshot, whole_lines, write_jsonl
 
 from jax_extract import UserError
 from jax_extract.config import ExtractConfig
@@ -136,7 +136,7 @@ def test_a_run_writes_the_bytes_and_files_that_were_estimated(
     assert {site.key: size for site, size in found.output.site_bytes.items()} == written
     assert found.output.shard_bytes == metadata["total_bytes"]
     tell(found, Terminal())
-    assert f" a site: {bytes_text(metadata['total_bytes'])} in " in capsys.readouterr().out
+    assert f" a layer and hook point: {bytes_text(metadata['total_bytes'])} in " in whole_lines(capsys.readouterr().out)
     assert found.output.shards == len(shards(tmp_path / "a"))
     assert found.output.largest_shard == max(map(len, shards(tmp_path / "a").values()))
     files, size = _written(tmp_path / "a")
@@ -175,7 +175,7 @@ def test_where_everything_is_committed_nothing_is_tried_and_nothing_is_left(
     assert (found.output.objects, found.output.file_bytes, found.seconds) == (0, 0, 0)
     assert snapshot(tmp_path / "a") == before
     tell(found, Terminal())
-    assert "everything is committed already; nothing to do" in capsys.readouterr().out
+    assert "everything is committed already; nothing to do" in whole_lines(capsys.readouterr().out)
 
 
 def test_another_run_in_the_directory_is_refused_as_the_run_itself_would_be(
@@ -246,7 +246,7 @@ def test_of_a_stream_of_unknown_length_a_million_tokens_are_told(
     found = estimate_command(config)
     assert found.output.tokens == 1_000_000
     assert found.output.row_bytes == 1_000_000 * 2 * 32 * 4
-    said = capsys.readouterr().out
+    said = whole_lines(capsys.readouterr().out)
     assert "1,000,000 tokens like those of the first window" in said
     assert "million tokens" in said.partition("room")[2].partition("\n")[0]
     assert said.splitlines()[-1].startswith("estimate") and said.splitlines()[-1].endswith("for 1,000,000 tokens")
@@ -281,7 +281,7 @@ def test_the_longer_of_computing_and_writing_decides_and_what_helps_is_said(caps
     assert slow.bound == "writing"
     assert slow.seconds == 60 + 5 + 3 * 10 + slow.writing_seconds
     tell(slow, Terminal())
-    said = capsys.readouterr().out
+    said = whole_lines(capsys.readouterr().out)
     assert "read     60 s to read, tokenise and plan the input before the first step: 8,333 tokens/s" in said
     stages = "computing takes 43 min, writing takes 5.6 h, reading takes 60 s"
     assert f"bound    by writing: {stages}; --capture_dtype bfloat16 halves it" in said
@@ -291,19 +291,21 @@ def test_the_longer_of_computing_and_writing_decides_and_what_helps_is_said(caps
     assert fast.bound == "computing"
     assert fast.seconds == 60 + 5 + 3 * 10 + fast.computing_seconds
     tell(fast, Terminal())
-    assert "bound    by computing: computing takes 43 min, writing takes 6.7 min" in capsys.readouterr().out
+    assert "bound    by computing: computing takes 43 min, writing takes 6.7 min" in whole_lines(
+        capsys.readouterr().out
+    )
     half = _found({"here": WriteProbe(20e6, 0.01)}, capture_dtype="bfloat16", positions="all")
     tell(half, Terminal())
-    assert "--capture_dtype" not in capsys.readouterr().out
+    assert "--capture_dtype" not in whole_lines(capsys.readouterr().out)
     many = _found({"here": WriteProbe(1e9, 60)}, positions="all")
     tell(many, Terminal())
-    assert "a larger --batch_size makes fewer" in capsys.readouterr().out
+    assert "a larger --batch_size makes fewer" in whole_lines(capsys.readouterr().out)
 
 
 def test_room_without_a_limit_is_told_apart_from_room_that_nobody_knows(capsys: pytest.CaptureFixture[str]) -> None:
     for place, told in (("gs://bucket/a", "has no limit"), ("/proc/a", "does not say how much room it has")):
         tell(_found({place: WriteProbe(1e9, 0.1)}, activations_dir=place), Terminal())
-        assert f"room     {place} {told}" in capsys.readouterr().out
+        assert f"room     {place} {told}" in whole_lines(capsys.readouterr().out)
 
 
 def test_workers_share_the_computing_and_parts_pass_at_the_speed_of_the_slower_place(
@@ -316,7 +318,7 @@ def test_workers_share_the_computing_and_parts_pass_at_the_speed_of_the_slower_p
     assert four.writing_seconds == one.writing_seconds / 4
     assert four.start_seconds == one.start_seconds
     tell(four, Terminal())
-    said = capsys.readouterr().out
+    said = whole_lines(capsys.readouterr().out)
     assert "by 4 workers, as if each were like this one" in said
     assert "1 GB/s into spool, 40 MB/s into gs://bucket by 4 processes" in said
 

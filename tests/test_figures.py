@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_run import write_jsonl
+from small_run import whole_lines, write_jsonl
 
 from jax_extract import UserError
 from jax_extract.compilation import command
@@ -64,7 +64,7 @@ def test_a_loop_and_metadata_have_the_shares_that_its_steps_have() -> None:
     together = LoopStatistics.side_by_side([vars(busy), vars(waiting)])
     assert (together.tokens, together.slab_tokens, together.idle_tokens) == (4 * 300, 8 * 512, 4 * 512)
     assert hosts_text(together) == "2 steps; the host that sat out most had nothing to compute in 1 of them (50.0%)"
-    assert hosts_text(busy) == "2 steps; every host had slabs to compute in each"
+    assert hosts_text(busy) == "2 steps; every host had something to compute in each"
     sessions = [vars(busy), vars(waiting)]
     assert metadata._share(sessions, metadata._idle) == 0.5
     assert metadata._share(sessions, metadata._padding) == pytest.approx(0.5 - 1_200 / 4_096)
@@ -138,7 +138,7 @@ def test_compile_counts_the_steps_of_the_runs_own_samples_on_the_slice(
     assert found.computing_seconds == pytest.approx(
         sum(count * found.step_seconds(shape) for shape, count in counts.steps.items())
     )
-    said = capsys.readouterr().out
+    said = whole_lines(capsys.readouterr().out)
     plan = next(line for line in said.splitlines() if line.startswith("plan"))
     assert shares_text(counts.shares, True) in plan and "attention across samples" in plan
     assert "no padding" not in said
@@ -170,9 +170,9 @@ def test_what_binds_a_run_can_be_reading_and_output_too_and_idle_chips_are_told(
 ) -> None:
     few = _lengths(tmp_path / "few.txt", [500] * 40)
     assert _compile(few, host_tokens_per_second=10.0, search=False).bound == "reading and tokenising"
-    assert "bound    by reading and tokenising: " in capsys.readouterr().out
+    assert "bound    by reading and tokenising: " in whole_lines(capsys.readouterr().out)
     assert _compile(few, host_gb_per_second=1e-9, search=False).bound == "host output"
-    said = capsys.readouterr().out
+    said = whole_lines(capsys.readouterr().out)
     assert "note     idle devices" in said and "40 samples of these lengths do not fill 64 devices" in said
 
 
@@ -181,7 +181,7 @@ def test_without_inputs_the_figures_are_for_full_slabs_and_it_is_said_what_count
     capsys: pytest.CaptureFixture[str], compiled_shapes: list[SlabShape]
 ) -> None:
     found = _compile(None, positions="all", max_seq_length=2_048, tokens=10**9, search=False)
-    said = capsys.readouterr().out
+    said = whole_lines(capsys.readouterr().out)
     assert "plan     none: figures are for full slabs, 8 x 2,048 tokens a chip; --tasks_file FILE" in said
     assert "no padding" not in said
     assert compiled_shapes == [(2_048, 8, 1)]
@@ -198,7 +198,7 @@ def test_texts_are_tokenised_as_the_run_does(
     found = _compile(None, model_path=str(model), tasks_file=str(texts), search=False)
     assert found.planned is not None
     assert sorted(found.planned.parts[0].lengths.tolist()) == [30, 70, 1_024]
-    assert "3 samples, 1,124 tokens, longest 2,000; 1 sample truncated" in capsys.readouterr().out
+    assert "3 samples, 1,124 tokens, longest 2,000; 1 sample truncated" in whole_lines(capsys.readouterr().out)
     (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
     for path, words in ((str(tmp_path), "no usable tokenizer in"), ("qwen2.5-0.5b", "or token counts as --lengths")):
         with pytest.raises(UserError, match=words):
@@ -269,7 +269,7 @@ def test_a_finite_input_is_read_before_the_first_step_and_a_stream_while_others_
 
 def test_an_estimate_that_reading_binds_says_so_and_what_helps(capsys: pytest.CaptureFixture[str]) -> None:
     tell(_estimate(ReadProbe(500.0, 400_000, "before")), Terminal())
-    said = capsys.readouterr().out
+    said = whole_lines(capsys.readouterr().out)
     assert "read     8.3 min to read, tokenise and plan the input before the first step: 800 tokens/s" in said
     assert "bound    by reading and tokenising the input: computing takes 100 s, writing takes 10 s, reading" in said
     assert "more processor cores" in said

@@ -15,6 +15,12 @@ SCRIPTS = ROOT / "launch" / "stage02"
 DATASET = "results/king_torus_10x10/dataset"
 OF_RUN = ("02a_model_training.sh", "02b_representation_extraction.sh", "run_stage02.sh")
 FAKE = """#!/bin/bash
+if [[ " $* " == *" --check_only True"* ]]; then
+  printf '%s\\n' "$*" >>"$CALLS.checked"
+  printf '%s\\n' "$JAX_EXTRACT_VARIABLES" >>"$CALLS.variables"
+  [[ -s $CALLS ]] && echo "something ran before all was checked" >&2 && exit 1
+  exit 0
+fi
 printf '%s\\n' "$*" >>"$CALLS"
 case $1 in
   train) while [[ $1 != --output_dir ]]; do shift; done && mkdir -p "$2/final_model" ;;
@@ -41,6 +47,12 @@ class Scripts:
         done = self.run(script, *words, **variables)
         assert done.returncode == 0, done.stderr
         return self._calls.read_text().splitlines()
+
+    def checked(self, **variables: str) -> tuple[list[str], list[str]]:
+        """The commands with which the whole stage checks its variables; what it tells each of them about variables."""
+        assert self("run_stage02.sh", CHECK_ONLY="true", **variables) == []
+        checked, told = (Path(f"{self._calls}.{what}").read_text().splitlines() for what in ("checked", "variables"))
+        return checked, told
 
     def refused(self, script: str, *words: str, **variables: str) -> str:
         self._calls.write_text("")
@@ -133,6 +145,32 @@ def test_one_script_runs_all_of_it_on_one_run(start: Scripts) -> None:
     assert f"--model_path {run}/final_model " in extract and f"--dataset_dir {DATASET}" in extract
 
 
+def test_the_whole_stage_checks_every_variable_before_anything_runs(start: Scripts) -> None:
+    said = {
+        **{"GRAPH": "ring", "NODES": "9", "NEIGHBOURS": "4", "GRAPH_SEED": "1", "TRAIN_WALKS": "5"},
+        **{"VALIDATION_WALKS": "6", "WALK_LENGTH": "7", "SEED": "8", "CONFIG": "c.json", "OUTPUT_DIR": "out"},
+        **{"EPOCHS": "2", "BATCH_SIZE": "3", "GRAD_ACCUM": "4", "LEARNING_RATE": "abc", "MAX_LENGTH": "64"},
+        **{"SAVE_STEPS": "10", "EVAL_STEPS": "11", "LOGGING_STEPS": "12", "DTYPE": "float32", "MESH_SHAPE": "1,1"},
+        **{"TEXT_COLUMN": "walk", "DEVICE": "cpu", "OVERWRITE": "true", "ALLOW_NUMERIC_CHANGE": "true"},
+        **{"REPRESENTATIONS": "ffn_up", "SOURCE": "occurrences", "WALKS": "train", "REPRESENTATION_DIR": "there"},
+        "DATASET_DIR": "walks to be made",
+    }
+    checked, told = start.checked(**said)
+    assert [line.split()[0] for line in checked] == ["walks", "train", "token-representations"]
+    flags = {pair.partition("=")[::2] for line in told for pair in line.split()}
+    variables = {variable: flag for flag, variable in flags}
+    for variable, value in said.items():
+        assert f"--{variables[variable]} {'True' if value == 'true' else value}" in "\n".join(checked)
+    assert list(start.place.iterdir()) == []
+
+
+def test_a_model_that_is_still_to_be_trained_is_no_mistake_and_another_that_is_not_there_is_one(start: Scripts) -> None:
+    checked, _ = start.checked()
+    assert "--model_path results/king_torus_10x10/400K_llama/final_model " in checked[-1]
+    refused = start.refused("run_stage02.sh", MODEL_DIR="typo")
+    assert "there is no trained model typo" in refused
+
+
 def test_walks_that_are_there_are_compared_with_what_is_said_of_them(start: Scripts) -> None:
     """By 01 itself, which refuses to mix; not where nothing is said, nor where the walks are the user's own."""
     dataset = start.place / DATASET
@@ -197,11 +235,28 @@ def test_a_variable_that_is_none_is_refused(
     assert list(start.place.iterdir()) == []
 
 
-def test_the_whole_stage_runs_with_the_real_commands(tmp_path: Path) -> None:
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    (tools / "jax-extract").write_text(f'#!/bin/bash\nexec "{sys.executable}" -m jax_extract.cli "$@"\n')
-    (tools / "jax-extract").chmod(0o755)
+@pytest.fixture
+def tools(tmp_path: Path) -> Path:
+    """A folder with the real `jax-extract`."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    (folder / "jax-extract").write_text(f'#!/bin/bash\nexec "{sys.executable}" -m jax_extract.cli "$@"\n')
+    (folder / "jax-extract").chmod(0o755)
+    return folder
+
+
+def test_the_whole_stage_names_the_variable_and_makes_nothing(tools: Path, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    env = environment({"PATH": f"{tools}:{os.environ['PATH']}", "LEARNING_RATE": "abc"})
+    done = subprocess.run(
+        [SCRIPTS / "run_stage02.sh"], cwd=tmp_path / "here", env=env, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: LEARNING_RATE 'abc' is no number\n"
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_the_whole_stage_runs_with_the_real_commands(tools: Path, tmp_path: Path) -> None:
     preset = write_preset(tmp_path / "config_tiny.json")
     small = {
         "CONFIG": str(preset),

@@ -399,7 +399,7 @@ def test_an_extractor_takes_what_people_write(base: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"layers": [0.9]}, "are not whole numbers"),
+        ({"layers": [0.9]}, "0.9 names no layer"),
         ({"hook_points": None}, "--hook_points is empty"),
         ({"pooling": "first:2"}, "pooling 'first:2' is none of mean_from:k"),
         ({"pooling": "median"}, "pooling 'median' is none of mean_from:k"),

@@ -154,7 +154,7 @@ class Preempted:
         (said,) = re.findall(r"^stopped by SIGTERM: .*$", self.stderr, re.MULTILINE)
         assert re.fullmatch(f"stopped by SIGTERM: {pattern}; run the same command again to go on", said)
         rest = self.stderr.replace(said, "").strip()
-        assert not rest or re.fullmatch(r"(\s*extract: [^\n]*)*", rest), self.stderr
+        assert not rest or re.fullmatch(r"(\s*computing: [^\n]*)*", rest), self.stderr
 
 
 def _require_resumed(words: list[str], directory: Path, expected: dict[str, bytes], place: str | None = None) -> None:
@@ -192,7 +192,9 @@ def test_ctrl_c_while_shards_are_written_takes_away_what_is_half_written_and_end
     assert stopped.code == 130
     assert stopped.seconds < 15
     assert stopped.after < PARTS
-    lines = [line for line in re.split(r"[\r\n]+", stopped.stderr) if line.strip() and not line.startswith("extract:")]
+    lines = [
+        line for line in re.split(r"[\r\n]+", stopped.stderr) if line.strip() and not line.startswith("computing:")
+    ]
     assert lines == ["interrupted; what is committed is safe: run the same command again to go on"]
     assert not survey(Ledger.open(open_storage(directory))).orphans
     assert not list(directory.glob(".*"))

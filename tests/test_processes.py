@@ -119,7 +119,7 @@ def test_a_process_that_dies_ends_the_other_soon_with_one_sentence_that_names_it
     out, err = running[1 - dies].communicate(timeout=ENDS)
     assert time.monotonic() - begun < 25  # not the heartbeat's 30
     assert running[1 - dies].returncode == 1  # 2 would end the launch scripts' tries
-    said = [line for line in err.splitlines() if not re.match("extract: |E[0-9]+ ", line)]
+    said = [line for line in err.splitlines() if not re.match("computing: |E[0-9]+ ", line)]
     assert said == [
         f"error: process {dies} of 2 is gone; what is committed is safe: start the same command again on all hosts"
     ]
@@ -247,9 +247,10 @@ def test_a_thief_whose_loot_is_to_be_written_again_goes_on() -> None:
 
     config: Any = SimpleNamespace(worker_id=1, num_workers=2)
     nothing: Any = None
-    session = Rounds(config, Processes(), nothing, Terminal(silent=True), nothing, None, nothing)
+    job: Any = SimpleNamespace(step_cost=None)  # no step is computed
+    session = Rounds(config, Processes(), job, Terminal(silent=True), nothing, None, nothing)
     closed: list[bool] = []
     program: Any = SimpleNamespace(close=lambda: closed.append(True))
-    session.compute(list, {}, None, lambda: program)
+    session.compute(list, {}, None, lambda _: program)
     assert next(asked, None) is None
     assert closed == [True], "once, after all rounds"

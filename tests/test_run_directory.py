@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_run import run_here, shards, snapshot, texts, write_jsonl
+from small_run import run_here, shards, snapshot, texts, whole_lines, write_jsonl
 
 import jax_extract
 from jax_extract import UserError, load_shard, open_activations
@@ -378,9 +378,8 @@ def test_a_sweep_leaves_the_files_of_a_part_whose_record_may_come_back_from_a_co
     assert snapshot(directory) == before
     path.write_text(record)
     assert main(["status", str(directory)]) == 0
-    assert (
-        f"complete, by names and sizes; jax-extract verify {directory} reads the bytes too" in capsys.readouterr().out
-    )
+    said = whole_lines(capsys.readouterr().out)
+    assert f"complete, by names and sizes; jax-extract verify {directory} reads the bytes too" in said
     path.write_text("{")
     assert main(["sweep", str(directory), "--torn"]) == 0
     assert not list(directory.glob("layer_*_batch_000001*"))

@@ -93,6 +93,49 @@ def test_an_option_that_cannot_be_is_refused(
     assert not (place / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "options", "said"),
+    [
+        ("walks", {"nodes": 10}, "a torus of 10 nodes is no square; give a square number from 9, such as NODES 100"),
+        ("walks", {"graph": "tor"}, "the graphs are: torus, ring, random_regular, erdos_renyi (GRAPH=tor)"),
+        ("train", {"learning_rate": "abc"}, "error: LEARNING_RATE 'abc' is no number\n"),
+        ("train", {"epochs": 0}, "error: EPOCHS 0 must be from 1"),
+        ("train", {"max_length": 129}, "error: MAX_LENGTH 129 is more than the max_position_embeddings 128"),
+        ("train", {"model_config": "config_3M_llama.json"}, "given as CONFIG; "),
+        ("train", {"mesh_shape": "2,1"}, "use MESH_SHAPE 1,1"),
+        ("token-representations", {"representations": "ffn_gat"}, "(REPRESENTATIONS=ffn_gat)"),
+        ("token-representations", {"source": "walks"}, "error: SOURCE 'walks' is none of 'tokens', 'occurrences'"),
+    ],
+)
+def test_with_check_only_a_mistake_is_told_before_anything_is_there_in_the_words_of_the_script(
+    command: str, options: dict[str, object], said: str, refused: Refused, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = place / "new"
+    needed: dict[str, dict[str, object]] = {
+        "walks": {"dataset_dir": new / "walks"},
+        "train": {"model_config": place / "preset.json", "dataset_dir": new / "walks", "output_dir": new / "run"},
+        "token-representations": {"model_path": new / "run" / "final_model", "representation_dir": new / "rows"},
+    }
+    given = {**needed[command], **options}
+    variables = {flag: {"model_config": "CONFIG"}.get(flag, flag.upper()) for flag in given}
+    monkeypatch.setenv("JAX_EXTRACT_VARIABLES", " ".join(f"{flag}={name}" for flag, name in variables.items()))
+    for flag, name in variables.items():
+        monkeypatch.setenv(name, str(given[flag]))
+    assert said in refused(command, **given, check_only=True)
+
+
+def test_with_check_only_nothing_is_made_where_nothing_is_wrong(place: Path) -> None:
+    new = place / "new"
+    for command, options in (
+        ("walks", {"dataset_dir": new / "walks"}),
+        ("train", {"model_config": place / "preset.json", "dataset_dir": new / "walks", "output_dir": new / "run"}),
+        ("token-representations", {"model_path": new / "final_model", "representation_dir": new / "rows"}),
+    ):
+        words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+        assert cli.main([command, *words, "--check_only", "True"]) == 0
+    assert not new.exists()
+
+
 def test_an_unknown_preset_is_refused_with_those_there_are(train: Refused, place: Path) -> None:
     (place / "config_2M_llama.json").write_text("{}")
     said = train(model_config=place / "config_3M_llama.json")

@@ -22,6 +22,8 @@ from torch_hooks import TorchChange, changed
 
 from jax_extract import Edit, Model, UserError, load_model, open_activations
 from jax_extract.forward.edit_files import read_edits
+from jax_extract.terminal import Terminal
+from jax_extract.verification.command import verify
 
 MOST = 24
 PROMPTS = random_ids([17, 9, 12], seed=21)
@@ -69,7 +71,7 @@ def greedy(name: str, prompt: np.ndarray, changes: list[TorchChange]) -> tuple[l
     return tokens[len(prompt) :], lead
 
 
-@pytest.fixture(scope="module", params=("qwen2_window", "gpt_neox", "gemma3"))
+@pytest.fixture(scope="module", params=("qwen2_window", "gpt_neox", "mistral"))
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -141,6 +143,25 @@ def test_extract_with_edits_writes_what_a_loaded_model_gives(folder: Path) -> No
     for sample in texts:
         got, rows = open_activations(folder / "torch").sample(sample).get(layer=4), run.sample(sample).get(layer=4)
         assert np.linalg.norm(got - rows) <= 1e-5 * np.linalg.norm(rows)
+
+
+def test_a_run_with_edits_is_verified_under_them(folder: Path) -> None:
+    """By Hugging Face's model with hooks; where torch is not there, by our own forward. Other edits are refused."""
+    assert run_cli(*words(folder, "run", *CAPTURE), cwd=folder).returncode == 0
+    verdict = verify(str(folder / "run"), terminal=Terminal(silent=True))
+    assert verdict.verdict == "verified"
+    assert "Hugging Face" in verdict.reference["name"]
+    assert len(verdict.samples) == len(PROMPTS)
+    (folder / "moved").mkdir()
+    for file in ("edits.yaml", "direction.npy", "several.npz"):
+        (folder / file).rename(folder / "moved" / file)
+    with pytest.raises(UserError, match="say where it is now with --edits"):
+        verify(str(folder / "run"), terminal=Terminal(silent=True))
+    moved = str(folder / "moved" / "edits.yaml")
+    assert verify(str(folder / "run"), edits=moved, terminal=Terminal(silent=True)).verdict == "verified"
+    np.save(folder / "moved" / "direction.npy", np.zeros_like(np.load(folder / "moved" / "direction.npy")))
+    with pytest.raises(UserError, match="are not those of the run"):
+        verify(str(folder / "run"), edits=moved, terminal=Terminal(silent=True))
 
 
 def test_edits_are_part_of_what_a_run_is(folder: Path) -> None:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from small_run import ROOT, run_cli, started
+from small_run import ROOT, run_cli, started, whole_lines
 from stage02 import make_walks, settings, trained, write_preset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -255,7 +255,7 @@ def test_a_walk_of_one_word_is_left_out_and_told(
     preset = write_preset(tmp_path / "p.json", num_hidden_layers=1)
     expected = trained(preset, dataset, tmp_path / "without")
     done = train(settings(preset, with_short, tmp_path / "run"))
-    assert "200 walks to train on, 30 to evaluate on" in (said := capsys.readouterr().out)
+    assert "200 walks to train on, 30 to evaluate on" in (said := whole_lines(capsys.readouterr().out))
     assert "; 2 walks of fewer than 2 words left out" in said
     assert done["loss"] == expected["loss"]
     names = [each["folder"] / "model.safetensors" for each in (done, expected)]

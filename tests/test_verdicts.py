@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
-from small_run import make_model, random_weights, write_weights
+from small_run import make_model, random_weights, whole_lines, write_weights
 
 from jax_extract.config import ExtractConfig
 from jax_extract.extraction.command import extract_to_directory
@@ -63,7 +63,7 @@ def test_rows_that_overflowed_are_counted_named_and_not_vouched_for(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(folder, tmp_path / "a", "float16")["not_finite_rows"] == 6
-    warning = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("warning"))
+    warning = next(line for line in whole_lines(capsys.readouterr().out).splitlines() if line.startswith("warning"))
     assert "6 rows hold infinite" in warning and "--capture_dtype bfloat16" in warning
     verdict = verify(str(tmp_path / "a"), samples=3)
     out = capsys.readouterr().out
@@ -73,11 +73,12 @@ def test_rows_that_overflowed_are_counted_named_and_not_vouched_for(
     for found in verdict.not_finite:
         assert (found.rows, found.infinite, found.undefined, found.samples) == (3, 9, 0, 2)
         assert sorted(found.first_samples) == ["loud", "loud too"]
-    assert "residual_before of layer 0: 3 rows with 9 infinite values, of " in out and "'loud too'" in out
-    assert "--capture_dtype bfloat16 or float32" in out
+    whole = whole_lines(out)
+    assert "residual_before of layer 0: 3 rows with 9 infinite values, of " in whole and "'loud too'" in whole
+    assert "--capture_dtype bfloat16 or float32" in whole
     table = [line for line in out.splitlines() if line.strip().startswith(("embeddings  ", "residual_before  "))]
     assert [line.partition("ok")[2] for line in table] == [", but 3 rows NOT FINITE"] * 2
-    assert out.splitlines()[-1].startswith("verdict  not finite: 6 rows with infinite or undefined values")
+    assert whole.splitlines()[-1].startswith("verdict  not finite: 6 rows with infinite or undefined values")
     said = json.loads((tmp_path / "a" / VERIFICATION_FILE).read_text())
     assert said["not_finite"][0]["rows"] == 3 and said["verdict"] == "not finite"
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 from jax_extract.config import ExtractConfig, check_captures
 from jax_extract.errors import UserError
+from jax_extract.layer_words import OPTION, LayerWord, layer_words
 from models.capture_plan import PATTERN_TOKENS
 from models.hooks import DEFAULT_HOOK_POINT
 
@@ -34,7 +35,8 @@ class CompileConfig:
       chat_template: put each text through the tokenizer's chat template as a user's turn.
       lengths: instead of tasks_file a file of how many tokens each sample has, one a line or a JSON list.
       revision: branch, tag or commit of a hub model.
-      layers_to_extract: layers, counted from 0; by default 10 to 23, or what the model has of them.
+      layers_to_extract: layers (--layers and --layer mean the same), counted from 0, or from the end: 12, -1 (the
+        last), 10-23 (both among them), all, or several of these; by default 10-23, or what the model has of them.
       hook_points: where in the block, by name, TransformerLens name or glob.
       attention_pattern_tokens: of attention_pattern: weights that a row has for each head, and the most tokens of a
         sample.
@@ -66,7 +68,7 @@ class CompileConfig:
     chat_template: bool = False
     lengths: str | None = None
     revision: str | None = None
-    layers_to_extract: tuple[int, ...] | None = None
+    layers_to_extract: tuple[LayerWord, ...] | None = None
     hook_points: tuple[str, ...] = (DEFAULT_HOOK_POINT,)
     attention_pattern_tokens: int = PATTERN_TOKENS
     positions: str = "last"
@@ -84,6 +86,9 @@ class CompileConfig:
     host_gb_per_second: float = 1.0
     host_tokens_per_second: float = 1_500_000
     explain: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, OPTION, layer_words(self.layers_to_extract))
 
     def check(self) -> None:
         if not self.model_path:

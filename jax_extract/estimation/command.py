@@ -92,11 +92,12 @@ def estimate(config: ExtractConfig, terminal: Terminal, processes: Processes | N
     compute, writes = None, {}
     if parts:
         places = [place.storage] if place.spool is None else [place.spool, place.storage]
-        with processes.together():
-            writes = {
-                str(storage): probe_writing(storage, lanes_for(str(storage), len(job.sites))) for storage in places
-            }
-        compute = probe_computing(job, weights, parts, shapes, budget, processes)
+        with terminal.waiting("timing a few steps"):
+            with processes.together():
+                writes = {
+                    str(storage): probe_writing(storage, lanes_for(str(storage), len(job.sites))) for storage in places
+                }
+            compute = probe_computing(job, weights, parts, shapes, budget, processes)
     apart = place.spool is not None or str(place.storage).startswith(BUCKET_SCHEME)
     free = place.written_to.free_bytes()
     return Estimate(config, work, reading, compute, writes, workers, parties if apart else 1, free)

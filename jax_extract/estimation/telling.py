@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from jax_extract.estimation.figures import Estimate
 from jax_extract.estimation.output import Output
+from jax_extract.extraction.summary import each_text
 from jax_extract.store.formats import SUFFIXES
 from jax_extract.store.parts import Site
 from jax_extract.store.storage.verbs import BUCKET_SCHEME
@@ -32,8 +33,9 @@ def tell(found: Estimate, terminal: Terminal) -> None:
         terminal.line("covers", f"{plural(output.samples, 'sample')}, as the first window foretells them")
     terminal.line(
         "output",
-        f"{plural(output.samples, 'sample')}, {plural(output.rows, 'row')} a site: {bytes_text(output.shard_bytes)} in "
-        f"{plural(output.shards, SUFFIXES[found.config.shard_format] + ' shard')}, the largest "
+        f"{plural(output.samples, 'sample')}, {plural(output.rows, 'row')} "
+        f"{each_text((site.hook, site.layer) for site in output.site_bytes)}: {bytes_text(output.shard_bytes)} in "
+        f"{plural(output.shards, SUFFIXES[found.config.shard_format] + ' file')}, the largest "
         f"{bytes_text(output.largest_shard)}",
     )
     terminal.line(

@@ -6,7 +6,7 @@ In: nothing. Out: `Program`, which the loop runs, and `Backend`, which a job has
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -17,6 +17,12 @@ from jax_extract.inputs.planning.slabs import PlanSettings, SlabShape
 from jax_extract.store.writer import Blocks
 from jax_extract.weights.open_model import OpenModel
 from models.capture_plan import CapturePlan
+
+Say = Callable[[str], object]  # is told what is done from now on, in a word
+
+
+def silent(_: str) -> None:
+    """Where nobody looks."""
 
 
 class Program(Protocol):
@@ -161,6 +167,7 @@ class Backend(Protocol):
         needed: Sequence[SlabShape],
         rows_travel: bool = False,
         edits: Edits | None = None,
+        say: Say = silent,
     ) -> Program:
         """Loads the weights and meanwhile makes ready for what is needed; this is where the real work begins.
 
@@ -169,6 +176,7 @@ class Backend(Protocol):
           shapes: that a slab may have.
           needed: those that are computed, the largest first.
           rows_travel, edits: see `Program`.
+          say: is told when the weights are there and programs are still compiled.
         """
         ...
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from jax_extract.errors import UserError
+from jax_extract.layer_words import LayerWord, layers_of, missing_text
 from jax_extract.store.parts import Site
 from jax_extract.weights.open_model import OpenModel
 from models.capture_plan import PATTERN_TOKENS, CapturePlan
@@ -21,24 +22,24 @@ from models.qwen2_jax_with_hooks import DEFAULT_SAE_LAYERS
 LONGEST_DEFAULT = 8_192
 
 
-def choose_layers(wanted: Iterable[int] | None, num_layers: int) -> tuple[int, ...]:
+def choose_layers(wanted: Iterable[LayerWord] | None, num_layers: int) -> tuple[int, ...]:
     """The layers to capture: the wanted ones, or 10 to 23 as far as the model has them, else all.
 
     A list equal to the default counts as the default, so the documented command serves every model.
     """
-    chosen = tuple(sorted(set(wanted))) if wanted is not None else None
+    chosen = layers_of(wanted, num_layers) if wanted is not None else None
     if chosen is None or chosen == tuple(DEFAULT_SAE_LAYERS):
         have = tuple(layer for layer in DEFAULT_SAE_LAYERS if layer < num_layers)
         return have or tuple(range(num_layers))
     for layer in chosen:
-        if not 0 <= layer < num_layers:
-            raise UserError(f"layer {layer} does not exist; the model has layers 0 to {num_layers - 1}")
+        if layer >= num_layers:
+            raise UserError(missing_text(layer, num_layers))
     return chosen
 
 
 def capture_plan(
     model: OpenModel,
-    layers: Iterable[int] | None,
+    layers: Iterable[LayerWord] | None,
     hook_points: Iterable[str],
     positions: str,
     capture_dtype: str,

@@ -41,7 +41,7 @@ from jax_extract.extraction.requirements import (
     require_samples,
 )
 from jax_extract.extraction.resumption import FINGERPRINT, Fingerprint, Resumption
-from jax_extract.extraction.session import Session, Windows, keep_in
+from jax_extract.extraction.session import Left, Session, Windows, keep_in
 from jax_extract.extraction.summary import (
     tell_input,
     tell_layout,
@@ -155,14 +155,14 @@ class _Plan(NamedTuple):
     """Attributes:
     windows: None where nothing is to be computed any more, and nobody has planned.
     digest: of what was planned.
-    tokens: that are still to be computed; None where nobody knows.
+    left: what is still to be computed; None where nobody knows.
     shapes: that a slab may have.
     pending: that slabs which are still to be computed have, as far as they are planned.
     """
 
     windows: Windows | None
     digest: str
-    tokens: int | None
+    left: Left | None
     shapes: Shapes
     pending: set[SlabShape]
 
@@ -241,10 +241,10 @@ class _Extraction:
         session = Session(config, processes, self.job, terminal, ledger, spool, budget, resumed.keeps, stored)
         if config.explain:
             tell_layout(self.job, self.weights, plan.shapes, terminal)
-        if plan.windows and plan.tokens != 0:
+        if plan.windows and (plan.left is None or plan.left.tokens):
             needed = sorted(plan.pending, reverse=True)
             session.compute(
-                plan.windows, committed, plan.tokens, lambda: self.job.program(self.weights, plan.shapes, needed)
+                plan.windows, committed, plan.left, lambda say: self.job.program(self.weights, plan.shapes, needed, say)
             )
         statistics = session.end()
         if not processes.is_first:
@@ -272,7 +272,8 @@ class _Extraction:
             setattr(counts, name, value)
         counts.opened_samples = 0  # told when that was new
         tell_input(self.source, counts, self.job, self.terminal)
-        return _Plan(None, last_plan["digest"], 0, tuple(SlabShape(*shape) for shape in last_plan["shapes"]), set())
+        shapes = tuple(SlabShape(*shape) for shape in last_plan["shapes"])
+        return _Plan(None, last_plan["digest"], Left(0, {}), shapes, set())
 
     def _check_plan(
         self, settings: PlanSettings, resumed: Resumption, found: Ledger | None, committed: Committed
@@ -314,15 +315,17 @@ class _Extraction:
             require_one_window(counts.samples)
             require_a_row_each(parts, self.job)
         require_rows(parts, self.job)
-        tell_plan(parts, self.job.step_counts(parts), self.terminal)
+        counted = self.job.step_counts(parts)
+        tell_plan(parts, counted, self.terminal)
         tell_without_rows(parts, self.job, self.terminal)
         pending = [part for part in parts if part.key not in committed]
         parties = max(self.processes.count, self.config.num_workers or 1)
         sizes = [self.job.bytes_stored(part.lengths) for part in pending]
         require_room(self.place, sum(sizes), parties, max(sizes, default=0))
         shapes = shapes_of(pending)
-        tokens = sum(part.tokens for part in pending)
-        return _Plan(planned.windows, windows[-1].digest, tokens, windows[0].shapes, shapes)
+        steps = (counted if len(pending) == len(parts) else self.job.step_counts(pending)).steps
+        left = Left(sum(part.tokens for part in pending), steps)
+        return _Plan(planned.windows, windows[-1].digest, left, windows[0].shapes, shapes)
 
     def _check_first_window(self, planned: PlannedInput) -> _Plan:
         tell_input(self.source, self.job.new_counts(), self.job, self.terminal)

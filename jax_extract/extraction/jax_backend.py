@@ -22,11 +22,13 @@ from jax_extract.devices.planner import Decision, ModelCounts, Request, choose_l
 from jax_extract.devices.platform import PlatformDefaults, device_kind, platform_defaults
 from jax_extract.devices.sharding import Layout
 from jax_extract.errors import UserError
-from jax_extract.extraction.backend import holds_several_a_row
+from jax_extract.extraction.backend import Say, holds_several_a_row, silent
+from jax_extract.extraction.cost import pair_work
 from jax_extract.extraction.program import CaptureProgram, captured_bytes, rows_travel
 from jax_extract.forward.edits import Edits
 from jax_extract.inputs.planning.slabs import PlanSettings, SlabShape
-from jax_extract.weights.load import Weights, parameter_shapes
+from jax_extract.progress import COMPILING
+from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
 from models.accelerated_attention import LARGEST_BLOCK, attention_backend, attention_block
 from models.capture_plan import CapturePlan
@@ -131,12 +133,7 @@ class JaxBackend:
         return numerics_fingerprint(self.numerics)
 
     def pair_cost(self, model: OpenModel, plan: CapturePlan) -> float:
-        blocks = plan.blocks_needed(model.config.num_hidden_layers)
-        if self.numerics.attention != "splash" or not blocks:
-            return 0.0
-        structure = parameter_shapes(model.port, model.config, blocks, self.dtype)
-        counts = ModelCounts.of(structure, model.config, blocks)
-        return counts.attention_flops(rows=1, length=1) / counts.product_flops(tokens=1)
+        return pair_work(model, plan) if self.numerics.attention == "splash" else 0.0
 
     @property
     def attention_block(self) -> int:
@@ -208,6 +205,7 @@ class JaxBackend:
         needed: Sequence[SlabShape],
         rows_travel: bool = False,
         edits: Edits | None = None,
+        say: Say = silent,
     ) -> CaptureProgram:
         """Parameters lie as suits the largest shape."""
         decision = self.layout(model, plan, weights, shapes, rows_travel)
@@ -218,4 +216,5 @@ class JaxBackend:
         program = CaptureProgram(model.port, model.config, params, plan, self.mesh, self.numerics, rows_travel, edits)
         with program.compiling(needed):
             program.use(weights.load(self.mesh, self.dtype, layout))
+            say(COMPILING)
         return program

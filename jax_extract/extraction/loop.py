@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from jax_extract.devices.exhaustion import refusing_exhaustion
-from jax_extract.extraction.backend import Program
+from jax_extract.extraction.backend import Program, Say, silent
 from jax_extract.extraction.schedule import Step, Work, steps
 from jax_extract.forward.edits import Placed
 from jax_extract.inputs.planning.slabs import SlabShape
 from jax_extract.inputs.planning.windows import Part
+from jax_extract.progress import COMPILING, COMPUTING
 from jax_extract.startup import seconds_since_start
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.lanes import Call, Countdown
@@ -113,9 +114,14 @@ def run_parts(
     program: Program,
     sink: PartSink,
     budget: ByteBudget,
-    on_progress: Callable[[LoopStatistics], None] = lambda _: None,
+    on_progress: Callable[[LoopStatistics, SlabShape], None] = lambda *_: None,
+    say: Say = silent,
 ) -> LoopStatistics:
     """Computes and commits the parts, in order; of a program on several hosts, this host's share of them.
+
+    Args:
+      on_progress: is told after every step what was done so far, and of which shape its slabs were.
+      say: is told where a program is still compiled, and when computing goes on.
 
     Raises:
       Whatever the computation or the sink raised, after the sink has let go of what was not durable.
@@ -123,6 +129,7 @@ def run_parts(
     statistics = LoopStatistics()
     feeder = _Feeder(sink, budget, program.plan.positions, program.host)
     in_flight: deque[tuple[Step, Any]] = deque()
+    ready: set[SlabShape] = set()
     started = time.perf_counter()
 
     def finish_oldest(room: int = 0) -> None:
@@ -136,7 +143,7 @@ def run_parts(
             stored = feeder.feed(_with_blocks(step, blocks, program), program.bytes_on_host(step.shape))
         statistics.add_step(step.shape, step.work[program.host], program.devices_of_host, stored)
         statistics.seconds = time.perf_counter() - started - statistics.compile_seconds
-        on_progress(statistics)
+        on_progress(statistics, step.shape)
 
     try:
         stream = steps(parts, program.hosts, program.devices_of_host, program.rows_travel)
@@ -146,7 +153,11 @@ def run_parts(
             if step is None:
                 break
             compiling = time.perf_counter()
+            if step.shape not in ready:
+                say(COMPILING)
             program.compiled(step.shape)
+            say(COMPUTING)
+            ready.add(step.shape)
             statistics.compile_seconds += time.perf_counter() - compiling
             needed = program.bytes_on_host(step.shape)
             while in_flight and not budget.fits(needed):  # nobody else would make the room that its rows take

@@ -18,13 +18,11 @@ from jax_extract.devices.processes import Processes
 from jax_extract.errors import UserError, damage_is_told
 from jax_extract.extraction.pending import Committed, parse_committed, read_committed
 from jax_extract.inputs.wrapping import Kept
-from jax_extract.store.ledger import COMMITS, RUN_FILE, UPLOADED, Ledger, RunStartedMeanwhile, part_name
+from jax_extract.store.ledger import COMMITS, CONFIG_FILE, RUN_FILE, UPLOADED, Ledger, RunStartedMeanwhile, part_name
 from jax_extract.store.storage.local import Directory
 from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.storage.verbs import Storage
 from jax_extract.store.upload import Uploader, open_copy
-
-CONFIG_FILE = "_run/config.yaml"
 
 _VISIBLE_SECONDS = 15  # network file systems show a new file late
 

@@ -13,6 +13,7 @@ import platform
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy as np
 from jax_extract.config import ExtractConfig
 from jax_extract.errors import UserError
 from jax_extract.extraction.accounting import StepCounts
-from jax_extract.extraction.backend import Backend, Loadable, Program
+from jax_extract.extraction.backend import Backend, Loadable, Program, Say, silent
 from jax_extract.extraction.capture import (
     capture_plan,
     captures_patterns,
@@ -28,6 +29,7 @@ from jax_extract.extraction.capture import (
     sequence_limit,
     sites_of,
 )
+from jax_extract.extraction.cost import StepCost
 from jax_extract.extraction.jax_backend import JaxBackend
 from jax_extract.extraction.schedule import steps
 from jax_extract.forward.edit_files import read_edits
@@ -260,10 +262,20 @@ class Job:
         """The tensors that will be loaded, checked by name and shape."""
         return self.backend.weights(self.model, self.plan)
 
-    def program(self, weights: Loadable, shapes: Collection[SlabShape], needed: Sequence[SlabShape] = ()) -> Program:
+    def program(
+        self,
+        weights: Loadable,
+        shapes: Collection[SlabShape],
+        needed: Sequence[SlabShape] = (),
+        say: Say = silent,
+    ) -> Program:
         """See `Backend.program`."""
         travel = self.backend.rows_travel(self.plan, self.model, shapes)
-        return self.backend.program(self.model, self.plan, weights, shapes, needed, travel, self.edits)
+        return self.backend.program(self.model, self.plan, weights, shapes, needed, travel, self.edits, say)
+
+    @cached_property
+    def step_cost(self) -> StepCost:
+        return StepCost.of(self.model, self.plan)
 
     def bytes_stored(self, lengths: np.ndarray) -> int:
         """Bytes of all the rows that samples of these lengths give, over all sites."""

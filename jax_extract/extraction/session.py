@@ -11,22 +11,24 @@ import contextlib
 import dataclasses
 import itertools
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.processes import Processes, leave
 from jax_extract.errors import UserError
-from jax_extract.extraction.backend import Program
+from jax_extract.extraction.backend import Program, Say
 from jax_extract.extraction.kept_windows import Keeper, Planned
 from jax_extract.extraction.loop import LoopStatistics, run_parts
 from jax_extract.extraction.pending import Committed, Worker, parse_committed, pending_parts, plan_json
 from jax_extract.extraction.preemption import on_preemption
 from jax_extract.extraction.prepare import Job
+from jax_extract.inputs.planning.slabs import SlabShape
 from jax_extract.inputs.planning.windows import Part, Window
 from jax_extract.inputs.tokenize import InputCounts
+from jax_extract.progress import LOADING
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.ledger import COMMITS, Ledger, part_name
 from jax_extract.store.metadata import write_metadata
@@ -38,6 +40,13 @@ _KEEPS_SECONDS = 5.0  # after trouble, for windows that wait to be kept
 _SPOOL_SHARE = 0.9  # of the free disk, for parts that are written, uploaded and deleted again
 
 Windows = Callable[[], Iterable[Planned]]  # the plan, from its beginning at each call
+
+
+class Left(NamedTuple):
+    """What is still to be computed, on all devices: real tokens, and how many steps of each slab shape."""
+
+    tokens: int
+    steps: Mapping[SlabShape, int]
 
 
 @dataclass
@@ -76,19 +85,21 @@ class Session:
         self,
         windows: Windows,
         committed: Committed,
-        tokens: int | None,
-        make_program: Callable[[], Program],
+        left: Left | None,
+        make_program: Callable[[Say], Program],
     ) -> None:
-        """Computes what is pending, `tokens` of it where that is known; `committed` is what was found at the start."""
+        """Computes what is pending, so much of it where that is known; `committed` is what was found at the start."""
         keeper = Keeper(self.ledger, self.attempt) if self.keeps_tokens and self.processes.is_first else None
-        is_stream = tokens is None
+        is_stream = left is None
         if keeper and not is_stream:  # all are there: they are kept while the first program is compiled
             for planned in windows():
                 keeper.keep(planned)
         wind_up = _KEEPS_SECONDS
         try:
-            with contextlib.closing(make_program()) as program:
-                self._compute(windows, committed, tokens, program, keeper if is_stream else None)
+            with self.terminal.waiting(LOADING) as waiting:
+                program = make_program(waiting.say)
+            with contextlib.closing(program):
+                self._compute(windows, committed, left, program, keeper if is_stream else None)
             wind_up = 0.0  # all is committed
         finally:
             if keeper and (trouble := keeper.close(wind_up)):
@@ -98,14 +109,19 @@ class Session:
         self,
         windows: Windows,
         committed: Committed,
-        tokens: int | None,
+        left: Left | None,
         program: Program,
         keeper: Keeper | None,
     ) -> None:
-        with self.terminal.progress(None if tokens is None else tokens // self.parties) as bar:
+        cost = self.job.step_cost
+        total = None if left is None else left.tokens // self.parties
+        # Processes of one program compute each step together, workers steps of their own.
+        in_all = None if left is None else cost.of_all(left.steps) / self.worker.count
+        with self.terminal.progress(total, cost=in_all) as bar:
 
-            def advance(so_far: LoopStatistics) -> None:
-                bar.update(self.statistics.tokens + so_far.tokens - bar.n)
+            def advance(so_far: LoopStatistics, shape: SlabShape) -> None:
+                seconds = self.statistics.seconds + so_far.seconds
+                bar.spend(self.statistics.tokens + so_far.tokens - bar.n, cost(shape), seconds)
 
             seen, before, again = 0, LoopStatistics(), False
             for number in itertools.count():
@@ -116,7 +132,7 @@ class Session:
                         f"parts were computed and none of them is in {self.ledger.storage}; see jax-extract status "
                         "and give the same command again"
                     )
-                done, again = self._round(self._pending(windows(), committed, steal, keeper), program, advance)
+                done, again = self._round(self._pending(windows(), committed, steal, keeper), program, advance, bar.say)
                 seen, before = len(committed), done
                 self.statistics.add(done)
                 if not (again or (self.worker.count > 1 and (done.parts or not steal))):
@@ -201,7 +217,11 @@ class Session:
             yield part
 
     def _round(
-        self, parts: Iterable[Part], program: Program, advance: Callable[[LoopStatistics], None]
+        self,
+        parts: Iterable[Part],
+        program: Program,
+        advance: Callable[[LoopStatistics, SlabShape], None],
+        say: Say,
     ) -> tuple[LoopStatistics, bool]:
         """Computes these parts; says what was done, and whether some must be written again."""
         uploader = None
@@ -239,7 +259,7 @@ class Session:
 
         try:
             with on_preemption(wind_up, linger=self.processes.count > 1 and self.processes.is_first):
-                done = run_parts(parts, program, sink, self.budget, advance)
+                done = run_parts(parts, program, sink, self.budget, advance, say)
                 if uploader is not None:
                     with done.waiting("writer"):
                         uploader.close()

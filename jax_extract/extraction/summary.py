@@ -6,7 +6,7 @@ In: the job, the input's counts, the plan, what came of it. Out: labelled lines 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -29,6 +29,7 @@ from jax_extract.store.formats import SUFFIXES
 from jax_extract.terminal import Terminal, bytes_text, plural, ranges_text, share_text
 from jax_extract.weights.open_model import OpenModel
 from models.capture_plan import CapturePlan
+from models.ports import Port
 
 _LEFT_OUT_NAMED = 3
 IDLE_TOLD = 0.1  # of what devices compute: more than that has a line of its own
@@ -70,6 +71,18 @@ def tell_model(job: Job, processes: int, terminal: Terminal) -> None:
         + f", mesh {mesh['data']},{mesh['model']}",
     )
     tell_model_notes(job.model, terminal)
+    if note := slower_text(job):
+        terminal.line("note", note)
+
+
+def slower_text(job: Job) -> str | None:
+    """Where JAX would do the same faster."""
+    if job.backend.name != "torch" or job.backend.device_kind != "cpu" or not isinstance(job.model.family, Port):
+        return None
+    return (
+        "--backend jax has a port of this model: on two processor cores it was 1.02 to 2.25 times as fast as Hugging "
+        "Face's own forward, most where prompts differ in length (docs/performance.md)"
+    )
 
 
 def tell_model_notes(model: OpenModel, terminal: Terminal) -> None:
@@ -84,6 +97,14 @@ def captures_text(plan: CapturePlan) -> str:
         f"{hook} at layers {ranges_text(layers)} ({len(layers)})" if layers else hook for hook, layers in plan.layers
     )
     return f"{hooks}; positions {plan.positions}, {plan.dtype}"
+
+
+def each_text(sites: Iterable[tuple[str, int | None]]) -> str:
+    """Of what there are so many rows each: `a layer`, `a hook point` or `a layer and hook point`."""
+    there = list(sites)
+    if all(layer is None for _, layer in there):
+        return "a hook point"
+    return "a layer" if len({hook for hook, _ in there}) == 1 else "a layer and hook point"
 
 
 def tell_input(source: Source, counts: InputCounts, job: Job, terminal: Terminal) -> None:
@@ -130,12 +151,12 @@ def _notes(counts: InputCounts, job: Job) -> Iterator[str]:
 
 def tell_plan(parts: Sequence[Part], counts: StepCounts, terminal: Terminal, fewer: str = "") -> None:
     """`counts` are those of all parts on the devices that are there; `fewer` as `idle_text` takes it."""
-    shapes = shapes_of(parts)
+    shapes, batches = shapes_of(parts), parts[-1].batch
+    files = "" if len(parts) == batches else f" in {plural(len(parts), 'file')} a layer"
     terminal.line(
         "plan",
-        f"{plural(parts[-1].batch, 'batch')} in {plural(len(parts), 'part')}, "
-        f"{plural(len(shapes), 'slab shape')} up to {max(shapes).length:,} tokens; "
-        f"{shares_text(counts.shares, counts.devices > 1)}{unseen_text(counts)}",
+        f"{plural(batches, 'batch')}{files}, rows of up to {plural(max(shapes).length, 'token')} in "
+        f"{plural(len(shapes), 'shape')}; {shares_text(counts.shares, counts.devices > 1)}{unseen_text(counts)}",
     )
     if counts.shares.idle > IDLE_TOLD:
         terminal.line("note", idle_text(counts, sum(map(len, parts)), fewer))
@@ -151,8 +172,12 @@ def tell_without_rows(parts: Sequence[Part], job: Job, terminal: Terminal) -> No
 
 def shares_text(shares: TokenShares, several_devices: bool) -> str:
     """`real 97.1%, padding within rows 1.9%, idle devices 1.0%`: of the tokens that devices compute."""
+    return f"real {share_text(shares.real)}, {_lost_text(shares, several_devices)}"
+
+
+def _lost_text(shares: TokenShares, several_devices: bool) -> str:
     idle = f", idle devices {share_text(shares.idle)}" if several_devices else ""
-    return f"real {share_text(shares.real)}, padding within rows {share_text(shares.padding)}{idle}"
+    return f"padding within rows {share_text(shares.padding)}{idle}"
 
 
 def unseen_text(counts: StepCounts) -> str:
@@ -205,8 +230,8 @@ def tell_result(metadata: Mapping[str, Any], statistics: LoopStatistics, place: 
         terminal.line(
             "done",
             f"{plural(statistics.samples, 'sample')}, {plural(statistics.tokens, 'token')} in "
-            f"{statistics.seconds:.1f} s: {statistics.tokens / statistics.seconds:,.0f} tokens/s "
-            f"(and {statistics.compile_seconds:.1f} s compiling); {shares_text(shares, several_devices)}",
+            f"{statistics.seconds:.1f} s: {statistics.tokens / statistics.seconds:,.0f} tokens/s, "
+            f"{statistics.compile_seconds:.1f} s compiling; {_lost_text(shares, several_devices)}",
         )
         terminal.line("stages", stages_text(statistics))
         if any(session.get("processes", 1) > 1 for session in sessions):
@@ -216,8 +241,9 @@ def tell_result(metadata: Mapping[str, Any], statistics: LoopStatistics, place: 
     shards = sum(len(batch["files"]) for batch in metadata["batches"])
     terminal.line(
         "output",
-        f"{plural(metadata['total_samples'], 'sample')}, {plural(metadata['total_rows'], 'row')} a site, "
-        f"{plural(shards, SUFFIXES[metadata['shard_format']] + ' shard')}, {bytes_text(metadata['total_bytes'])} "
+        f"{plural(metadata['total_samples'], 'sample')}, {plural(metadata['total_rows'], 'row')} "
+        f"{each_text((site['hook'], site['layer']) for site in metadata['sites'])}, "
+        f"{plural(shards, SUFFIXES[metadata['shard_format']] + ' file')}, {bytes_text(metadata['total_bytes'])} "
         f"in {place}/",
     )
     if bad := metadata["not_finite_rows"]:
@@ -239,16 +265,13 @@ def stages_text(statistics: LoopStatistics) -> str:
     waited, seconds = statistics.waited, statistics.seconds
     slowest = max(waited, key=lambda stage: waited[stage])
     others = ", ".join(f"{waited[stage]:.1f} s for {_STAGES[stage]}" for stage in _STAGES if stage != slowest)
-    return (
-        f"bound by {_STAGES[slowest]}: {waited[slowest]:.1f} of {seconds:.1f} s were spent waiting for it, {others}; "
-        f"the writer worked for {share_text(statistics.writer_busy / seconds if seconds else None)} of the time"
-    )
+    return f"bound by {_STAGES[slowest]}: {waited[slowest]:.1f} of {seconds:.1f} s spent waiting for it, {others}"
 
 
 def hosts_text(statistics: LoopStatistics) -> str:
     """Whether a host of a program sat out steps in which others computed; of the one that sat out most."""
     if not statistics.idle_steps:
-        return f"{plural(statistics.steps, 'step')}; every host had slabs to compute in each"
+        return f"{plural(statistics.steps, 'step')}; every host had something to compute in each"
     return (
         f"{plural(statistics.steps, 'step')}; the host that sat out most had nothing to compute in "
         f"{statistics.idle_steps} of them ({share_text(statistics.idle_steps / statistics.steps)})"

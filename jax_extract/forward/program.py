@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jax_extract.devices.sharding import BATCH_SPEC, CAPTURE_SPEC, make_gather
+from jax_extract.forward.batches import rounded
 from models.capture_plan import CapturePlan
 from models.decoder import Decoder
 from models.interventions import Intervention
@@ -80,10 +81,27 @@ class ForwardProgram:
         self.specs = jax.tree.map(lambda parameter: parameter.sharding.spec, params)
         self.decoder = Decoder(port, config, numerics, make_gather(self.specs))
         self._run = jax.jit(self._on_mesh, static_argnums=0)
+        self._lens = jax.jit(self._lens_on_mesh)
 
     def run(self, wanted: Wanted, inputs: Inputs, interventions: tuple[Intervention, ...] = ()) -> Outputs:
         """On the host; waits for it."""
         return jax.tree.map(np.asarray, self._run(wanted, self.params, inputs, interventions))
+
+    def logits_of(self, rows: np.ndarray) -> np.ndarray:
+        """Rows float32 [n, d] of the residual stream behind final norm and head -> [n, v]."""
+        size = self.mesh.size * rounded(-(-len(rows) // self.mesh.size))
+        padded = np.concatenate([rows, np.zeros((size - len(rows), rows.shape[1]), np.float32)])
+        return np.asarray(self._lens(self.params, padded[:, None]))[: len(rows), 0]
+
+    def _lens_on_mesh(self, params: Parameters, rows: Array) -> Array:
+        def on_device(params: Parameters, rows: Array) -> Array:
+            x = self.decoder.port.final_norm(self.decoder.config, params, rows, self.decoder.gather)
+            return self.decoder.logits(params, x)
+
+        given = (self.specs, BATCH_SPEC)
+        return jax.shard_map(on_device, mesh=self.mesh, in_specs=given, out_specs=BATCH_SPEC, check_vma=False)(
+            params, rows
+        )
 
     def _on_mesh(
         self, wanted: Wanted, params: Parameters, inputs: Inputs, interventions: tuple[Intervention, ...]

@@ -11,7 +11,8 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property, partial
@@ -67,11 +68,13 @@ from jax_extract.inputs.sources import Source
 from jax_extract.inputs.token_table import PROMPT_TOKENS, TokenizedSample
 from jax_extract.inputs.tokenize import InputCounts, tokenizer_digest
 from jax_extract.inputs.wrapping import Kept
+from jax_extract.progress import COMPILING, LOADING, Progress
 from jax_extract.terminal import Terminal, plural, share_text
 from jax_extract.weights.load import Weights
 from models.layers import Numerics
 
 _FEW_ENDED = 0.5  # of answers
+_ANSWERING = "answering"
 
 
 def infer(config: ExtractConfig, *, extracts: bool = True, terminal: Terminal | None = None) -> dict[str, Any]:
@@ -194,7 +197,8 @@ class _Inference:
         pending = [batch for batch in ordered if batch.number not in there]
         if pending:
             self._tell(samples, batches, pending, sampling)
-            program = self._program(weights, sampling)
+            with self.terminal.waiting(LOADING):
+                program = self._program(weights, sampling)
             plans = readings(batches, self._backend.devices, self.job.plan_settings(config))
             by_number = {batch.number: plan for batch, plan in zip(batches, plans, strict=True)}
             answerer = _Answerer(self, program, files, most)
@@ -387,6 +391,7 @@ class _Answerer:
     Attributes:
       most: tokens of an answer.
       counts: so far.
+      known: shapes of what was computed already, the programs of which are there.
     """
 
     inference: _Inference
@@ -394,6 +399,7 @@ class _Answerer:
     files: AnswerFiles
     most: int
     counts: _Counts = field(default_factory=_Counts)
+    known: set[tuple[int, ...]] = field(default_factory=set)
 
     def run(self, batches: Sequence[tuple[Batch, Reading]]) -> dict[int, list[Answer]]:
         done: dict[int, list[Answer]] = {}
@@ -405,7 +411,7 @@ class _Answerer:
         total = sum(prompt.length + self.most for batch, _ in batches for prompt in batch.samples)
         start = time.monotonic()
         with (
-            self.inference.terminal.progress(total, "answer") as bar,
+            self.inference.terminal.progress(total, _ANSWERING) as bar,
             on_preemption(wind_up, linger=processes.count > 1 and processes.is_first),
         ):
             for batch, reading in batches:
@@ -423,15 +429,29 @@ class _Answerer:
         """What another independent worker has answered meanwhile."""
         return self.files.read(batch) if self.inference.config.worker_id is not None else None
 
-    def _answers(self, batch: Batch, reading: Reading, bar: Any) -> list[Answer]:
-        edits = self.inference.job.edits
-        pieces = list(answered(self.program, reading, batch.columns, self.most, edits, partial(self._count, bar)))
+    def _answers(self, batch: Batch, reading: Reading, bar: Progress) -> list[Answer]:
+        pieces = list(
+            answered(
+                *(self.program, reading, batch.columns, self.most, self.inference.job.edits),
+                count=partial(self._count, bar),
+                around=partial(self._compiling, bar),
+            )
+        )
         tokens = np.concatenate(pieces, axis=1)[:, : self.most]
         by_sample = {prompt.sample_index: tokens[place] for place, prompt in reading.prompts()}
         model, stops = self.inference.job.model, self.inference.stops
         return [answer_of(model, stops, prompt, by_sample[prompt.sample_index]) for prompt in batch.samples]
 
-    def _count(self, bar: Any, read: int, written: int) -> None:
+    @contextmanager
+    def _compiling(self, bar: Progress, shape: tuple[int, ...]) -> Iterator[None]:
+        """Says so where a program is compiled inside, which the first of a shape does."""
+        if shape not in self.known:
+            bar.say(COMPILING)
+        yield
+        self.known.add(shape)
+        bar.say(_ANSWERING)
+
+    def _count(self, bar: Progress, read: int, written: int) -> None:
         bar.update(read + written)
         self.counts.read += read
         self.counts.written += written

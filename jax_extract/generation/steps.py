@@ -6,6 +6,7 @@ In: a program, prompts as they are read, how long answers may be. Out: their tok
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import jax
 import numpy as np
@@ -30,6 +31,7 @@ def answered(
     most: int,
     edits: Edits | None = None,
     count: Callable[[int, int], None] = lambda _read, _written: None,
+    around: Callable[[tuple[int, ...]], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> Iterator[np.ndarray]:
     """int32 [rows, STEPS] until all answers have ended or have `most` tokens.
 
@@ -37,6 +39,7 @@ def answered(
       prompt_columns: room for a prompt.
       edits: that are made.
       count: is told tokens of prompts that were read, and tokens that were written.
+      around: a step, of which one program is compiled for each of the shapes that this is given.
     """
     lengths, samples = (np.zeros(reading.devices * reading.rows, np.int32) for _ in range(2))
     for place, prompt in reading.prompts():
@@ -46,15 +49,17 @@ def answered(
     edits = edits or Edits((), 0)
     for slabs in reading.steps():
         made = edits.interventions(slabs.placed, slabs.tokens.shape, reading.devices, slabs.lengths.shape[1])
-        state = program.read(state, slabs.tokens, slabs.lengths, slabs.rows, made)
-        jax.block_until_ready(state.token)  # what is told to be read has been
+        with around((*slabs.tokens.shape, *slabs.lengths.shape, len(lengths), prompt_columns + room)):
+            state = program.read(state, slabs.tokens, slabs.lengths, slabs.rows, made)
+            jax.block_until_ready(state.token)  # what is told to be read has been
         count(int(slabs.lengths.sum()), 0)
     state = program.ready(state)
     placed = [Placed(place, 0, prompt) for place, prompt in reading.prompts()]
     following = edits.while_answering(placed, len(lengths), room)
     for at in range(0, most, STEPS):
-        state, told, unfinished = program.answer(state, following)
-        piece = np.asarray(told)
+        with around((len(lengths), prompt_columns + room)):
+            state, told, unfinished = program.answer(state, following)
+            piece = np.asarray(told)
         count(0, int(np.sum(piece[:, : most - at] != NO_TOKEN)))
         yield piece
         if not int(unfinished):

@@ -7,7 +7,6 @@ To add an encoder, add one entry to `ENCODERS`; its `decode` must undo its `enco
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from types import MappingProxyType
 
 from jax_extract.errors import UserError
 from jax_extract.inputs.arc_task import COLOURS, ArcTask, Grid, grid_from_rows
+from models.nearest import nearest
 
 DEFAULT_ENCODER = "digits"
 
@@ -39,8 +39,8 @@ class GridEncoder:
 def grid_encoder(name: str) -> GridEncoder:
     """The encoder called `name`; a UserError with the nearest name where there is none."""
     if name not in ENCODERS:
-        near = difflib.get_close_matches(name, ENCODERS, n=1)
-        hint = f"did you mean {near[0]!r}? The encoders are" if near else "take one of"
+        near = nearest(name, ENCODERS)
+        hint = f"did you mean {near!r}? The encoders are" if near else "take one of"
         raise UserError(f"There is no grid encoder {name!r}: {hint} {', '.join(ENCODERS)}.")
     return ENCODERS[name]
 

@@ -7,7 +7,6 @@ task. The first `VALIDATION_SAMPLES` of the validation split, in its order, are 
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from jax_extract.errors import UserError
 from jax_extract.inputs.fields import checked_id, checked_text
+from models.nearest import nearest
 
 VALIDATION_SAMPLES = 750
 MAX_LENGTH = 384  # of a prompt with its answer, in tokens
@@ -118,8 +118,8 @@ def benchmark_named(name: str) -> Benchmark:
     if found := plain.get(_plain(name)):
         return found
     names = ", ".join(benchmark.name for benchmark in BENCHMARKS)
-    near = difflib.get_close_matches(_plain(name), plain, n=1)
-    meant = f"; did you mean {plain[near[0]].name}?" if near else ""
+    near = nearest(_plain(name), plain)
+    meant = f"; did you mean {plain[near].name}?" if near else ""
     raise UserError(f"task {name[:80]!r} is none of {names}{meant}")
 
 

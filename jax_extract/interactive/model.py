@@ -50,6 +50,7 @@ from jax_extract.interactive.requests import (
     tokenized,
     with_answers,
 )
+from jax_extract.layer_words import Layers
 from jax_extract.store.reader import Run
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
@@ -304,11 +305,29 @@ class Model:
         )
         return collected_gradients(self._job(plan), samples, found)
 
+    def logits_of(self, rows: Any) -> np.ndarray:
+        """What the final norm and the head make of rows of the residual stream: the logit lens.
+
+        Args:
+          rows: [rows, width], such as those of `after_block`.
+
+        Returns:
+          float32 [rows, vocabulary].
+
+        Raises:
+          UserError: they have another width.
+        """
+        width = self.config.hidden_size
+        values = np.asarray(rows, np.float32)
+        if values.ndim != 2 or values.shape[1] != width:  # noqa: PLR2004 (rows and width)
+            raise UserError(f"rows have the shape {list(values.shape)}; expected [rows, {width}]")
+        return self._program.logits_of(values)
+
     def extract(
         self,
         texts: Sequence[str] | Mapping[str, str],
         *,
-        layers: Iterable[int] | int | None = None,
+        layers: Layers | None = None,
         hook_points: Iterable[str] = (DEFAULT_HOOK_POINT,),
         positions: str = "last",
         edits: Iterable[Edit] = (),
@@ -330,7 +349,7 @@ class Model:
         if made := Edits.of(edits, self._opened):
             made.require_seen(job.plan, False)
             job = replace(job, edits=made)
-        return extracted(job, config, named_texts(texts), progress, lambda _: self._capture_program(job))
+        return extracted(job, config, named_texts(texts), progress, lambda *_: self._capture_program(job))
 
     def _capture_program(self, job: Job) -> Any:
         if isinstance(self._backend, JaxBackend):

@@ -13,14 +13,16 @@ from typing import Any
 
 from jax_extract.config import ExtractConfig
 from jax_extract.errors import UserError
-from jax_extract.extraction.backend import Program
+from jax_extract.extraction.backend import Program, Say
 from jax_extract.extraction.loop import STEPS_IN_MEMORY, LoopStatistics, run_parts
 from jax_extract.extraction.prepare import Job, wrapping_of
-from jax_extract.inputs.planning.slabs import Shapes
+from jax_extract.inputs.planning.slabs import Shapes, SlabShape
 from jax_extract.inputs.planning.windows import shapes_of
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.text import named_texts
 from jax_extract.inputs.wrapping import Kept
+from jax_extract.layer_words import Layers, layer_words
+from jax_extract.progress import LOADING
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.memory import MemorySink
 from jax_extract.store.reader import Run
@@ -32,7 +34,7 @@ def extract(
     model: str,
     texts: Sequence[str] | Mapping[str, str],
     *,
-    layers: Iterable[int] | int | None = None,
+    layers: Layers | None = None,
     hook_points: Iterable[str] = (DEFAULT_HOOK_POINT,),
     positions: str = "last",
     progress: bool = False,
@@ -43,7 +45,9 @@ def extract(
     Args:
       model: Hugging Face folder, hub id or .gguf file.
       texts: prompts, with ids where it is a mapping; else the ids are "0", "1", ….
-      layers, hook_points, positions: as the flags of the command.
+      layers: 12, -1 (the last), "10-23" (both among them), "all", or a list of these; by default 10 to 23, or what the
+        model has of them.
+      hook_points, positions: as the flags of the command.
       progress: show the lines and the bar of the command.
       options: further fields of `ExtractConfig`: dtype, capture_dtype, batch_size, mesh_shape,
         max_seq_length, slab_tokens, attention_pattern_tokens, chat_template, system_prompt, chat_template_kwargs (a
@@ -57,12 +61,16 @@ def extract(
     """
     config = extract_config(str(model), layers, hook_points, positions, options)
     job = Job.open(config)
-    return extracted(job, config, named_texts(texts), progress, lambda shapes: job.program(job.weights(), shapes))
+
+    def program(shapes: Shapes, say: Say) -> Program:
+        return job.program(job.weights(), shapes, say=say)
+
+    return extracted(job, config, named_texts(texts), progress, program)
 
 
 def extract_config(
     model: str,
-    layers: Iterable[int] | int | None,
+    layers: Layers | None,
     hook_points: Iterable[str],
     positions: str,
     options: Mapping[str, Any],
@@ -72,10 +80,9 @@ def extract_config(
     known = NOTEBOOK_OPTIONS if known is None else known
     if unknown := sorted(set(options) - known):
         raise UserError(f"extract has no option {unknown[0]!r}; its options are: {', '.join(sorted(known))}")
-    chosen = (layers,) if isinstance(layers, int) else None if layers is None else tuple(int(i) for i in layers)
     config = ExtractConfig(
         model_path=model,
-        layers_to_extract=chosen,
+        layers_to_extract=layer_words(layers, "layers"),
         hook_points=(hook_points,) if isinstance(hook_points, str) else tuple(hook_points),
         positions=positions,
         **options,
@@ -89,7 +96,7 @@ def extracted(
     config: ExtractConfig,
     samples: Iterable[Sample],
     progress: bool,
-    make_program: Callable[[Shapes], Program],
+    make_program: Callable[[Shapes, Say], Program],
 ) -> Run:
     """A run in memory; the program is made when the shapes of its slabs are known."""
     settings = job.plan_settings(config)
@@ -103,15 +110,19 @@ def extracted(
     pending = [part for window in windows for part in window.parts]
     shapes = shapes_of(pending)
     budget = ByteBudget(STEPS_IN_MEMORY * job.bytes_on_host(shapes))
+    terminal = Terminal(silent=not progress)
+    with terminal.waiting(LOADING) as waiting:
+        program = make_program(windows[0].shapes, waiting.say)
+    cost = job.step_cost
     with (
-        contextlib.closing(make_program(windows[0].shapes)) as program,
-        Terminal(silent=not progress).progress(counts.tokens) as bar,
+        contextlib.closing(program),
+        terminal.progress(counts.tokens, cost=cost.of_all(job.step_counts(pending).steps)) as bar,
     ):
 
-        def advance(so_far: LoopStatistics) -> None:
-            bar.update(so_far.tokens - bar.n)
+        def advance(so_far: LoopStatistics, shape: SlabShape) -> None:
+            bar.spend(so_far.tokens - bar.n, cost(shape), so_far.seconds)
 
-        statistics = run_parts(pending, program, sink, budget, advance)
+        statistics = run_parts(pending, program, sink, budget, advance, bar.say)
     metadata = {
         **job.identity(),
         **job.description(),

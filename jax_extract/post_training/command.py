@@ -97,6 +97,8 @@ def representations(config: PostTrainingConfig, terminal: Terminal | None = None
             "note",
             f"the rows are --pooling {begun}, as those that are there; new folders have {DEFAULT_POOLING}",
         )
+    if note := extractors[0].note():
+        terminal.line("note", note)
     if config.skip_half_saved and (passed_over := half_saved_models(config.results)):
         terminal.line("half-saved", f"passed over: {', '.join(folder.name for folder in passed_over)}")
     terminal.line("tasks", "; ".join(map(str, tasks.values())))
@@ -104,7 +106,7 @@ def representations(config: PostTrainingConfig, terminal: Terminal | None = None
         there, written, undefined = 0, 0, 0
         for number, (subject, extractor, folder) in enumerate(zip(subjects, extractors, folders, strict=True), 1):
             task = tasks[subject.name.task]
-            bar.set_description_str(f"{_called(subject)} ({number} of {len(subjects)})")
+            bar.say(f"{_called(subject)} ({number} of {len(subjects)})")
             before = bar.n
             metadata = extractor.save(
                 task.samples,

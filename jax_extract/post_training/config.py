@@ -23,7 +23,9 @@ _LARGEST_SEED = 2**32 - 1
 class PostTrainingConfig:
     """Representations of all models that were trained in a results folder, and of their base model.
 
-    Each prompt of a task's validation samples gives one row a layer. The same command again goes on where it was.
+    Each prompt of a task's validation samples gives one row a layer.
+
+    The same command again goes on where it was.
 
     Attributes:
       results_dir: the folder with full_finetune_TIME/ and lora_TIME/ that jax-extract finetune has filled.

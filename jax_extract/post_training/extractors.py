@@ -18,11 +18,12 @@ from jax_extract.config import ExtractConfig
 from jax_extract.errors import UserError, user_path
 from jax_extract.extraction.command import extract_to_directory
 from jax_extract.extraction.prepare import Job
-from jax_extract.extraction.summary import captures_text
+from jax_extract.extraction.summary import captures_text, slower_text
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.sources import Source
 from jax_extract.inputs.text import named_texts
 from jax_extract.interactive.notebook import extract
+from jax_extract.layer_words import Layers, LayerWord, layer_words
 from jax_extract.post_training.adapter_weights import FOLDER, Matrices, adapter_weights, save_adapter_weights
 from jax_extract.post_training.pooling import DEFAULT_POOLING, begun_with, pooling_of, pooling_text
 from jax_extract.store.reader import Run
@@ -41,7 +42,7 @@ class RepresentationExtractor:
     Attributes:
       model_path: Hugging Face folder, hub id, or .gguf file.
       revision: branch, tag or commit of a hub id.
-      layers: by default all.
+      layers: as `extract` takes them: 12, -1, "10-23" or a list of these; by default all.
       hook_points: by default the output of every block and the final hidden states.
       pooling: `mean_from:k`, the mean over a text's tokens from token k on, `mean`, over all of them, or `last`, its
         last token; by default `mean_from:1`, and in a folder that was begun, what it was begun with.
@@ -55,7 +56,7 @@ class RepresentationExtractor:
     model_path: str
     _: KW_ONLY
     revision: str | None = None
-    layers: Sequence[int] | int | None = None
+    layers: Layers | None = None
     hook_points: Sequence[str] | str = ("after_block", "final_norm")
     pooling: str | None = None
     max_length: int | None = None
@@ -69,10 +70,7 @@ class RepresentationExtractor:
         """UserError for what no representations can be had of."""
         given = {"model_path": str(self.model_path), "hook_points": _words(self.hook_points)}
         if self.layers is not None:
-            layers = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
-            if not all(isinstance(layer, int) for layer in layers):
-                raise UserError(f"layers {layers!r:.80} are not whole numbers; give numbers from 0")
-            given["layers"] = layers
+            given["layers"] = layer_words(self.layers, "layers")
         if self.pooling is not None:
             given["pooling"] = pooling_of(self.pooling)
         for name, value in given.items():
@@ -101,6 +99,10 @@ class RepresentationExtractor:
         """What is captured and how it is computed, for a person."""
         backend = self._job.backend
         return f"{captures_text(self._job.plan)}; in {backend.dtype} with {backend.name} on {backend.device_kind}"
+
+    def note(self) -> str | None:
+        """Where another backend would be faster."""
+        return slower_text(self._job)
 
     @cached_property
     def _job(self) -> Job:
@@ -185,11 +187,9 @@ class RepresentationExtractor:
             "allow_numeric_change": True,  # a run of one part is computed in one session, and tells in which
         }
 
-    def _layers(self) -> tuple[int, ...]:
-        if self.layers is not None:
-            assert not isinstance(self.layers, int)  # see above
-            return tuple(self.layers)
-        return tuple(range(self._model.config.num_hidden_layers))
+    def _layers(self) -> tuple[LayerWord, ...]:
+        words = layer_words(self.layers)
+        return ("all",) if words is None else words
 
     @cached_property
     def _model(self) -> OpenModel:

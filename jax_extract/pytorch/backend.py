@@ -16,7 +16,7 @@ import numpy as np
 
 from jax_extract.devices.platform import PlatformDefaults
 from jax_extract.errors import UserError
-from jax_extract.extraction.backend import holds_several_a_row
+from jax_extract.extraction.backend import Say, holds_several_a_row, silent
 from jax_extract.forward.edits import Edits
 from jax_extract.inputs.planning.slabs import PlanSettings, SlabShape
 from jax_extract.weights.load import Weights
@@ -175,6 +175,7 @@ class TorchBackend:
         needed: Sequence[SlabShape],
         rows_travel: bool = False,
         edits: Edits | None = None,
+        say: Say = silent,
     ) -> Any:
         import torch
 

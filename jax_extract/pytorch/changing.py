@@ -27,16 +27,17 @@ def changed(model: Any, modules: Mapping[str, Module], interventions: Sequence[I
     """Inside, they are made."""
     with contextlib.ExitStack() as hooks:
         for intervention in reversed(interventions):  # each before those that are there, and all before what looks
-            for layer in layers_of(intervention):
+            for layer in layers_of(intervention, model.config.num_hidden_layers):
                 hook(model, modules, intervention.hook, layer, _change(intervention, layer), hooks, prepend=True)
         yield
 
 
-def layers_of(intervention: Intervention) -> list[int | None]:
-    """Those at which it changes something; none of a hook point that has none."""
+def layers_of(intervention: Intervention, blocks: int) -> list[int | None]:
+    """Those at which it changes something, of so many; of a hook point that has none, None."""
     if intervention.hook in ("embeddings", "final_norm"):
         return [None]
-    return [int(layer) for layer in np.flatnonzero(intervention.layers.any(axis=0))]
+    last = blocks + (intervention.hook == "residual_before")
+    return [int(layer) for layer in np.flatnonzero(intervention.layers.any(axis=0)) if layer < last]
 
 
 def hook(

@@ -187,6 +187,14 @@ class TorchForward:
             job.edits,
         )
 
+    def logits_of(self, rows: np.ndarray) -> np.ndarray:
+        """See `ForwardProgram.logits_of`."""
+        if not (norm := self.modules.get("final_norm")) or not norm.path:
+            raise UserError("no port computes this model, so where its final norm lies is not known here")
+        with torch.inference_mode():
+            given = torch.from_numpy(rows)[None].to(self.device, next(self._causal.parameters()).dtype)
+            return self.logits(self.base.get_submodule(norm.path)(given))[0].float().cpu().numpy()
+
     def answering(self, model: OpenModel) -> TorchAnswers:
         from jax_extract.pytorch.answering import TorchAnswers
 

@@ -102,7 +102,7 @@ def load_ours(model: OpenModel, layers: int, dtype: torch.dtype, head: bool = Fa
     heads: dict[str, str] = _stored_heads(loaded, model) if head else {}
     with torch.no_grad():
         for name, parameter in loaded.named_parameters():
-            whole = heads.get(name, name) if head else model.family.prefix + name
+            whole = (heads.get(name) or name) if head else model.family.prefix + name
             bare = whole.removeprefix(model.family.prefix)
             values = model.checkpoint.read(whole if whole in stored else bare)
             parameter.copy_(torch.from_numpy(values.astype(np.float32)))

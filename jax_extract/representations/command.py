@@ -20,16 +20,19 @@ import numpy as np
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.choice import use_devices
 from jax_extract.errors import UserError, user_path
+from jax_extract.extraction.jax_backend import open_mesh
 from jax_extract.extraction.loop import STEPS_IN_MEMORY, LoopStatistics, run_parts
 from jax_extract.extraction.prepare import Job
 from jax_extract.extraction.summary import captures_text, tell_model
 from jax_extract.inputs.graphs import Graph
+from jax_extract.inputs.planning.slabs import SlabShape
 from jax_extract.inputs.planning.windows import Part, Window, plan_windows
 from jax_extract.inputs.text import jsonl_samples
 from jax_extract.inputs.token_table import TokenizedSample
 from jax_extract.inputs.tokenize import InputCounts
 from jax_extract.inputs.walk_dataset import WalkDataset
 from jax_extract.inputs.wrapping import Wrapping
+from jax_extract.progress import LOADING
 from jax_extract.representations.averages import TokenMeans, bytes_of_sums
 from jax_extract.representations.config import RepresentationsConfig
 from jax_extract.representations.distances import GraphDistances, graph_distances, measurable
@@ -37,6 +40,7 @@ from jax_extract.store.budget import ByteBudget, default_limit
 from jax_extract.store.folders import require_usable, write_file
 from jax_extract.terminal import Terminal, bytes_text, plural
 from jax_extract.weights.open_model import OpenModel
+from models.hooks import resolve_hook_points
 
 NPZ_FILE, INFO_FILE = "token_representations.npz", "representation_info.json"
 _TOKENS_AT_ONCE, _WALKS_AT_ONCE = 512, 64
@@ -52,21 +56,25 @@ def token_representations(config: RepresentationsConfig, terminal: Terminal | No
     terminal = terminal or Terminal()
     folder = user_path(config.representation_dir, "--representation_dir")
     require_usable(folder, "--representation_dir")
+    if config.check_only:
+        resolve_hook_points(config.representations)
+        use_devices(config.device)
+        open_mesh(config.mesh_shape)
+        return {}
     model = OpenModel.open(config.model_path)
     dataset = None
     if config.dataset_dir is not None:
         dataset = WalkDataset.open(user_path(config.dataset_dir, "--dataset_dir"), config.text_column)
         _require_same_vocabulary(model, dataset)
     use_devices(config.device)
-    return _Representations(config, folder, dataset, _job(config, model), terminal).run()
+    return _Representations(config, folder, dataset, _job(config), terminal).run()
 
 
-def _job(config: RepresentationsConfig, model: OpenModel) -> Job:
-    layers = tuple(range(model.config.num_hidden_layers)) if config.layers is None else config.layers
+def _job(config: RepresentationsConfig) -> Job:
     return Job.open(
         ExtractConfig(
             model_path=config.model_path,
-            layers_to_extract=layers,
+            layers_to_extract=("all",) if config.layers is None else config.layers,
             hook_points=config.representations,
             positions="all",
             dtype=config.dtype,
@@ -127,15 +135,16 @@ class _Representations:
         if (first := next(windows, None)) is None:
             raise UserError("the walks hold no token; make the dataset anew with jax-extract walks")
         budget = ByteBudget(STEPS_IN_MEMORY * job.bytes_on_host(first.shapes))
-        program = job.program(job.weights(), first.shapes, first.shapes[-1:])
+        with self.terminal.waiting(LOADING) as waiting:
+            program = job.program(job.weights(), first.shapes, first.shapes[-1:], waiting.say)
         means = TokenMeans(job.sites, vocab_size)
         total = vocab_size if self.config.source == "tokens" else None
-        with self.terminal.progress(total, "extract") as bar:
+        with self.terminal.progress(total) as bar:
 
-            def advance(so_far: LoopStatistics) -> None:
+            def advance(so_far: LoopStatistics, _: SlabShape) -> None:
                 bar.update(so_far.tokens - bar.n)
 
-            run_parts(_parts(itertools.chain([first], windows)), program, means, budget, advance)
+            run_parts(_parts(itertools.chain([first], windows)), program, means, budget, advance, bar.say)
         return means
 
     def _samples(self, vocab_size: int, counts: InputCounts) -> Iterator[TokenizedSample]:

@@ -11,6 +11,7 @@ from typing import Literal
 from jax_extract.devices.choice import DeviceChoice
 from jax_extract.errors import UserError
 from jax_extract.inputs.walk_dataset import TEXT_COLUMN
+from jax_extract.layer_words import LayerWord, layer_words
 from models.hooks import DEFAULT_HOOK_POINT
 
 
@@ -22,7 +23,8 @@ class RepresentationsConfig:
       model_path: Hugging Face folder, such as final_model/ or checkpoint-STEP/, hub id, or .gguf file.
       representation_dir: folder for token_representations.npz and representation_info.json; what is there is replaced.
       representations: hook points, such as residual_before after_attention after_block ffn_gate ffn_up.
-      layers: counted from 0; by default all.
+      layers: counted from 0, or from the end: 3, -1 (the last), 2-5 (both among them), all, or several of these; by
+        default all.
       source: tokens: each token alone, as an input of one token; occurrences: its mean over all walks of dataset_dir.
       dataset_dir: of the walks; with its graph.json, distances of representations by distance in the graph are told.
       walks: which walks of dataset_dir the occurrences are in.
@@ -31,12 +33,14 @@ class RepresentationsConfig:
       device: auto, cpu, gpu or tpu.
       mesh_shape: DATA,MODEL over all devices; by default all on DATA.
       batch_size: samples that a device computes at once; by default 512 tokens, or 64 walks.
+      check_only: refuse what would be refused of these options, and compute nothing; model_path and dataset_dir may
+        still have to be made.
     """
 
     model_path: str
     representation_dir: str
     representations: tuple[str, ...] = (DEFAULT_HOOK_POINT,)
-    layers: tuple[int, ...] | None = None
+    layers: tuple[LayerWord, ...] | None = None
     source: Literal["tokens", "occurrences"] = "tokens"
     dataset_dir: str | None = None
     walks: Literal["train", "validation"] = "train"
@@ -45,6 +49,10 @@ class RepresentationsConfig:
     device: DeviceChoice = "auto"
     mesh_shape: str | None = None
     batch_size: int | None = None
+    check_only: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", layer_words(self.layers, "--layers"))
 
     def check(self) -> None:
         if not self.representations:

@@ -4,6 +4,7 @@ In: the run's identity, plans, commit records. Out: `_run/run.json` and one crea
 part without a record does not exist; everything else about a run follows from these files.
 
     _run/run.json               what the run is; written once
+    _run/config.yaml            the options of the command that began it
     _run/plan/NNNNNN.json       the plan of a window; written once
     _run/tokens/NNNNNN.safetensors  a window's samples as token ids, until the run is whole; see token_files.py
     _run/parts/B_P*.safetensors sidecars: samples, token ids, positions, offsets and checksums of the files
@@ -28,6 +29,7 @@ from jax_extract.store.storage.verbs import Storage
 
 FORMAT_VERSION = 1
 RUN_FILE = "_run/run.json"
+CONFIG_FILE = "_run/config.yaml"
 PLAN, PARTS, COMMITS, UPLOADED, SESSIONS, TOKENS = (
     "_run/plan",
     "_run/parts",

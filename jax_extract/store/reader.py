@@ -5,7 +5,6 @@ In: a run directory, or parts in memory. Out: `Run`, whose samples and rows are 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +24,7 @@ from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.storage.verbs import Storage
 from jax_extract.store.upload import open_noted
 from models.hooks import GATED, resolve_hook_points
+from models.nearest import nearest
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -159,13 +159,13 @@ class Run:
         raise UserError(f"this run holds no layer {layer} of {hook!r}; it holds the layers {layers}")
 
     def sample(self, sample_id: str) -> SampleActivations:
-        """One sample by its id; UserError (with the nearest id) where the run does not hold it."""
+        """One sample by its id; UserError (with an id that is near) where the run does not hold it."""
         if not isinstance(sample_id, str):
             raise UserError(f"sample ids are strings, {sample_id!r} is none; by place: run.sample_ids[{sample_id!r}]")
         if sample_id not in self._places:
-            near = difflib.get_close_matches(sample_id, list(self._places)[:10_000], n=1)
-            nearest = f"; the nearest is {near[0]!r}" if near else ""
-            raise UserError(f"this run holds no sample {sample_id!r}{nearest}")
+            near = nearest(sample_id, list(self._places)[:10_000])
+            meant = f"; the nearest is {near!r}" if near else ""
+            raise UserError(f"this run holds no sample {sample_id!r}{meant}")
         number, place = self._places[sample_id]
         part = self._parts[number]
         content = part.content

@@ -56,6 +56,8 @@ def train(config: TrainConfig, terminal: Terminal | None = None) -> dict[str, An
     """
     config.check()
     output = user_path(config.output_dir, "--output_dir")
+    if config.check_only:
+        return _check(config, output)
     dataset = WalkDataset.open(user_path(config.dataset_dir, "--dataset_dir"), config.text_column)
     model = TrainedModel.open(config.model_config, len(dataset.vocabulary), config.max_length)
     require_usable(output, "--output_dir")
@@ -65,6 +67,17 @@ def train(config: TrainConfig, terminal: Terminal | None = None) -> dict[str, An
     _ = dataset.train, dataset.validation  # read, and refused, before anything is written
     with held(output, config.overwrite):
         return training.run()
+
+
+def _check(config: TrainConfig, output: Path) -> dict[str, Any]:
+    """Refuses what can be refused before there are walks."""
+    folder = user_path(config.dataset_dir, "--dataset_dir")
+    words = len(WalkDataset.open(folder, config.text_column).vocabulary) if folder.is_dir() else None
+    TrainedModel.open(config.model_config, words, config.max_length)
+    require_usable(output, "--output_dir")
+    use_devices(config.device)
+    make_mesh(parse_mesh_shape(config.mesh_shape) if config.mesh_shape else None)
+    return {}
 
 
 @dataclass(frozen=True)

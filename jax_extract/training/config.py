@@ -19,7 +19,9 @@ _LARGEST_RATE = 1e38  # of float32
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a small language model on walks. The same command again goes on from the last whole checkpoint.
+    """Train a small language model on walks.
+
+    The same command again goes on from the last whole checkpoint.
 
     Attributes:
       model_config: Hugging Face config.json of a Llama, Mistral, Qwen2 or Qwen3; the data decides its vocabulary.
@@ -40,6 +42,8 @@ class TrainConfig:
       text_column: field of the .jsonl files that holds the walk, words between spaces.
       overwrite: remove the training in output_dir and start anew.
       allow_numeric_change: go on although devices or library versions changed, which changes the last bits.
+      check_only: refuse what would be refused of these options, and train nothing; dataset_dir may still have to be
+        made.
     """
 
     model_config: str
@@ -60,6 +64,7 @@ class TrainConfig:
     text_column: str = TEXT_COLUMN
     overwrite: bool = False
     allow_numeric_change: bool = False
+    check_only: bool = False
 
     def check(self) -> None:
         for name in "epochs batch_size grad_accum save_steps eval_steps logging_steps".split():

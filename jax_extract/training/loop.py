@@ -20,11 +20,13 @@ from jax_extract.devices.exhaustion import refusing_exhaustion
 from jax_extract.errors import UserError
 from jax_extract.extraction.preemption import on_preemption
 from jax_extract.inputs.walk_dataset import Walks
+from jax_extract.progress import COMPILING
 from jax_extract.store.storage import failpoints
 from jax_extract.terminal import Terminal
 from jax_extract.training.batches import Batches, evaluation_batches
 from jax_extract.training.step import TrainProgram, TrainState
 
+_TRAINING = "training"
 Log = list[dict[str, Any]]
 Save = Callable[[int, TrainState, Log, list[float]], None]
 
@@ -70,18 +72,20 @@ class TrainLoop:
         tokens = int(self.batches.walks.lengths.sum()) * self.batches.epochs
         with (
             on_preemption(self._wind_up),
-            self.terminal.progress(tokens - tokens * done // self.batches.steps, "train") as bar,
+            self.terminal.progress(tokens - tokens * done // self.batches.steps, _TRAINING) as bar,
         ):
+            bar.say(COMPILING)
             for step, (walks, lengths) in enumerate(self.batches.from_step(done), done + 1):
                 with failpoints.step("training.step"):
                     state, loss = self.program.step(state, walks, lengths)
+                bar.say(_TRAINING)
                 losses.append(loss)
                 bar.update(int(lengths.sum()))
                 if step % self.every.logging == 0 or step == self.batches.steps:
-                    self._tell_training(step, _finite(losses, step), bar)
+                    self._tell_training(step, _finite(losses, step))
                     losses.clear()
                 if step % self.every.evaluation == 0 or step == self.batches.steps:
-                    last = self._evaluate(step, state, bar)
+                    last = self._evaluate(step, state)
                 if (step % self.every.saving == 0 and step < self.batches.steps) or self._asked.is_set():
                     self.save(step, state, self.log, _finite(losses, step))
                     self._saved = step
@@ -95,21 +99,19 @@ class TrainLoop:
         sums = [self.program.evaluate(state.params, tokens, lengths) for tokens, lengths in pairs]
         return float(np.sum([np.asarray(each, np.float64) for each in sums]) / self.validation.transitions)
 
-    def _tell_training(self, step: int, losses: list[float], bar: Any) -> None:
+    def _tell_training(self, step: int, losses: list[float]) -> None:
         loss = float(np.mean(losses))
         rate = self.learning_rate * (1 - step / self.batches.steps)
         self.log.append({"step": step, "epoch": self._epoch(step), "loss": loss, "learning_rate": rate})
-        bar.clear()
         self.terminal.line(
             "train",
             f"step {step:,} of {self.batches.steps:,}: loss {loss:.4f}, walk entropy {self.entropy:.4f}, "
             f"learning rate {rate:.3g}",
         )
 
-    def _evaluate(self, step: int, state: TrainState, bar: Any) -> float:
+    def _evaluate(self, step: int, state: TrainState) -> float:
         (loss,) = _finite([self.validation_loss(state)], step)
         self.log.append({"step": step, "epoch": self._epoch(step), "eval_loss": loss, "walk_entropy": self.entropy})
-        bar.clear()
         self.terminal.line(
             "evaluate",
             f"step {step:,} of {self.batches.steps:,}: validation loss {loss:.4f}, walk entropy {self.entropy:.4f}, "

@@ -26,6 +26,7 @@ from models.registry import port_for
 
 _DEFAULT_RANGE = 0.02  # transformers' initializer_range
 _LARGEST_RANGE = 10.0
+_ANY_SIZE = 2  # of a vocabulary that nobody knows yet
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
 
@@ -40,9 +41,14 @@ class TrainedModel:
     config: ModelConfig
 
     @classmethod
-    def open(cls, path: str, vocab_size: int, max_length: int) -> TrainedModel:
-        """UserError where the file is none, or describes what cannot be trained on these data."""
+    def open(cls, path: str, vocab_size: int | None, max_length: int) -> TrainedModel:
+        """UserError where the file is none, or describes what cannot be trained on these data.
+
+        Args:
+          vocab_size: None where the data are still to be made, and any size is as good.
+        """
         said = {**_read(user_path(path, "--model_config"))}
+        vocab_size = vocab_size or said.get("vocab_size") or _ANY_SIZE
         if (wanted := said.get("vocab_size")) not in (None, vocab_size):
             raise UserError(
                 f"{path} has vocab_size {wanted} and the dataset {vocab_size} words; leave vocab_size out of it, so "

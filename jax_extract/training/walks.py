@@ -40,6 +40,7 @@ class WalksConfig:
       validation_walks: walks to evaluate on.
       walk_length: nodes of a walk.
       seed: of the walks.
+      check_only: refuse what would be refused, and make nothing.
     """
 
     dataset_dir: str
@@ -51,6 +52,7 @@ class WalksConfig:
     validation_walks: int = 1_000
     walk_length: int = 32
     seed: int = 0
+    check_only: bool = False
 
     def check(self) -> None:
         for name, least, most in (
@@ -79,6 +81,8 @@ def walks_command(config: WalksConfig, terminal: Terminal | None = None) -> None
     if not _is_made(folder):
         require_usable(folder, "--dataset_dir")
     graph = make_graph(config.graph, config.nodes, config.neighbours, config.graph_seed)
+    if config.check_only:
+        return
     degrees = graph.degrees
     terminal.line(
         "graph",

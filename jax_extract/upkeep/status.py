@@ -13,6 +13,7 @@ from typing import Annotated
 import tyro
 
 from jax_extract.errors import UserError
+from jax_extract.progress import WIDEST
 from jax_extract.store.integrity import flawed_parts
 from jax_extract.store.ledger import COMMITS, FOLDERS, FOREIGN, RUN_FILE, Key, Ledger, part_name
 from jax_extract.store.metadata import write_metadata
@@ -20,7 +21,7 @@ from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.survey import Survey, files_of, record_name, survey
 from jax_extract.store.sweep import doomed, sweep
 from jax_extract.store.upload import open_noted
-from jax_extract.terminal import Terminal, bytes_text, plural
+from jax_extract.terminal import Terminal, bytes_text, folded, plural
 
 _SHOWN = 10
 
@@ -29,7 +30,9 @@ Place = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PLACE")]
 
 @dataclass(frozen=True)
 class StatusConfig:
-    """Show which parts of a run are committed, missing and torn. Exit code 0 when the run is complete, else 1.
+    """Show which parts of a run are committed, missing and torn.
+
+    Exit code 0 when the run is complete, else 1.
 
     Attributes:
       place: run directory or gs://bucket/prefix.
@@ -40,7 +43,9 @@ class StatusConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Remove files that no record names. Only when nothing writes to the run: a part that is being written would go.
+    """Remove files that no record names.
+
+    Only when nothing writes to the run: a part that is being written would go.
 
     Attributes:
       place: run directory or gs://bucket/prefix.
@@ -66,19 +71,41 @@ def status(config: StatusConfig) -> int:
     print(f"{config.place}: {ledger.run['description']['model_name']}, run {ledger.run['run_id'][:12]}")
     of = f" of {plural(len(found.planned), 'part')}" if found.plan_is_whole else ", of a plan that is not complete yet"
     of_samples = f"{samples:,} of {plural(planned, 'sample')}" if found.planned else plural(samples, "sample")
-    print(f"  committed  {len(found.committed):,}{of}; {of_samples}, {bytes_text(size)}")
+    _tell("committed", f"{len(found.committed):,}{of}; {of_samples}, {bytes_text(size)}")
     missing = [key for key in found.missing if record_name(key) not in found.torn]
     known = f"{plural(len(missing), 'part')}{_few([part_name(key) for key in missing])}"
-    print(f"  missing    {known if found.planned else 'not known: there is no plan yet'}")
+    _tell("missing", known if found.planned else "not known: there is no plan yet")
     elsewhere = _elsewhere(found)
     for to, parts in elsewhere.items():
-        print(f"  elsewhere  {plural(parts, 'part')}, uploaded and deleted here: jax-extract status {to} looks at them")
-    print(f"  torn       {plural(len(found.torn), 'part')}")
+        _tell("elsewhere", f"{plural(parts, 'part')}, uploaded and deleted here: jax-extract status {to} looks at them")
+    _tell("torn", plural(len(found.torn), "part"))
     for wrong in list(found.torn.values())[:_SHOWN]:
-        print(f"             {wrong}")
-    print(f"  orphans    {_orphans_text(found)}")
-    print(f"  {_verdict(found, config.place, bool(elsewhere))}")
+        _tell("", wrong)
+    _tell("orphans", _orphans_text(found))
+    print(folded("  ", _verdict(found, config.place, bool(elsewhere))))
+    if not found.complete:
+        _tell_command(ledger, config.place)
     return 0 if found.complete else 1
+
+
+def _say(text: str) -> None:
+    print(folded("", text))
+
+
+def _tell(label: str, text: str) -> None:
+    print(folded(f"  {label:<11}", text))
+
+
+def _tell_command(ledger: Ledger, place: str) -> None:
+    """The one that goes on."""
+    from jax_extract.upkeep.going_on import command_of, folded_command, needs_its_folder  # it brings JAX
+
+    if (said := command_of(ledger, place)) is None:
+        print("  the command that started the run goes on, given again")
+        return
+    where = ", given in the folder where the run was started" if needs_its_folder(ledger) else ""
+    print(f"  this command goes on{where}:")
+    print(folded_command(said, WIDEST, "    "))
 
 
 def _few(names: list[str]) -> str:
@@ -110,7 +137,7 @@ def _verdict(found: Survey, place: str, elsewhere: bool) -> str:
             f"torn parts: restore their files from a copy, or give them up with jax-extract sweep {place} --damaged, "
             "which reads every byte (with --torn only what is told here, without reading)"
         )
-    return "not complete: give the command that started the run again"
+    return "not complete"
 
 
 def sweep_command(config: SweepConfig, terminal: Terminal | None = None) -> int:
@@ -129,26 +156,26 @@ def sweep_command(config: SweepConfig, terminal: Terminal | None = None) -> int:
     given_up = found.torn if config.damaged or config.torn else {}
     gone = doomed(ledger, found, bool(given_up))
     for name, wrong in sorted(given_up.items()):
-        print(f"  part {PurePosixPath(name).stem}: {wrong}")
+        print(folded(f"  part {PurePosixPath(name).stem}: ", wrong))
     for name, size in gone.items():
         print(f"  {name}  {bytes_text(size)}")
     said = f"{plural(len(gone), 'file')}, {bytes_text(sum(gone.values()))}"
     said += f", {plural(len(given_up), 'part')} of the run among them" if given_up else ""
     if config.dry_run:
-        print(f"{said}, would be removed from {config.place}")
+        _say(f"{said}, would be removed from {config.place}")
         return 0
     sweep(ledger, found, bool(given_up))
     left = survey(ledger)
     if not left.unreadable:
         write_metadata(ledger)
-    print(f"{said}, removed from {config.place}" + ("" if left.unreadable else "; metadata.json is written anew"))
+    _say(f"{said}, removed from {config.place}" + ("" if left.unreadable else "; metadata.json is written anew"))
     if given_up:
         print("the command that started the run, given again, computes what was given up")
     for flaw in unread:
-        print(f"not judged: {flaw}; mend that, or remove the file by hand, and give the same command again")
+        _say(f"not judged: {flaw}; mend that, or remove the file by hand, and give the same command again")
     if left.torn:
         mend = f"restore what is wrong from a copy, or give up with jax-extract sweep {config.place} --damaged"
-        print(f"left as it is: {plural(len(left.torn), 'torn part')}; {mend}")
+        _say(f"left as it is: {plural(len(left.torn), 'torn part')}; {mend}")
     return 1 if left.torn or unread else 0
 
 
@@ -158,7 +185,7 @@ def _read_whole(ledger: Ledger, found: Survey, terminal: Terminal) -> tuple[Surv
     Only what was read, and is not what was committed, is given up.
     """
     here = (file["path"] for record in found.committed.values() for file in files_of(record))
-    with terminal.progress(sum(found.files.get(name, 0) for name in here), "read", "B") as bar:
+    with terminal.progress(sum(found.files.get(name, 0) for name in here), "reading", "B") as bar:
         flawed = flawed_parts(ledger, found.committed, bar.update)
     wrong = {key: says for key, flaws in flawed.items() if (says := "; ".join(f.says for f in flaws if f.certain))}
     unread = [flaw.says for key, flaws in flawed.items() if key not in wrong for flaw in flaws]

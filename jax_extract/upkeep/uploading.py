@@ -17,9 +17,9 @@ from typing import Annotated, Any
 import tyro
 
 from jax_extract.errors import UserError
-from jax_extract.extraction.place import CONFIG_FILE, copy_run
+from jax_extract.extraction.place import copy_run
 from jax_extract.store.integrity import some_of
-from jax_extract.store.ledger import PLAN, SESSIONS, Key, Ledger, Record, part_name
+from jax_extract.store.ledger import CONFIG_FILE, PLAN, SESSIONS, Key, Ledger, Record, part_name
 from jax_extract.store.metadata import VERIFICATION_FILE, write_metadata
 from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.storage.verbs import BUCKET_SCHEME, Storage
@@ -30,7 +30,9 @@ from jax_extract.terminal import Terminal, bytes_text, plural
 
 @dataclass(frozen=True)
 class UploadConfig:
-    """Upload a run. Exit code 0 when all is in the bucket, 1 when parts are still to be computed, 2 after trouble.
+    """Upload a run.
+
+    Exit code 0 when all is in the bucket, 1 when parts are still to be computed, 2 after trouble.
 
     Attributes:
       directory: run directory.
@@ -63,7 +65,7 @@ def upload(config: UploadConfig, terminal: Terminal | None = None) -> int:
     damaged = {name: wrong for name, wrong in found.torn.items() if name not in known}
     size = sum(file["bytes"] for record in left for file in record["files"])
     terminal.line("upload", f"{plural(len(left), 'part')}, {bytes_text(size)}, from {config.directory} to {storage}")
-    with terminal.progress(size, "upload", "B") as bar:
+    with terminal.progress(size, "uploading", "B") as bar:
         damaged |= _upload(source, target, left, config.delete_local, bar.update)
     there = survey(target)
     if not there.unreadable:

@@ -19,6 +19,8 @@ import numpy as np
 import tyro
 
 from jax_extract.errors import UserError, damage_is_told
+from jax_extract.forward.edit_files import read_edits
+from jax_extract.forward.edits import Edits
 from jax_extract.store.finite import FLOAT16_ENDS
 from jax_extract.store.integrity import some_of
 from jax_extract.store.ledger import Ledger, to_json
@@ -38,7 +40,9 @@ _SAMPLES_NAMED = 5  # on a line; verification.json names more
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Read every checksum of a run, and compute samples of it again. Exit code 1 when something is not as it should be.
+    """Read every checksum of a run, and compute samples of it again.
+
+    Exit code 1 when something is not as it should be.
 
     Attributes:
       place: run directory or gs://bucket/prefix.
@@ -46,6 +50,7 @@ class VerifyConfig:
       seed: of their choice.
       model_path: where the model is now, if not where the run found it.
       adapter: where its LoRA adapter is now, if not where the run found it.
+      edits: where the file of its edits is now, if not where the run found it.
     """
 
     place: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PLACE")]
@@ -53,6 +58,7 @@ class VerifyConfig:
     seed: int = 0
     model_path: str | None = None
     adapter: str | None = None
+    edits: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,12 @@ class Verdict:
 def verify_command(config: VerifyConfig) -> int:
     """Verifies and tells; 1 where something is damaged, out of bounds or not finite, else 0."""
     verdict = verify(
-        config.place, samples=config.samples, seed=config.seed, model_path=config.model_path, adapter=config.adapter
+        config.place,
+        samples=config.samples,
+        seed=config.seed,
+        model_path=config.model_path,
+        adapter=config.adapter,
+        edits=config.edits,
     )
     return verdict.exit_status
 
@@ -108,6 +119,7 @@ def verify(
     seed: int = 0,
     model_path: str | None = None,
     adapter: str | None = None,
+    edits: str | None = None,
     terminal: Terminal | None = None,
 ) -> Verdict:
     """Verifies what is committed of a run, tells it line by line, and writes the verdict beside the metadata.
@@ -124,12 +136,13 @@ def verify(
     ledger = Ledger.open(open_storage(place, "the place to verify"))
     layout = Layout.of(ledger)
     model = _open_model(ledger, layout, model_path, adapter)  # before the long reading: it may be the wrong one
+    made = _open_edits(ledger, model, edits)
 
     reading = Reading(ledger, layout)
     reading.run(terminal)
     _tell_reading(reading, terminal)
     _tell_not_finite(reading, terminal)
-    comparison = Comparison(layout, model, choose(reading.whole, layout.positions, samples, seed))
+    comparison = Comparison(layout, model, choose(reading.whole, layout.positions, samples, seed), made)
     comparison.run(terminal)
     _tell_comparison(comparison, reading, terminal)
 
@@ -181,6 +194,26 @@ def _open_model(ledger: Ledger, layout: Layout, model_path: str | None, adapter:
         if (width := hook_width(model.config, site.hook, plan.pattern_tokens)) != site.width:
             raise UserError(f"{source} has {width} values a row at {site.hook} and the run {site.width}; {_WRONG}")
     return model
+
+
+def _open_edits(ledger: Ledger, model: OpenModel, edits: str | None) -> Edits | None:
+    """Those of the run, from the file that it names, or where the user says that is now; UserError unless they are."""
+    with damage_is_told(f"the run in {ledger.storage}", RESTORE):
+        digest = ledger.run["identity"].get("edits")
+        source = edits or ledger.run["description"].get("asked", {}).get("edits")
+    if digest is None:
+        if edits:
+            raise UserError(f"the run in {ledger.storage} was made without edits; leave --edits out")
+        return None
+    if source is None:
+        raise UserError(f"the run in {ledger.storage} was made under edits; say which with --edits")
+    try:
+        made = Edits.of(read_edits(source), model)
+    except UserError as error:
+        raise UserError(f"{error}; the run was made under it: say where it is now with --edits") from None
+    if made.digest != digest:
+        raise UserError(f"the edits of {source} are not those of the run; give --edits the file that it was made with")
+    return made
 
 
 _WRONG = (

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from jax_extract.errors import damage_is_told
+from jax_extract.forward.edits import Edits, Placed
+from jax_extract.inputs.token_table import TokenizedSample
 from jax_extract.store.ledger import Key, part_name
 from jax_extract.store.sidecar import Sidecar, StoredArray
 from jax_extract.terminal import Terminal
@@ -79,6 +81,7 @@ class Comparison:
     layout: Layout
     model: OpenModel
     chosen: Mapping[Key, Sequence[_Chosen]]
+    edits: Edits | None = None
     sites: list[SiteVerdict] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     compared_with: dict[str, Any] = field(default_factory=dict)
@@ -104,7 +107,7 @@ class Comparison:
         }
         errors = {site.key: SiteErrors() for site in layout.sites}
         tokens = sum(sample.length for samples in self.chosen.values() for sample in samples)
-        with terminal.progress(tokens, "recompute") as bar:
+        with terminal.progress(tokens, "recomputing") as bar:
             for key, samples in self.chosen.items():
                 sidecar = samples[0].part.sidecar()
                 for sample in samples:
@@ -125,8 +128,15 @@ class Comparison:
         tokens, positions = content.token_ids[sample.place], content.positions[sample.place]
         first = int(content.row_offsets[sample.place])
         arrays = {array.site.key: array for array in sidecar.arrays}
-        beginnings = _BEGINNINGS if references.peer else 0
+        # Under edits, which may be of a sample's last tokens, its beginnings are no samples.
+        beginnings = _BEGINNINGS if references.peer and not self.edits else 0
         wanted = Wanted.of(tokens, positions, beginnings, self.layout.positions.begins)
+        if self.edits:
+            place = sample.place
+            whole = TokenizedSample(
+                int(content.sample_indices[place]), content.sample_ids[place], tokens, len(tokens), content.meta[place]
+            )
+            wanted = replace(wanted, changes=self.edits.interventions([Placed(0, 0, whole)], (1, len(tokens))))
         theirs = references.peer.rows(wanted, sites) if references.peer else None
         for site, truth in references.truth.rows(wanted, sites):
             stored = self._stored(sample.part, arrays[site.key], first, len(positions))

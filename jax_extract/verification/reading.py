@@ -165,7 +165,7 @@ class Reading:
         total = sum(file["bytes"] for record in home.records.values() for file in files_of(record))
         lock = threading.Lock()
         threads = lanes_for(str(self.ledger.storage), len(self.layout.sites))
-        with terminal.progress(total, "read", "B") as bar, ThreadPoolExecutor(threads) as pool:
+        with terminal.progress(total, "reading", "B") as bar, ThreadPoolExecutor(threads) as pool:
 
             def advance(count: int) -> None:
                 with lock:

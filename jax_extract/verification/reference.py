@@ -29,6 +29,7 @@ from jax_extract.weights.open_model import OpenModel
 from models.capture_plan import PATTERN_TOKENS, CapturePlan
 from models.decoder import Decoder
 from models.hooks import HOOK_POINTS
+from models.interventions import Intervention
 from models.layers import LONGEST_SUM, Numerics
 from models.packing import Packing
 from models.ports import ModelConfig, Module, Parameters, Port
@@ -78,12 +79,14 @@ class Wanted:
       positions: int32 [stored], the token position of each stored row; -1 alone stands for a mean.
       beginnings: int [more], the last position of each beginning whose `last` row (or mean) follows those rows.
       begins: the position before which a run stores nothing, and at which means begin.
+      changes: interventions of the sample, in a batch of its own.
     """
 
     token_ids: np.ndarray
     positions: np.ndarray
     beginnings: np.ndarray
     begins: int = 0
+    changes: tuple[Intervention, ...] = ()
 
     @classmethod
     def of(cls, token_ids: np.ndarray, positions: np.ndarray, beginnings: int, begins: int = 0) -> Wanted:
@@ -172,6 +175,7 @@ class HuggingFace:
     def _captured(self, sample: Wanted, sites: Sequence[Site]) -> dict[SiteKey, np.ndarray]:
         import torch
 
+        from jax_extract.pytorch.changing import changed
         from jax_extract.pytorch.hooks import listen
         from jax_extract.pytorch.loading import forget_lengths
 
@@ -187,6 +191,7 @@ class HuggingFace:
                 handle = listen(self._model, self._modules[site.hook], site.layer, see, pattern_tokens)
                 hooks.callback(handle.remove)
             forget_lengths(self._model)
+            hooks.enter_context(changed(self._model, self._modules, sample.changes))
             with torch.inference_mode():
                 self._model(input_ids=torch.from_numpy(sample.token_ids.astype(np.int64))[None], use_cache=False)
         return found
@@ -258,18 +263,18 @@ class OwnForward:
             plan = plan_of(group, self._model.config)
             if plan not in self._programs:
                 self._programs[plan] = jax.jit(self._forward(plan))
-            captured = self._programs[plan](self._params, tokens)
+            captured = self._programs[plan](self._params, tokens, sample.changes)
             arrays = {hook: np.asarray(array) for hook, array in captured.items()}
             for site in group:
                 yield site, sample.select(arrays[site.hook][plan.slot(*site.key), 0])
 
-    def _forward(self, plan: CapturePlan) -> Callable[[Parameters, jax.Array], dict[str, jax.Array]]:
+    def _forward(self, plan: CapturePlan) -> Callable[..., dict[str, jax.Array]]:
         numerics = Numerics("float32", longest_sum=LONGEST_SUM)
         decoder = Decoder(self._model.port, self._model.config, numerics)
 
-        def forward(params: Parameters, tokens: jax.Array) -> dict[str, jax.Array]:
+        def forward(params: Parameters, tokens: jax.Array, changes: tuple[Intervention, ...]) -> dict[str, jax.Array]:
             packing = Packing(jnp.full((1, 1), tokens.shape[1], jnp.int32), tokens.shape[1])
-            return decoder.capture(params, tokens, packing, plan)
+            return decoder.capture(params, tokens, packing, plan, changes)
 
         return forward
 

@@ -8,7 +8,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/stage02.sh"
 stage02_help "$@"
 
 find_jax_extract
-command=("$jax_extract" walks --dataset_dir "$DATASET_DIR")
+command=("$jax_extract" walks)
+add dataset_dir DATASET_DIR
 add graph GRAPH
 add nodes NODES
 add neighbours NEIGHBOURS
@@ -17,4 +18,4 @@ add train_walks TRAIN_WALKS
 add validation_walks VALIDATION_WALKS
 add walk_length WALK_LENGTH
 add seed SEED
-exec "${command[@]}"
+start

@@ -17,15 +17,23 @@ OUTPUT_DIR=${OUTPUT_DIR:-results/$DATASET_NAME/$RUN_NAME}
 choose_device
 
 find_jax_extract
-command=("$jax_extract" train --model_config "$CONFIG" --dataset_dir "$DATASET_DIR" --output_dir "$OUTPUT_DIR")
-command+=(--epochs "${EPOCHS:-1}" --batch_size "${BATCH_SIZE:-50}" --grad_accum "${GRAD_ACCUM:-1}")
-command+=(--learning_rate "${LEARNING_RATE:-5e-4}" --max_length "${MAX_LENGTH:-128}")
-command+=(--save_steps "${SAVE_STEPS:-200}" --eval_steps "${EVAL_STEPS:-200}" --logging_steps "${LOGGING_STEPS:-10}")
-command+=(--device "$DEVICE")
+command=("$jax_extract" train)
+add model_config CONFIG
+add dataset_dir DATASET_DIR
+add output_dir OUTPUT_DIR
+add epochs EPOCHS 1
+add batch_size BATCH_SIZE 50
+add grad_accum GRAD_ACCUM 1
+add learning_rate LEARNING_RATE 5e-4
+add max_length MAX_LENGTH 128
+add save_steps SAVE_STEPS 200
+add eval_steps EVAL_STEPS 200
+add logging_steps LOGGING_STEPS 10
+add device DEVICE
 add seed SEED
 add dtype DTYPE
 add mesh_shape MESH_SHAPE
 add text_column TEXT_COLUMN
 add_switch overwrite OVERWRITE
 add_switch allow_numeric_change ALLOW_NUMERIC_CHANGE
-exec "${command[@]}"
+start

@@ -25,6 +25,7 @@ require_folder_name DATASET_NAME "$DATASET_NAME"
 [[ -z ${RUN_NAME:-} ]] || require_folder_name RUN_NAME "$RUN_NAME"
 # shellcheck disable=SC2034 # of the script that extracts
 dataset_given=${DATASET_DIR:-}
+names=() # flag=VARIABLE of every flag that a variable sets
 DATASET_DIR=${DATASET_DIR:-results/$DATASET_NAME/dataset}
 
 stage02_help() { # WORDS of the command line, then what it is
@@ -39,6 +40,7 @@ stage02_help() { # WORDS of the command line, then what it is
 }
 
 add_switch() { # FLAG VARIABLE: the flag, where the variable says true; adds to `command`
+  names+=("$1=$2")
   if is_true "$2"; then
     command+=("--$1" True)
   fi
@@ -60,6 +62,14 @@ choose_device() { # sets DEVICE from USE_CPU
   DEVICE=${DEVICE:-auto}
 }
 
-add() { # FLAG VARIABLE: the flag with the variable's value, where it has one; adds to `command`
-  [[ -z ${!2:-} ]] || command+=("--$1" "${!2}")
+add() { # FLAG VARIABLE [DEFAULT]: the flag with the variable's value, or the default; adds to `command`
+  local value=${!2:-${3-}}
+  names+=("$1=$2")
+  [[ -z $value ]] || command+=("--$1" "$value")
+}
+
+start() { # runs `command`, which tells mistakes by the names of variables; with CHECK_ONLY it finds those alone
+  add_switch check_only CHECK_ONLY
+  export JAX_EXTRACT_VARIABLES="${names[*]}"
+  exec "${command[@]}"
 }

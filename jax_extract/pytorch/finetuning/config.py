@@ -28,7 +28,9 @@ _PLACES = frozenset("model_path revision output_dir train_file validation_file s
 class FinetuneConfig:
     """Fine-tune a decoder on MRPC, SST-2, RTE or SQuAD v2, into OUTPUT_DIR/METHOD_TIME/final_model.
 
-    The same command again goes on where it was stopped. Several GPUs: accelerate launch -m jax_extract.cli finetune …
+    The same command again goes on where it was stopped.
+
+    Several GPUs: accelerate launch -m jax_extract.cli finetune …
 
     Attributes:
       model_path: Hugging Face folder or hub id.

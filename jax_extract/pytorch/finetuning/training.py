@@ -222,7 +222,7 @@ class _Steps(TrainerCallback):
             self._terminal.line("resume", f"from step {state.global_step:,} of {state.max_steps:,}")
         else:
             self._terminal.line("steps", f"{state.max_steps:,} of {examples} examples")
-        self._bar = self._terminal.progress(state.max_steps, "train", "step")
+        self._bar = self._terminal.progress(state.max_steps, "training", " steps")
         # Of speed and time left, what an earlier command did says nothing.
         self._bar.initial = self._bar.n = self._bar.last_print_n = state.global_step
 

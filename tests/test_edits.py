@@ -17,7 +17,7 @@ import torch
 from tiny_models import FAMILIES, random_ids, row_errors, run_rows, tiny_folder, tiny_model
 from torch_hooks import TorchChange, truth_of
 
-from jax_extract import Edit, Model, UserError, load_model
+from jax_extract import Edit, Model, UserError, load_model, logit_difference
 from models.capture_plan import PATTERN_TOKENS
 from models.hooks import HOOK_POINTS
 from models.ports import hook_width
@@ -187,6 +187,22 @@ def at_zero(x: torch.Tensor) -> torch.Tensor:
     x = x.clone()
     x[[4, -2]] = 0
     return x
+
+
+def test_a_text_longer_than_a_row_of_the_pattern_is_refused_and_mixed_as_before_beside_others() -> None:
+    model = load_model(tiny_folder("long"), mesh_shape="1,1")
+    texts = random_ids([600, 20])
+    edit, said = Edit("attention_pattern", "zero", layer=0), r"sample '0' (has )?600 tokens"
+    with pytest.raises(UserError, match=said):
+        model.run(texts, edits=[edit], logits="last")
+    with pytest.raises(UserError, match=said):
+        model.run_edits(texts, [edit], logit_difference(1, 2))
+    with pytest.raises(UserError, match=said):
+        model.run(texts, capture={"attention_pattern": 0})
+    one = Edit("attention_pattern", "zero", layer=0, samples="1")
+    edited, plain = (model.run(texts, capture={"after_block": 1}, edits=edits).run for edits in ([one], []))
+    errors = [row_errors(edited.sample(name).get(1), plain.sample(name).get(1)).max() for name in ("0", "1")]
+    assert errors[0] < 1e-5 and errors[1] > 1e-2
 
 
 @pytest.mark.parametrize("name", SOME)

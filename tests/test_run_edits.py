@@ -23,6 +23,7 @@ from tiny_models import FAMILIES, random_ids, row_errors, tiny_folder, tiny_mode
 from torch_hooks import TorchChange, changed
 
 from jax_extract import Edit, Model, UserError, answer_log_probability, load_model, logit_difference
+from models.ports import hook_width
 
 GRADIENT_BOUND = 1e-4  # relative
 
@@ -43,6 +44,18 @@ def test_every_edit_gives_what_a_whole_run_with_it_gives(model: Model) -> None:
         [[each.log_probability for each in model.run(TEXTS, edits=one, answers=ANSWERS).answers] for one in sets]
     )
     np.testing.assert_allclose(effects.values, whole, atol=1e-4)
+    assert (np.abs(effects.effects).max(axis=1) > 1e-3).all(), "each must act"
+
+
+def test_edits_of_the_attention_pattern_give_what_a_whole_run_gives_too(model: Model) -> None:
+    added = np.full(hook_width(model.config, "attention_pattern"), 0.3, np.float32)
+    sets = [
+        Edit("attention_pattern", "add", layer=1, value=added),
+        Edit("attention_pattern", "zero", layer=2, positions=[3, -1]),
+    ]
+    effects = model.run_edits(TEXTS, sets, answer_log_probability(ANSWERS))
+    runs = [model.run(TEXTS, edits=one, answers=ANSWERS).answers for one in sets]
+    np.testing.assert_allclose(effects.values, [[each.log_probability for each in run] for run in runs], atol=1e-4)
     assert (np.abs(effects.effects).max(axis=1) > 1e-3).all(), "each must act"
 
 

@@ -269,7 +269,7 @@ def reference(
 
 def head_rows(x: torch.Tensor, width: int) -> torch.Tensor:
     """x [1, heads, t, n] -> float32 [t, heads * width], zero where n is less."""
-    padded = torch.nn.functional.pad(x[0].detach().float(), (0, width - x.shape[-1]))
+    padded = torch.nn.functional.pad(x[0].float(), (0, width - x.shape[-1]))
     return padded.transpose(0, 1).flatten(1)
 
 

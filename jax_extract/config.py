@@ -21,6 +21,7 @@ from jax_extract.errors import UserError
 from jax_extract.inputs.chat import NOT_VARIABLES
 from jax_extract.layer_words import ALIASES, OPTION, LayerWord, layer_words
 from jax_extract.store.storage.verbs import BUCKET_SCHEME
+from models.capture_plan import PATTERN_TOKENS
 from models.hooks import DEFAULT_HOOK_POINT
 from models.nearest import nearest
 from models.positions import Positions
@@ -67,6 +68,8 @@ class ExtractConfig:
         last), 10-23 (both among them), all, or several of these; by default 10-23, or what the model has of them.
       hook_points: where in the block, by name, TransformerLens name or glob. after_block of layer 12 is Hugging Face's
         hidden_states[13], embeddings are hidden_states[0], and final_norm is hidden_states[-1].
+      attention_pattern_tokens: of attention_pattern, which is kept where --hook_points has its name: weights that a row
+        has for each head, and the most tokens of a sample.
       positions: which tokens: all, from:k, last, mean, mean_from:k, first:n, every:k, at:i,j,…
       edits: a YAML file of changes that the forward makes: rows zeroed, added to, replaced, patched from another run;
         docs/interventions.md.
@@ -128,6 +131,7 @@ class ExtractConfig:
     revision: str | None = None
     layers_to_extract: tuple[LayerWord, ...] | None = None
     hook_points: tuple[str, ...] = (DEFAULT_HOOK_POINT,)
+    attention_pattern_tokens: int = PATTERN_TOKENS
     positions: str = "last"
     edits: str | None = None
     backend: Literal["jax", "torch"] = "jax"
@@ -310,12 +314,14 @@ class Captures(Protocol):
     @property
     def hook_points(self) -> tuple[str, ...]: ...
     @property
+    def attention_pattern_tokens(self) -> int: ...
+    @property
     def layers_to_extract(self) -> tuple[LayerWord, ...] | None: ...
 
 
 def check_captures(config: Captures) -> None:
     """Refuses sizes that nothing can be computed with, and a request for nothing."""
-    for name in ("batch_size", "max_seq_length", "slab_tokens"):
+    for name in ("batch_size", "max_seq_length", "slab_tokens", "attention_pattern_tokens"):
         value = getattr(config, name)
         if value is not None and not 1 <= value <= _LARGEST:
             raise UserError(f"--{name} {value} must be from 1 to {_LARGEST}")

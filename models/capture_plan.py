@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from models.positions import Positions
 
+PATTERN_TOKENS = 512  # as many as contexts for such studies have; a row of 16 heads is 32 kB
+
 
 @dataclass(frozen=True)
 class CapturePlan:
@@ -19,11 +21,13 @@ class CapturePlan:
       layers: (hook point, ascending layers) pairs; the layers are empty where the point has none.
       positions: which token positions of each sample are kept.
       dtype: the dtype of the kept values, cast on the device after everything else.
+      pattern_tokens: weights that a row of `attention_pattern` has for each head, on the first tokens of a sample.
     """
 
     layers: tuple[tuple[str, tuple[int, ...]], ...]
     positions: Positions
     dtype: str = "float32"
+    pattern_tokens: int = PATTERN_TOKENS
 
     def blocks_needed(self, num_layers: int) -> int:
         """How many blocks must run: none above the deepest one asked for.

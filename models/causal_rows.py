@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from models.layers import Numerics, soft_capped
-from models.packing import InWholeRows
-from models.self_attention import AttentionRule
+from models.self_attention import AttentionRule, WithinRows
 
 _WHOLE = 1_024  # tokens of a row whose logits are kept whole
 _QUERY_ROWS = 256  # of a block, beyond that
@@ -25,10 +24,8 @@ _QUERY_ROWS = 256  # of a block, beyond that
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class CausalRows(InWholeRows):
+class CausalRows(WithinRows):
     """Every token sees the tokens before it in its row; what pads a row on the right is seen by no real token."""
-
-    positions: Array  # int32 [b, t]
 
     def attend(
         self, rule: AttentionRule, layer: Array, query: Array, key: Array, value: Array, numerics: Numerics
@@ -36,8 +33,7 @@ class CausalRows(InWholeRows):
         """query float32 [b, t, g * r, h], key and value [b, t, g, h] -> float32 [b, t, g * r * h]."""
         b, t, heads, width = query.shape
         groups = key.shape[2]
-        scale = width**-0.5 if rule.scale is None else rule.scale
-        query = (query * jnp.float32(scale)).reshape(b, t, groups, heads // groups, width)
+        query = rule.scaled(query).reshape(b, t, groups, heads // groups, width)
 
         def mixed(query: Array, first: Array) -> Array:
             """Of some query tokens from `first` on."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,8 @@ from models.interventions import Intervention
 from models.layers import Numerics
 from models.packing import Packing
 from models.ports import Carry, Gather, ModelConfig, Parameters, Port, hook_width
-from models.self_attention import SelfAttention, WithinRows
+from models.self_attention import Attention, SelfAttention, WithinRows
 from models.taps import Probes, Taps
-
-Attention = TypeVar("Attention", bound=SelfAttention)
 
 
 def already_whole(_: str, parameters: Any) -> Any:
@@ -71,7 +69,7 @@ class Decoder:
         num_blocks: int | None = None,
     ) -> Taps:
         """Empty ones, for so many blocks; as many as the plan needs for None."""
-        widths = {hook: hook_width(self.config, hook) for hook, _ in plan.layers}
+        widths = {hook: hook_width(self.config, hook, plan.pattern_tokens) for hook, _ in plan.layers}
         blocks = plan.blocks_needed(self.config.num_hidden_layers) if num_blocks is None else num_blocks
         return Taps.start(plan, blocks, packing, widths, interventions)
 

@@ -2,8 +2,9 @@
 
 In: a Hugging Face config.json, sharded parameters, token ids, taps. Out: taps with the captured activations. Gemma 2
 and 3 have a norm behind attention and one behind the feed-forward network: `attention_out` and `ffn_out` are what is
-added to the stream, so they lie behind it. Gemma 2 caps attention's logits, Gemma 3 norms queries and keys; both
-alternate layers with a sliding window and layers that see all, which Gemma 3 rotates with different bases.
+added to the stream, so they lie behind it, and `attention_out_raw` and `ffn_out_raw` before it. Gemma 2 caps
+attention's logits, Gemma 3 norms queries and keys; both alternate layers with a sliding window and layers that see all,
+which Gemma 3 rotates with different bases.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from models import head, hf_config
 from models.config_fields import Fields
 from models.feed_forward import gated
 from models.hf_config import positive, size
-from models.hooks import GATED, HookPoints
+from models.hooks import BEFORE_NORMS_BEHIND, GATED, HookPoints
 from models.layers import ACTIVATIONS, Numerics, Rotary, TokenPlaces, embed, rms_norm, rotate, soft_capped, split_heads
 from models.ports import Carry, Gather, Module, Parameters, Port, TensorSource
-from models.self_attention import AttentionRule, SelfAttention
+from models.self_attention import AttentionRule, SelfAttention, attend
 from models.taps import Taps
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
@@ -225,18 +226,22 @@ def block(
     with jax.named_scope("attention"):
         qkv = numerics.linear(_norm(config, x, p["attention_norm"]), p["qkv"])
         query, key, value = split_heads(qkv, config.num_attention_heads, config.num_key_value_heads)
+        (query, key, value), taps = taps.visit_heads(layer, query=query, key=key, value=value)
         if config.qk_norm:
             query, key = _norm(config, query, p["query_norm"]), _norm(config, key, p["key_norm"])
         query, key = rotate(query, tables_here), rotate(key, tables_here)
-        mixed, attention = attention.attend(config.attention, layer, query, key, value, numerics)
+        (query, key), taps = taps.visit_heads(layer, query_rotated=query, key_rotated=key)
+        mixed, taps, attention = attend(config.attention, attention, layer, query, key, value, taps, numerics)
         update = numerics.linear(mixed, p["attention_output"])
         if config.norms_behind:
+            update, taps = taps.visit("attention_out_raw", layer, update)
             update = _norm(config, update, p["after_attention_norm"])
     update, taps = taps.visit("attention_out", layer, update)
     x, taps = taps.visit("after_attention", layer, x + update)
     with jax.named_scope("ffn"):
         update, taps = gated(p, _norm(config, x, p["ffn_norm"]), taps, layer, _GELU, numerics)
         if config.norms_behind:
+            update, taps = taps.visit("ffn_out_raw", layer, update)
             update = _norm(config, update, p["after_ffn_norm"])
     update, taps = taps.visit("ffn_out", layer, update)
     x, taps = taps.visit("after_block", layer, x + update)
@@ -382,22 +387,33 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
 
 
 def _hook_points(config: GemmaConfig) -> HookPoints:
-    return GATED
+    return {**GATED, **BEFORE_NORMS_BEHIND} if config.norms_behind else GATED
 
 
 def _modules(config: GemmaConfig) -> dict[str, Module]:
-    behind = config.norms_behind  # else the norm of that name lies before the feed-forward network
+    behind = config.norms_behind
+    # Where there are none behind, the norm of that name lies before the feed-forward network.
+    before_ffn = "layers.{i}.pre_feedforward_layernorm" if behind else "layers.{i}.post_attention_layernorm"
     return {
-        "embeddings": ("embed_tokens", "output"),
-        "residual_before": ("layers.{i}", "input"),
-        "attention_out": ("layers.{i}.post_attention_layernorm" if behind else "layers.{i}.self_attn", "output"),
-        "after_attention": (f"layers.{{i}}.{'pre_feedforward' if behind else 'post_attention'}_layernorm", "input"),
-        "ffn_gate": ("layers.{i}.mlp.gate_proj", "output"),
-        "ffn_up": ("layers.{i}.mlp.up_proj", "output"),
-        "ffn_hidden": ("layers.{i}.mlp.down_proj", "input"),
-        "ffn_out": ("layers.{i}.post_feedforward_layernorm" if behind else "layers.{i}.mlp", "output"),
-        "after_block": ("layers.{i}", "output"),
-        "final_norm": ("norm", "output"),
+        "embeddings": Module("embed_tokens", "output"),
+        "residual_before": Module("layers.{i}", "input"),
+        "query": Module("layers.{i}.self_attn.q_proj", "output"),
+        "key": Module("layers.{i}.self_attn.k_proj", "output"),
+        "query_rotated": Module("layers.{i}.self_attn", "query"),
+        "key_rotated": Module("layers.{i}.self_attn", "key"),
+        "value": Module("layers.{i}.self_attn.v_proj", "output"),
+        "attention_pattern": Module("layers.{i}.self_attn", "pattern"),
+        "attention_heads": Module("layers.{i}.self_attn.o_proj", "input"),
+        "attention_out_raw": Module("layers.{i}.self_attn", "output"),
+        "attention_out": Module("layers.{i}.post_attention_layernorm" if behind else "layers.{i}.self_attn", "output"),
+        "after_attention": Module(before_ffn, "input"),
+        "ffn_gate": Module("layers.{i}.mlp.gate_proj", "output"),
+        "ffn_up": Module("layers.{i}.mlp.up_proj", "output"),
+        "ffn_hidden": Module("layers.{i}.mlp.down_proj", "input"),
+        "ffn_out_raw": Module("layers.{i}.mlp", "output"),
+        "ffn_out": Module("layers.{i}.post_feedforward_layernorm" if behind else "layers.{i}.mlp", "output"),
+        "after_block": Module("layers.{i}", "output"),
+        "final_norm": Module("norm", "output"),
     }
 
 

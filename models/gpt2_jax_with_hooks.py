@@ -20,10 +20,10 @@ from models import head, hf_config
 from models.config_fields import Fields
 from models.feed_forward import ungated
 from models.hf_config import size, switch
-from models.hooks import UNGATED, HookPoints
+from models.hooks import ROTATED, UNGATED, HookPoints
 from models.layers import ACTIVATIONS, Numerics, Rotary, TokenPlaces, embed, layer_norm, split_heads
 from models.ports import Carry, Gather, Module, Parameters, Port, TensorSource
-from models.self_attention import AttentionRule, SelfAttention
+from models.self_attention import AttentionRule, SelfAttention, attend
 from models.taps import Taps
 
 MODEL_TYPES = ("gpt2",)
@@ -204,9 +204,10 @@ def block(
         normed = layer_norm(x, p["attention_norm"], p["attention_norm_bias"], config.layer_norm_eps)
         heads = config.num_attention_heads
         query, key, value = split_heads(numerics.linear(normed, p["qkv"], p["qkv_bias"]), heads, heads)
+        (query, key, value), taps = taps.visit_heads(layer, query=query, key=key, value=value)
         if config.scaled_by_layer:
             query = query / (layer + 1).astype(jnp.float32)
-        mixed, attention = attention.attend(config.attention, layer, query, key, value, numerics)
+        mixed, taps, attention = attend(config.attention, attention, layer, query, key, value, taps, numerics)
         update = numerics.linear(mixed, p["attention_output"], p["attention_output_bias"])
     update, taps = taps.visit("attention_out", layer, update)
     x, taps = taps.visit("after_attention", layer, x + update)
@@ -274,20 +275,26 @@ def _from_hf(config: Mapping[str, Any]) -> GPT2Config:
 
 
 def _hook_points(config: GPT2Config) -> HookPoints:
-    return {**UNGATED, "embeddings": None}  # positions are in
+    there = {hook: alias for hook, alias in UNGATED.items() if hook not in ROTATED}
+    return {**there, "embeddings": None}  # positions are in
 
 
 def _modules(config: GPT2Config) -> dict[str, Module]:
     return {
-        "embeddings": ("drop", "output"),
-        "residual_before": ("h.{i}", "input"),
-        "attention_out": ("h.{i}.attn", "output"),
-        "after_attention": ("h.{i}.ln_2", "input"),
-        "ffn_up": ("h.{i}.mlp.c_fc", "output"),
-        "ffn_hidden": ("h.{i}.mlp.c_proj", "input"),
-        "ffn_out": ("h.{i}.mlp", "output"),
-        "after_block": ("h.{i}", "output"),
-        "final_norm": ("ln_f", "output"),
+        "embeddings": Module("drop", "output"),
+        "residual_before": Module("h.{i}", "input"),
+        "query": Module("h.{i}.attn.c_attn", "output", (1, 3, 0)),
+        "key": Module("h.{i}.attn.c_attn", "output", (1, 3, 1)),
+        "value": Module("h.{i}.attn.c_attn", "output", (1, 3, 2)),
+        "attention_pattern": Module("h.{i}.attn", "pattern"),
+        "attention_heads": Module("h.{i}.attn.c_proj", "input"),
+        "attention_out": Module("h.{i}.attn", "output"),
+        "after_attention": Module("h.{i}.ln_2", "input"),
+        "ffn_up": Module("h.{i}.mlp.c_fc", "output"),
+        "ffn_hidden": Module("h.{i}.mlp.c_proj", "input"),
+        "ffn_out": Module("h.{i}.mlp", "output"),
+        "after_block": Module("h.{i}", "output"),
+        "final_norm": Module("ln_f", "output"),
     }
 
 

@@ -23,7 +23,7 @@ from models.hf_config import size, switch
 from models.hooks import UNGATED, HookPoints
 from models.layers import ACTIVATIONS, Numerics, Rotary, TokenPlaces, embed, layer_norm, rotate
 from models.ports import Carry, Gather, Module, Parameters, Port, TensorSource
-from models.self_attention import AttentionRule, SelfAttention
+from models.self_attention import AttentionRule, SelfAttention, attend
 from models.taps import Taps
 
 MODEL_TYPES = ("gpt_neox",)
@@ -208,8 +208,10 @@ def block(
     with jax.named_scope("attention"):
         normed = layer_norm(x, p["attention_norm"], p["attention_norm_bias"], config.layer_norm_eps)
         query, key, value = _heads(config, numerics.linear(normed, p["qkv"], p.get("qkv_bias")))
+        (query, key, value), taps = taps.visit_heads(layer, query=query, key=key, value=value)
         query, key = rotate(query, tables), rotate(key, tables)
-        mixed, attention = attention.attend(config.attention, layer, query, key, value, numerics)
+        (query, key), taps = taps.visit_heads(layer, query_rotated=query, key_rotated=key)
+        mixed, taps, attention = attend(config.attention, attention, layer, query, key, value, taps, numerics)
         update = numerics.linear(mixed, p["attention_output"], p.get("attention_output_bias"))
     update, taps = taps.visit("attention_out", layer, update)
     if config.parallel:
@@ -289,16 +291,24 @@ def _hook_points(config: GPTNeoXConfig) -> HookPoints:
 
 
 def _modules(config: GPTNeoXConfig) -> dict[str, Module]:
+    heads = config.num_attention_heads
     return {
-        "embeddings": ("embed_in", "output"),
-        "residual_before": ("layers.{i}", "input"),
-        "attention_out": ("layers.{i}.attention", "output"),
-        "after_attention": ("layers.{i}.post_attention_layernorm", "input"),
-        "ffn_up": ("layers.{i}.mlp.dense_h_to_4h", "output"),
-        "ffn_hidden": ("layers.{i}.mlp.dense_4h_to_h", "input"),
-        "ffn_out": ("layers.{i}.mlp", "output"),
-        "after_block": ("layers.{i}", "output"),
-        "final_norm": ("final_layer_norm", "output"),
+        "embeddings": Module("embed_in", "output"),
+        "residual_before": Module("layers.{i}", "input"),
+        "query": Module("layers.{i}.attention.query_key_value", "output", (heads, 3, 0)),
+        "key": Module("layers.{i}.attention.query_key_value", "output", (heads, 3, 1)),
+        "query_rotated": Module("layers.{i}.attention", "query"),
+        "key_rotated": Module("layers.{i}.attention", "key"),
+        "value": Module("layers.{i}.attention.query_key_value", "output", (heads, 3, 2)),
+        "attention_pattern": Module("layers.{i}.attention", "pattern"),
+        "attention_heads": Module("layers.{i}.attention.dense", "input"),
+        "attention_out": Module("layers.{i}.attention", "output"),
+        "after_attention": Module("layers.{i}.post_attention_layernorm", "input"),
+        "ffn_up": Module("layers.{i}.mlp.dense_h_to_4h", "output"),
+        "ffn_hidden": Module("layers.{i}.mlp.dense_4h_to_h", "input"),
+        "ffn_out": Module("layers.{i}.mlp", "output"),
+        "after_block": Module("layers.{i}", "output"),
+        "final_norm": Module("final_layer_norm", "output"),
     }
 
 

@@ -22,16 +22,19 @@ class HookPoint:
     Attributes:
       name: the project's name, used in files and flags.
       alias: the TransformerLens name; `{i}` is the layer.
-      width: whether a row has `d_model` or `d_ff` values.
+      width: whether a row has `d_model` or `d_ff` values, those of all query heads or of all key/value heads, or for
+        each query head a weight for every token that a sample may have.
       per_layer: False for the two points that exist once per model.
       residual_stream: True where a row is the residual stream itself (tighter parity bound).
+      by_name_only: True where a glob does not mean it.
     """
 
     name: str
     alias: str
-    width: Literal["d_model", "d_ff"]
+    width: Literal["d_model", "d_ff", "query_heads", "key_heads", "pattern"]
     per_layer: bool = True
     residual_stream: bool = False
+    by_name_only: bool = False
 
 
 HOOK_POINTS: Mapping[str, HookPoint] = {
@@ -39,31 +42,49 @@ HOOK_POINTS: Mapping[str, HookPoint] = {
     for point in (
         HookPoint("embeddings", "hook_embed", "d_model", per_layer=False, residual_stream=True),
         HookPoint("residual_before", "blocks.{i}.hook_resid_pre", "d_model", residual_stream=True),
+        HookPoint("query", "blocks.{i}.attn.hook_q", "query_heads"),
+        HookPoint("key", "blocks.{i}.attn.hook_k", "key_heads"),
+        HookPoint("query_rotated", "blocks.{i}.attn.hook_rot_q", "query_heads"),
+        HookPoint("key_rotated", "blocks.{i}.attn.hook_rot_k", "key_heads"),
+        HookPoint("value", "blocks.{i}.attn.hook_v", "key_heads"),
+        HookPoint("attention_pattern", "blocks.{i}.attn.hook_pattern", "pattern", by_name_only=True),
+        HookPoint("attention_heads", "blocks.{i}.attn.hook_z", "query_heads"),
+        HookPoint("attention_out_raw", "blocks.{i}.attn.hook_out", "d_model"),
         HookPoint("attention_out", "blocks.{i}.hook_attn_out", "d_model"),
         HookPoint("after_attention", "blocks.{i}.hook_resid_mid", "d_model", residual_stream=True),
         HookPoint("ffn_gate", "blocks.{i}.mlp.hook_pre", "d_ff"),
         HookPoint("ffn_up", "blocks.{i}.mlp.hook_pre_linear", "d_ff"),
         HookPoint("ffn_hidden", "blocks.{i}.mlp.hook_post", "d_ff"),
+        HookPoint("ffn_out_raw", "blocks.{i}.mlp.hook_out", "d_model"),
         HookPoint("ffn_out", "blocks.{i}.hook_mlp_out", "d_model"),
         HookPoint("after_block", "blocks.{i}.hook_resid_post", "d_model", residual_stream=True),
         HookPoint("final_norm", "ln_final.hook_normalized", "d_model", per_layer=False, residual_stream=True),
     )
 }
 DEFAULT_HOOK_POINT = "after_block"
+PATTERN = "attention_pattern"
 
 HookPoints = Mapping[str, str | None]  # those that an architecture has -> its TransformerLens name there, if any
-# Of sequential blocks with a gated feed-forward network, and of those with one that has no gate.
-GATED: HookPoints = {point.name: point.alias for point in HOOK_POINTS.values()}
+# What a sublayer gives before a norm behind it; where there is none, that is what it adds to the stream.
+_RAW = {"attention_out_raw": "attention_out", "ffn_out_raw": "ffn_out"}
+# Of sequential blocks with rotary embedding and a gated feed-forward network; those with one that has no gate; and what
+# norms behind the sublayers add to either.
+GATED: HookPoints = {point.name: point.alias for point in HOOK_POINTS.values() if point.name not in _RAW}
 UNGATED: HookPoints = {
     name: GATED["ffn_gate"] if name == "ffn_up" else alias for name, alias in GATED.items() if name != "ffn_gate"
 }
+BEFORE_NORMS_BEHIND: HookPoints = {name: HOOK_POINTS[name].alias for name in _RAW}
+ROTATED = frozenset({"query_rotated", "key_rotated"})
 _WHY_NOT = {
     "ffn_gate": "its feed-forward network has no gate",
     "after_attention": "attention and the feed-forward network read the same stream, so there is none between them",
     "embeddings": "what enters its first block has positions in it already, so it has another name",
+    **dict.fromkeys(ROTATED, "it has no rotary embedding, so its queries and keys are not rotated"),
 }
 _BEHIND_ALL_BLOCKS = 2**31
 _NO_PORT = "no port computes it, so only the ends of its blocks are known"
+
+BY_NAME_ONLY = frozenset(point.name for point in HOOK_POINTS.values() if point.by_name_only)
 
 
 def depth(hook: str, layer: int | None) -> tuple[int, int]:
@@ -74,13 +95,21 @@ def depth(hook: str, layer: int | None) -> tuple[int, int]:
     return layer, order
 
 
-# What else some are called: by TransformerLens 3 (`blocks.{i}.hook_out`), by its module's name, and by analogy.
+# What else some are called: by TransformerLens 3 (`blocks.{i}.hook_out`), by its module's name, and by analogy; what
+# lies in attention, without a module.
 _OTHER_NAMES = {
     "in": "residual_before",
     "out": "after_block",
     "residual_after": "after_block",
     "residual_post": "after_block",
     "ln_final": "final_norm",
+    "q": "query",
+    "k": "key",
+    "v": "value",
+    "z": "attention_heads",
+    "rot_q": "query_rotated",
+    "rot_k": "key_rotated",
+    "pattern": "attention_pattern",
 }
 
 _ALIAS_LAYER = re.compile(r"^blocks\.(\d{1,9}|\*|\{i\})\.(.+)$")
@@ -90,7 +119,8 @@ def resolve_hook_points(names: Iterable[str], available: HookPoints = GATED) -> 
     """Turns names, TransformerLens aliases and globs into hook points.
 
     Args:
-      names: such as `after_block`, `ffn_*`, `blocks.{i}.hook_resid_post` or `blocks.12.hook_resid_post`.
+      names: such as `after_block`, `ffn_*`, `blocks.{i}.hook_resid_post` or `blocks.12.hook_resid_post`. What a
+        sublayer gives before a norm behind it is, where there is no such norm, what it adds to the stream.
       available: the hook points that the architecture has.
 
     Returns:
@@ -122,9 +152,14 @@ def _matches(name: str, available: HookPoints) -> list[tuple[str, int | None]]:
         template = f"blocks.{{i}}.{alias[2]}"
     by_alias = [point for point, own in available.items() if own == template]
     is_glob = any(c in name for c in "*?[")
-    if matched := by_alias or (fnmatch.filter(available, name) if is_glob else []):
+    found = fnmatch.filter(available, name) if is_glob else []
+    if matched := by_alias or [point for point in found if point not in BY_NAME_ONLY]:
         return [(point, layer) for point in matched]
+    if found:
+        raise UserError(f"hook point {name!r} means {found[0]} alone, which is kept only where its whole name is given")
     elsewhere = [point.name for point in HOOK_POINTS.values() if template in (point.name, point.alias)]
+    if elsewhere and (same := _RAW.get(elsewhere[0], "")) in available:
+        return [(same, layer)]
     if lacking := elsewhere or (fnmatch.filter(HOOK_POINTS, name) if is_glob else []):
         reason = _WHY_NOT.get(lacking[0]) if "ffn_out" in available else _NO_PORT
         why = f" ({reason})" if reason else ""

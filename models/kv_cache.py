@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from models.attention_pattern import SampleKeys, attend_visibly
 from models.layers import Numerics, soft_capped
 from models.packing import InWholeRows, Packing
 from models.self_attention import AttentionRule, WithinRows
+from models.taps import Taps
 
 # Of all layers: stacked on a leading axis, or a list with those of each, as the parameters are given.
 PerLayer = Array | list[Array]
@@ -76,12 +78,22 @@ class Prefill(InWholeRows):
         self, rule: AttentionRule, layer: Array, query: Array, key: Array, value: Array, numerics: Numerics
     ) -> tuple[Array, Prefill]:
         mixed, _ = WithinRows(self.positions).attend(rule, layer, query, key, value, numerics)
+        return mixed, self._remembering(layer, key, value)
+
+    def attend_visibly(
+        self, rule: AttentionRule, layer: Array, query: Array, key: Array, value: Array, taps: Taps, numerics: Numerics
+    ) -> tuple[Array, Taps, Prefill]:
+        rows = WithinRows(self.positions)
+        mixed, taps, _ = rows.attend_visibly(rule, layer, query, key, value, taps, numerics)
+        return mixed, taps, self._remembering(layer, key, value)
+
+    def _remembering(self, layer: Array, key: Array, value: Array) -> Prefill:
         cache = dataclasses.replace(
             self.cache,
             keys=self._with(self.cache.keys, key, layer),
             values=self._with(self.cache.values, value, layer),
         )
-        return mixed, dataclasses.replace(self, cache=cache)
+        return dataclasses.replace(self, cache=cache)
 
     def _with(self, all_layers: PerLayer, new: Array, layer: Array) -> Array:
         """With new [b, t, g, h] in a layer, a whole row for each prompt; what is behind its end is never looked at."""
@@ -121,16 +133,10 @@ class Decoding:
     def attend(
         self, rule: AttentionRule, layer: Array, query: Array, key: Array, value: Array, numerics: Numerics
     ) -> tuple[Array, Decoding]:
-        column = self.cache.prompt_columns + self.step
-        cache = dataclasses.replace(
-            self.cache,
-            keys=_written(self.cache.keys, key, layer, column),
-            values=_written(self.cache.values, value, layer, column),
-        )
+        cache = self._remembering(layer, key, value)
         keys, values = _of_layer(cache.keys, layer), _of_layer(cache.values, layer)
         b, groups, columns, width = keys.shape
-        scale = width**-0.5 if rule.scale is None else rule.scale
-        query = (query * jnp.float32(scale)).reshape(b, groups, -1, width)
+        query = rule.scaled(query).reshape(b, groups, -1, width)
         logits = soft_capped(numerics.einsum("bgrh,bgnh->bgrn", query, keys), rule.soft_cap)
         visible = self._visible(columns, rule.window_of(layer))[:, None, None]
         logits = jnp.where(visible, logits, jnp.float32(-jnp.inf))
@@ -139,6 +145,33 @@ class Decoding:
         total = jnp.sum(weights.astype(jnp.float32), axis=-1, keepdims=True)
         mixed = numerics.einsum("bgrn,bgnh->bgrh", weights, values) / total
         return mixed.reshape(b, 1, -1), dataclasses.replace(self, cache=cache)
+
+    def attend_visibly(
+        self, rule: AttentionRule, layer: Array, query: Array, key: Array, value: Array, taps: Taps, numerics: Numerics
+    ) -> tuple[Array, Taps, Decoding]:
+        cache = self._remembering(layer, key, value)
+        # As all attention has them: [b, n, g, h].
+        keys, values = (_of_layer(each, layer).transpose(0, 2, 1, 3) for each in (cache.keys, cache.values))
+        window, lengths = rule.window_of(layer), self.cache.prompt_lengths[:, None]
+        last = self.positions
+        places = SampleKeys(
+            start=jnp.zeros_like(last),
+            first=jnp.where(window == 0, 0, jnp.maximum(last - window + 1, 0)),
+            last=last,
+            gap_at=lengths,
+            gap=self.cache.prompt_columns - lengths,
+        )
+        query = rule.scaled(query)
+        mixed, taps = attend_visibly(query, keys, values, places, layer, taps, numerics, rule.soft_cap)
+        return mixed, taps, dataclasses.replace(self, cache=cache)
+
+    def _remembering(self, layer: Array, key: Array, value: Array) -> KeyValueCache:
+        column = self.cache.prompt_columns + self.step
+        return dataclasses.replace(
+            self.cache,
+            keys=_written(self.cache.keys, key, layer, column),
+            values=_written(self.cache.values, value, layer, column),
+        )
 
     def _visible(self, columns: int, window: Array) -> Array:
         """bool [b, columns]: real tokens, as far back as the window lets a query see; 0 is all."""

@@ -23,7 +23,7 @@ from models.hf_config import size, switch
 from models.hooks import UNGATED, HookPoints
 from models.layers import ACTIVATIONS, Numerics, Rotary, TokenPlaces, embed, layer_norm, rotate, split_heads
 from models.ports import Carry, Gather, Module, Parameters, Port, TensorSource
-from models.self_attention import AttentionRule, SelfAttention
+from models.self_attention import AttentionRule, SelfAttention, attend
 from models.taps import Taps
 
 MODEL_TYPES = ("phi",)
@@ -201,11 +201,13 @@ def block(
     with jax.named_scope("attention"):
         qkv = numerics.linear(normed, p["qkv"], p["qkv_bias"])
         query, key, value = split_heads(qkv, config.num_attention_heads, config.num_key_value_heads)
+        (query, key, value), taps = taps.visit_heads(layer, query=query, key=key, value=value)
         if config.qk_norm:
             query = layer_norm(query, p["query_norm"], p["query_norm_bias"], config.layer_norm_eps)
             key = layer_norm(key, p["key_norm"], p["key_norm_bias"], config.layer_norm_eps)
         query, key = rotate(query, tables), rotate(key, tables)
-        mixed, attention = attention.attend(config.attention, layer, query, key, value, numerics)
+        (query, key), taps = taps.visit_heads(layer, query_rotated=query, key_rotated=key)
+        mixed, taps, attention = attend(config.attention, attention, layer, query, key, value, taps, numerics)
         update = numerics.linear(mixed, p["attention_output"], p["attention_output_bias"])
     update, taps = taps.visit("attention_out", layer, update)
     x = x + update
@@ -270,14 +272,21 @@ def _hook_points(config: PhiConfig) -> HookPoints:
 
 def _modules(config: PhiConfig) -> dict[str, Module]:
     return {
-        "embeddings": ("embed_tokens", "output"),
-        "residual_before": ("layers.{i}", "input"),
-        "attention_out": ("layers.{i}.self_attn", "output"),
-        "ffn_up": ("layers.{i}.mlp.fc1", "output"),
-        "ffn_hidden": ("layers.{i}.mlp.fc2", "input"),
-        "ffn_out": ("layers.{i}.mlp", "output"),
-        "after_block": ("layers.{i}", "output"),
-        "final_norm": ("final_layernorm", "output"),
+        "embeddings": Module("embed_tokens", "output"),
+        "residual_before": Module("layers.{i}", "input"),
+        "query": Module("layers.{i}.self_attn.q_proj", "output"),
+        "key": Module("layers.{i}.self_attn.k_proj", "output"),
+        "query_rotated": Module("layers.{i}.self_attn", "query"),
+        "key_rotated": Module("layers.{i}.self_attn", "key"),
+        "value": Module("layers.{i}.self_attn.v_proj", "output"),
+        "attention_pattern": Module("layers.{i}.self_attn", "pattern"),
+        "attention_heads": Module("layers.{i}.self_attn.dense", "input"),
+        "attention_out": Module("layers.{i}.self_attn", "output"),
+        "ffn_up": Module("layers.{i}.mlp.fc1", "output"),
+        "ffn_hidden": Module("layers.{i}.mlp.fc2", "input"),
+        "ffn_out": Module("layers.{i}.mlp", "output"),
+        "after_block": Module("layers.{i}", "output"),
+        "final_norm": Module("final_layernorm", "output"),
     }
 
 

@@ -8,21 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from flax import nnx
 from jax import Array
 
+from models.capture_plan import PATTERN_TOKENS
 from models.config_fields import Fields
 from models.hooks import HOOK_POINTS, HookPoints
 from models.layers import Numerics, Rotary, TokenPlaces
 from models.self_attention import AttentionRule, SelfAttention
 from models.taps import Taps
 
-Module = tuple[str, Literal["input", "output"]]  # a submodule's path, `{i}` standing for the layer, and what of it
 Parameters = dict[str, Any]  # nested dictionaries of arrays, as `nnx.to_pure_dict` gives them
 Gather = Callable[[str, Any], Any]  # (parameter path prefix, local shards) -> whole arrays
 Carry = tuple[Array, Taps, SelfAttention]  # what goes from block to block; the stream is float32 [b, t, d]
+
+
+class Module(NamedTuple):
+    """Where Hugging Face's base model has a hook point.
+
+    Attributes:
+      path: of a submodule, `{i}` standing for the layer.
+      side: what of it: what goes in, what comes out, or what attention in it computes with: queries and keys as they
+        are multiplied, or the softmax weights.
+      part: (how many groups of values, how many parts each group has, which of them), where a projection gives several
+        hook points at once; None for all of it.
+    """
+
+    path: str
+    side: Literal["input", "output", "query", "key", "pattern"]
+    part: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,9 +153,23 @@ class Port(Family):
     logits: Callable[[Any, Parameters, Array, Numerics, Gather], Array]
 
 
-def hook_width(config: ModelConfig, hook: str) -> int:
-    """Values a row has at a hook point."""
-    return {"d_model": config.hidden_size, "d_ff": config.intermediate_size}[HOOK_POINTS[hook].width]
+def hook_width(config: ModelConfig, hook: str, pattern_tokens: int = PATTERN_TOKENS) -> int:
+    """Values a row has at a hook point.
+
+    Args:
+      pattern_tokens: those of the `CapturePlan`, which `attention_pattern` alone depends on.
+    """
+    match HOOK_POINTS[hook].width:
+        case "d_model":
+            return config.hidden_size
+        case "d_ff":
+            return config.intermediate_size
+        case "query_heads":
+            return config.query_rows
+        case "key_heads":
+            return config.num_key_value_heads * config.head_dim
+        case "pattern":
+            return config.num_attention_heads * pattern_tokens
 
 
 def longest_sample(config: ModelConfig) -> int:

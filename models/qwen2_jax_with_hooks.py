@@ -26,7 +26,7 @@ from models.hf_config import size, switch
 from models.hooks import GATED, HookPoints
 from models.layers import ACTIVATIONS, Numerics, Rotary, TokenPlaces, embed, rms_norm, rotate, split_heads
 from models.ports import Carry, Gather, Module, Parameters, Port, TensorSource
-from models.self_attention import AttentionRule, SelfAttention
+from models.self_attention import AttentionRule, SelfAttention, attend
 from models.taps import Taps
 
 DEFAULT_SAE_LAYERS = list(range(10, 24))  # Layers 10-23
@@ -271,8 +271,8 @@ def block(
     x, taps = taps.visit("residual_before", layer, x)
     with jax.named_scope("attention"):
         normed = rms_norm(x, p["attention_norm"], config.rms_norm_eps)
-        query, key, value = _heads(config, p, normed, tables, numerics)
-        mixed, attention = attention.attend(config.attention, layer, query, key, value, numerics)
+        (query, key, value), taps = _heads(config, p, normed, tables, taps, layer, numerics)
+        mixed, taps, attention = attend(config.attention, attention, layer, query, key, value, taps, numerics)
         update = numerics.linear(mixed, p["attention_output"], p.get("attention_output_bias"))
     update, taps = taps.visit("attention_out", layer, update)
     x, taps = taps.visit("after_attention", layer, x + update)
@@ -285,15 +285,24 @@ def block(
 
 
 def _heads(
-    config: Qwen2Config, p: Parameters, x: Array, tables: tuple[Array, Array], numerics: Numerics
-) -> tuple[Array, Array, Array]:
+    config: Qwen2Config,
+    p: Parameters,
+    x: Array,
+    tables: tuple[Array, Array],
+    taps: Taps,
+    layer: Array,
+    numerics: Numerics,
+) -> tuple[tuple[Array, Array, Array], Taps]:
     """x [b, t, d] -> queries [b, t, heads, h], keys and values [b, t, key/value heads, h]."""
     qkv = numerics.linear(x, p["qkv"], p.get("qkv_bias"))
     query, key, value = split_heads(qkv, config.num_attention_heads, config.num_key_value_heads)
+    (query, key, value), taps = taps.visit_heads(layer, query=query, key=key, value=value)
     if config.qk_norm:
         query = rms_norm(query, p["query_norm"], config.rms_norm_eps)
         key = rms_norm(key, p["key_norm"], config.rms_norm_eps)
-    return rotate(query, tables), rotate(key, tables), value
+    query, key = rotate(query, tables), rotate(key, tables)
+    (query, key), taps = taps.visit_heads(layer, query_rotated=query, key_rotated=key)
+    return (query, key, value), taps
 
 
 # ------------------------------------------------------------------------------------- configuration
@@ -407,16 +416,23 @@ def _hook_points(config: Qwen2Config) -> HookPoints:
 
 def _modules(config: Qwen2Config) -> dict[str, Module]:
     return {
-        "embeddings": ("embed_tokens", "output"),
-        "residual_before": ("layers.{i}", "input"),
-        "attention_out": ("layers.{i}.self_attn", "output"),
-        "after_attention": ("layers.{i}.post_attention_layernorm", "input"),
-        "ffn_gate": ("layers.{i}.mlp.gate_proj", "output"),
-        "ffn_up": ("layers.{i}.mlp.up_proj", "output"),
-        "ffn_hidden": ("layers.{i}.mlp.down_proj", "input"),
-        "ffn_out": ("layers.{i}.mlp", "output"),
-        "after_block": ("layers.{i}", "output"),
-        "final_norm": ("norm", "output"),
+        "embeddings": Module("embed_tokens", "output"),
+        "residual_before": Module("layers.{i}", "input"),
+        "query": Module("layers.{i}.self_attn.q_proj", "output"),
+        "key": Module("layers.{i}.self_attn.k_proj", "output"),
+        "query_rotated": Module("layers.{i}.self_attn", "query"),
+        "key_rotated": Module("layers.{i}.self_attn", "key"),
+        "value": Module("layers.{i}.self_attn.v_proj", "output"),
+        "attention_pattern": Module("layers.{i}.self_attn", "pattern"),
+        "attention_heads": Module("layers.{i}.self_attn.o_proj", "input"),
+        "attention_out": Module("layers.{i}.self_attn", "output"),
+        "after_attention": Module("layers.{i}.post_attention_layernorm", "input"),
+        "ffn_gate": Module("layers.{i}.mlp.gate_proj", "output"),
+        "ffn_up": Module("layers.{i}.mlp.up_proj", "output"),
+        "ffn_hidden": Module("layers.{i}.mlp.down_proj", "input"),
+        "ffn_out": Module("layers.{i}.mlp", "output"),
+        "after_block": Module("layers.{i}", "output"),
+        "final_norm": Module("norm", "output"),
     }
 
 

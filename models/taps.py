@@ -70,13 +70,30 @@ class Taps:
     def visit(self, hook: str, layer: Array | None, x: Array) -> tuple[Array, Taps]:
         """Passes x [batch, tokens, width] through a hook point: changes it, then keeps it."""
         x = self.change(hook, layer, x)
+        return x, self.keep(hook, layer, x)
+
+    def visit_heads(self, layer: Array, **heads: Array) -> tuple[list[Array], Taps]:
+        """Passes x [batch, tokens, heads, head width] of each of these hook points through it, in their order.
+
+        Rows are made only of what is kept or changed: a program that asks for none of them is the same without them.
+        """
+        taps, passed = self, []
+        for hook, x in heads.items():
+            if self.keeps_or_changes(hook):
+                rows, taps = taps.visit(hook, layer, x.reshape(*x.shape[:2], -1))
+                x = rows.reshape(x.shape)  # noqa: PLW2901
+            passed.append(x)
+        return passed, taps
+
+    def keep(self, hook: str, layer: Array | None, x: Array) -> Taps:
+        """With what flows on from a hook point, x [batch, tokens, width], where it is wanted."""
         if hook not in self.buffers:
-            return x, self
+            return self
         buffer = self.buffers[hook]
         kept = self.plan.positions.select(x, self.packing, self.columns).astype(buffer.dtype)
         slot = jnp.int32(0) if layer is None else self._slot_table(hook)[layer]
         buffer = jax.lax.dynamic_update_index_in_dim(buffer, kept, slot, axis=0)
-        return x, dataclasses.replace(self, buffers={**self.buffers, hook: buffer})
+        return dataclasses.replace(self, buffers={**self.buffers, hook: buffer})
 
     def change(self, hook: str, layer: Array | None, x: Array) -> Array:
         """x as interventions and probes leave it."""

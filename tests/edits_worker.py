@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jax_extract import Edit, Model, answer_log_probability, load_model
+from models.ports import hook_width
 
 _RANDOM = np.random.default_rng(11)
 TEXTS = [_RANDOM.integers(0, 94, length) for length in (21, 12)]
@@ -23,17 +24,17 @@ def doubled(rows: Any, operand: Any) -> Any:
 
 
 def edits_of(model: Model) -> list[Edit | Sequence[Edit]]:
-    """At every hook point, and together."""
+    """At every hook point but the pattern, which has another way of computing attention, and together."""
     random = np.random.default_rng(12)
     source = model.run({"only": TEXTS[1]}, capture={"attention_out": "all"}).run
     layers = model.config.num_hidden_layers
     found: list[Edit | Sequence[Edit]] = []
-    for i, hook in enumerate(model.hook_points):
-        is_ffn = hook in ("ffn_gate", "ffn_up", "ffn_hidden")
-        width = model.config.intermediate_size if is_ffn else model.config.hidden_size
-        vector = random.standard_normal(width).astype(np.float32)
+    for i, hook in enumerate(hook for hook in model.hook_points if hook != "attention_pattern"):
+        vector = random.standard_normal(hook_width(model.config, hook)).astype(np.float32)
         layer = None if hook in ("embeddings", "final_norm") else i % layers
-        found.append(Edit(hook, "add", layer=layer, value=vector, scale=2.0))
+        # What is added to all keys alike adds the same to all logits of a query, which softmax does not see.
+        some = [1, -1] if hook in ("key", "key_rotated") else None
+        found.append(Edit(hook, "add", layer=layer, value=vector, scale=2.0, positions=some))
         found.append(Edit(hook, "zero", layer=layer, positions=[0, -1]))
         found.append(Edit(hook, doubled, layer=layer, value={"factor": 1.0 + i, "bias": vector}))
     wide = random.standard_normal(model.config.hidden_size).astype(np.float32)

@@ -48,9 +48,14 @@ from jax_extract.weights.gguf import GgufCheckpoint
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
 from models.attention import causal_attention
+from models.capture_plan import PATTERN_TOKENS, CapturePlan
 from models.hooks import HOOK_POINTS
 from models.layers import LONGEST_SUM, Numerics
+from models.packing import Packing
+from models.positions import Positions
 from models.registry import PORTS, port_for
+from models.self_attention import AttentionRule, WithinRows
+from models.taps import Taps
 
 # One token; fewer than a key of the shortest window; more than a block of queries; several blocks.
 LENGTHS = (1, 3, 40, 150, 300)
@@ -89,15 +94,20 @@ def print_worst(what: str, errors: Sequence[dict[str, float]]) -> None:
 
 
 def captured_in_one_slab(
-    folder: Path, sequences: Sequence[np.ndarray], dtype: str = "float32", packed: bool = False
+    folder: Path,
+    sequences: Sequence[np.ndarray],
+    dtype: str = "float32",
+    packed: bool = False,
+    hooks: Sequence[str] = ("*",),
+    pattern_tokens: int = PATTERN_TOKENS,
 ) -> list[Rows]:
-    """Everything at every position of all sequences, computed in one slab with random tokens as padding.
+    """Hook points at every position of all sequences, computed in one slab with random tokens as padding.
 
     Each sequence has a row of its own; `packed` puts them one behind the other into a single one.
     """
     model = OpenModel.open(str(folder))
     layers = range(model.config.num_hidden_layers)
-    plan = capture_plan(model, layers, ("*",), "all", "float32")
+    plan = capture_plan(model, layers, hooks, "all", "float32", pattern_tokens)
     weights = Weights(model.checkpoint, model.port, model.config, len(layers))
     numerics = jax_backend.compute_numerics(dtype)
     mesh = jax_backend.open_mesh("1,1")
@@ -150,8 +160,48 @@ def test_every_hook_point_of_every_layer_is_what_hugging_face_computes(family: s
         for rows, sequence in zip(got, sequences, strict=True)
     ]
     model = OpenModel.open(str(tiny_folder(family)))
-    assert set(worst[0]) == set(model.port.hook_points(model.config))
+    assert set(worst[0]) == set(model.port.hook_points(model.config)) - {"attention_pattern"}
     print_worst(family, worst)
+
+
+@pytest.mark.parametrize(
+    ("family", "packed"),
+    [
+        *(pytest.param(family, True, id=f"{family}-packed") for family in SHORT_FAMILIES),
+        *(pytest.param(family, False, id=f"{family}-padded") for family in PADDED_FAMILIES),
+    ],
+)
+def test_the_attention_pattern_is_hugging_faces_and_attention_with_it_mixes_the_same(family: str, packed: bool) -> None:
+    """A row has the weights of a token over its own sample, head by head, and zeros behind them."""
+    sequences = random_ids(LENGTHS)
+    hooks, most = ("attention_pattern", "attention_heads", "after_block"), 301
+    got = captured_in_one_slab(tiny_folder(family), sequences, packed=packed, hooks=hooks, pattern_tokens=most)
+    model = tiny_model(family)
+    heads = OpenModel.open(str(tiny_folder(family))).config.num_attention_heads
+    worst = []
+    for rows, sequence in zip(got, sequences, strict=True):
+        whole = reference(model, sequence, pattern_tokens=most)
+        truth = {site: whole[site] for site in whole if site[0] in hooks}
+        worst.append(assert_parity(rows, truth, f"{family}, {len(sequence)} tokens"))
+        pattern = rows["attention_pattern", 0].reshape(len(sequence), heads, most)
+        np.testing.assert_allclose(pattern.sum(axis=2), 1, rtol=2e-6)
+        assert not np.triu(pattern.transpose(1, 0, 2), k=1).any()
+    print_worst(family, worst)
+
+
+def test_a_long_sample_is_divided_into_blocks_of_queries() -> None:
+    """The logits of a block are held for all keys of its row, and never those of all queries."""
+    tokens, heads, most = 900, 6, 64
+    packing = Packing(jnp.full((1, 18), 50, jnp.int32), tokens)
+    plan = CapturePlan((("attention_pattern", (0,)),), Positions("all"), pattern_tokens=most)
+
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        taps = Taps.start(plan, 1, packing, {"attention_pattern": heads * most})
+        rows = WithinRows(packing.positions)
+        mixed, taps, _ = rows.attend_visibly(AttentionRule(), jnp.int32(0), q, k, v, taps, Numerics())
+        return mixed, taps.buffers["attention_pattern"]
+
+    assert _largest_square(jax.jit(attention), (1, tokens, heads, 8), (1, tokens, 2, 8), (1, tokens, 2, 8)) < tokens
 
 
 def test_every_port_is_among_those_of_padded_rows() -> None:

@@ -25,6 +25,7 @@ from tiny_models import random_ids, row_errors, tiny_folder, tiny_model
 from torch_hooks import TorchChange, changed
 
 from jax_extract import Edit, Model, UserError, answer_log_probability, load_model, logit_difference
+from models.ports import hook_width
 
 GRADIENT_BOUND = 1e-4  # relative
 
@@ -54,6 +55,18 @@ def whole_runs(model: Model, sets: Sequence[Edit | Sequence[Edit]]) -> np.ndarra
     ]
     answers = model.run(TEXTS * len(sets), edits=edits, answers=ANSWERS * len(sets)).answers
     return np.array([answer.log_probability for answer in answers]).reshape(len(sets), len(TEXTS))
+
+
+def test_edits_of_the_attention_pattern_give_what_a_whole_run_gives_too(model: Model) -> None:
+    added = np.full(hook_width(model.config, "attention_pattern"), 0.3, np.float32)
+    sets = [
+        Edit("attention_pattern", "add", layer=1, value=added),
+        Edit("attention_pattern", "zero", layer=2, positions=[3, -1]),
+    ]
+    effects = model.run_edits(TEXTS, sets, answer_log_probability(ANSWERS))
+    runs = [model.run(TEXTS, edits=one, answers=ANSWERS).answers for one in sets]
+    np.testing.assert_allclose(effects.values, [[each.log_probability for each in run] for run in runs], atol=1e-4)
+    assert (np.abs(effects.effects).max(axis=1) > 1e-3).all(), "each must act"
 
 
 def test_metrics_are_of_the_logits_behind_the_text(model: Model) -> None:

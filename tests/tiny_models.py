@@ -9,10 +9,12 @@ which would hide a bias or a norm weight that is applied wrongly.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from models.hooks import HOOK_POINTS
@@ -200,11 +203,19 @@ def text_of(token_ids: np.ndarray) -> str:
     return "".join(chr(_FIRST_CHARACTER + i) for i in token_ids)
 
 
-def reference(model: PreTrainedModel, token_ids: np.ndarray, layers: Sequence[int] | None = None) -> Rows:
+def reference(
+    model: PreTrainedModel,
+    token_ids: np.ndarray,
+    layers: Sequence[int] | None = None,
+    pattern_tokens: int | None = None,
+) -> Rows:
     """Every hook point of one text, unbatched and unpadded, as torch computes it, in float32.
+
+    What attention multiplies is what transformers' own eager attention is called with, and gives.
 
     Args:
       layers: only these; None for all.
+      pattern_tokens: weights that a row of `attention_pattern` has for each head; None leaves that hook point out.
     """
     rows: Rows = {}
     base = getattr(model.base_model, "language_model", model.base_model)
@@ -216,10 +227,14 @@ def reference(model: PreTrainedModel, token_ids: np.ndarray, layers: Sequence[in
 
     def keep(key: tuple[str, int | None], value: Any) -> None:
         value = value[0] if isinstance(value, tuple) else value
-        rows[key] = value[0].detach().float().numpy().copy()
+        value = value[0].detach().float().numpy().copy()
+        if part := modules[key[0]].part:
+            groups, parts, number = part
+            value = value.reshape(len(value), groups, parts, -1)[:, :, number].reshape(len(value), -1)
+        rows[key] = value
 
     def hook(name: str, layer: int | None) -> Any:
-        path, side = modules[name]
+        path, side, _ = modules[name]
         module = base.get_submodule(path.format(i=layer))
         if side == "output":
             return module.register_forward_hook(lambda module, args, result: keep((name, layer), result))
@@ -228,17 +243,78 @@ def reference(model: PreTrainedModel, token_ids: np.ndarray, layers: Sequence[in
         )
 
     chosen = range(base.config.num_hidden_layers) if layers is None else layers
+    points = port.hook_points(port.config(config))
+    in_attention = {modules[name].side: name for name in points if modules[name].side not in ("input", "output")}
+    if pattern_tokens is None:
+        del in_attention["pattern"]
+
+    def see(layer: int, side: str, x: torch.Tensor) -> None:
+        if side in in_attention and layer in chosen:
+            width = x.shape[-1] if side != "pattern" else pattern_tokens
+            rows[in_attention[side], layer] = head_rows(x, width).numpy().copy()
+
     handles = []
-    for name in port.hook_points(port.config(config)):
+    for name in points:
         for layer in chosen if HOOK_POINTS[name].per_layer else (None,):
-            handles.append(hook(name, layer))
+            if name not in in_attention.values() and name != "attention_pattern":
+                handles.append(hook(name, layer))
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), watched_attention(base, see):
             base(torch.from_numpy(np.asarray(token_ids, np.int64))[None], use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     return rows
+
+
+def head_rows(x: torch.Tensor, width: int) -> torch.Tensor:
+    """x [1, heads, t, n] -> float32 [t, heads * width], zero where n is less."""
+    padded = torch.nn.functional.pad(x[0].float(), (0, width - x.shape[-1]))
+    return padded.transpose(0, 1).flatten(1)
+
+
+# layer, what of attention, [1, heads, t, ·] -> None, or what is put in its place.
+SeeAttention = Callable[[int, str, torch.Tensor], torch.Tensor | None]
+_watchers: list[SeeAttention] = []
+
+
+@contextlib.contextmanager
+def watched_attention(base: Any, see: SeeAttention) -> Iterator[None]:
+    """Inside, `see` is shown what transformers' own attention multiplies, behind those that see it already.
+
+    Weights are those of eager attention.
+    """
+    functions, name = vars(sys.modules[type(base).__module__]), "eager_attention_forward"
+    if base.config._attn_implementation == "sdpa":
+        functions, name = ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa"
+    theirs = functions[name]
+
+    def shown(module: Any, side: str, x: torch.Tensor) -> torch.Tensor:
+        for watcher in _watchers:
+            changed = watcher(module.layer_idx, side, x)
+            x = x if changed is None else changed
+        return x
+
+    def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **given: Any) -> Any:
+        query, key = shown(module, "query", query), shown(module, "key", key)
+        mixed, weights = theirs(module, query, key, value, mask, **given)
+        if weights is None:
+            return mixed, None
+        changed = shown(module, "pattern", weights)
+        if changed is not weights:
+            values = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+            mixed = (changed @ values).transpose(1, 2)
+        return mixed, changed
+
+    _watchers.append(see)
+    if len(_watchers) == 1:
+        functions[name] = attention
+    try:
+        yield
+    finally:
+        _watchers.pop()
+        if not _watchers:
+            functions[name] = theirs
 
 
 def row_errors(rows: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -51,7 +51,14 @@ def compile_for(config: CompileConfig, terminal: Terminal | None = None) -> Repo
     terminal = terminal or Terminal(silent=True)
     config.check()
     model = open_model(config.model_path, config.revision)
-    plan = capture_plan(model, config.layers_to_extract, config.hook_points, config.positions, config.capture_dtype)
+    plan = capture_plan(
+        model,
+        config.layers_to_extract,
+        config.hook_points,
+        config.positions,
+        config.capture_dtype,
+        config.attention_pattern_tokens,
+    )
     max_length = sequence_limit(config.max_seq_length, model.config)
     found = open_slice(config.topology)
     mesh = _mesh(config, found)

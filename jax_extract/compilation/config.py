@@ -14,6 +14,7 @@ from typing import Literal
 from jax_extract.config import ExtractConfig, check_captures
 from jax_extract.errors import UserError
 from jax_extract.layer_words import OPTION, LayerWord, layer_words
+from models.capture_plan import PATTERN_TOKENS
 from models.hooks import DEFAULT_HOOK_POINT
 
 _MOST_SAMPLES = 2**31 - 1
@@ -37,6 +38,8 @@ class CompileConfig:
       layers_to_extract: layers (--layers and --layer mean the same), counted from 0, or from the end: 12, -1 (the
         last), 10-23 (both among them), all, or several of these; by default 10-23, or what the model has of them.
       hook_points: where in the block, by name, TransformerLens name or glob.
+      attention_pattern_tokens: of attention_pattern: weights that a row has for each head, and the most tokens of a
+        sample.
       positions: which tokens: all, from:k, last, mean, mean_from:k, first:n, every:k, at:i,j,…
       dtype: of the computation.
       capture_dtype: of the stored values.
@@ -67,6 +70,7 @@ class CompileConfig:
     revision: str | None = None
     layers_to_extract: tuple[LayerWord, ...] | None = None
     hook_points: tuple[str, ...] = (DEFAULT_HOOK_POINT,)
+    attention_pattern_tokens: int = PATTERN_TOKENS
     positions: str = "last"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     capture_dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -13,6 +13,7 @@ import numpy as np
 
 from jax_extract.compilation.config import CompileConfig
 from jax_extract.errors import UserError, user_path
+from jax_extract.extraction.capture import require_short_enough
 from jax_extract.extraction.prepare import Job, wrapping_of
 from jax_extract.extraction.summary import tell_input
 from jax_extract.inputs.sources import open_source
@@ -62,6 +63,7 @@ def _listed(name: str, n_samples: int | None, job: Job, terminal: Terminal) -> n
     listed = _read(name)
     full = np.resize(listed, n_samples or len(listed))
     lengths = np.minimum(full, job.max_length)
+    require_short_enough(job.plan, [f"{name}:{place + 1}" for place in range(len(lengths))], lengths)
     again = f" (the {plural(len(listed), 'length')} of the file in turn)" if len(full) > len(listed) else ""
     cut = int((full > lengths).sum())
     terminal.line(

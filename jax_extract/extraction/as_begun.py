@@ -1,4 +1,4 @@
-"""What the same command means on another day: the commits and the names that its run was begun with.
+"""What the same command means on another day: the commits, hook points and names that its run was begun with.
 
 In: a configuration or a source, and the run that is there. Out: the same, as the run was begun.
 """
@@ -6,6 +6,7 @@ In: a configuration or a source, and the run that is there. Out: the same, as th
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from jax_extract.inputs.sources import Source
 from jax_extract.inputs.wrapping import Kept
 from jax_extract.store.ledger import Ledger
 from jax_extract.weights.checkpoint import is_hub_id
+from models.hooks import BY_NAME_ONLY
 
 
 def of_the_same_commits(config: ExtractConfig, place: Place, processes: Processes) -> ExtractConfig:
@@ -33,6 +35,21 @@ def of_the_same_commits(config: ExtractConfig, place: Place, processes: Processe
     if adapter and config.adapter == asked.get("adapter") and str(begun.get("adapter")).startswith(f"{adapter}@"):
         config = dataclasses.replace(config, adapter=begun["adapter"])
     return config
+
+
+def of_the_same_hook_points(config: ExtractConfig, place: Place, processes: Processes) -> ExtractConfig:
+    """A glob means what the model had when the run that is there was begun: a later version has more hook points."""
+    globs = [name for name in config.hook_points if any(c in name for c in "*?[")]
+    if config.overwrite or not globs or (found := place.find(processes)) is None:
+        return config
+    begun = found.run["description"].get("model_hook_points")
+    if not begun:  # runs that do not say it: those of now
+        return config
+    names: list[str] = []
+    for name in config.hook_points:
+        meant = [point for point in begun if fnmatch.fnmatchcase(point, name) and point not in BY_NAME_ONLY]
+        names += meant if name in globs and meant else [name]
+    return dataclasses.replace(config, hook_points=tuple(names))
 
 
 def named_as_begun(source: Source, config: ExtractConfig, found: Ledger | None) -> Source:

@@ -19,7 +19,12 @@ from jax_extract.config import ExtractConfig
 from jax_extract.devices.choice import use_devices
 from jax_extract.devices.processes import Processes, start_processes
 from jax_extract.errors import UserError, user_path
-from jax_extract.extraction.as_begun import fields_as_begun, named_as_begun, of_the_same_commits
+from jax_extract.extraction.as_begun import (
+    fields_as_begun,
+    named_as_begun,
+    of_the_same_commits,
+    of_the_same_hook_points,
+)
 from jax_extract.extraction.backend import Loadable
 from jax_extract.extraction.model_fields import (
     MODEL_FIELDS,
@@ -140,7 +145,7 @@ def open_request(
         place = Place.of(config)
         what_to_do = [str(place.storage), place.spool is not None, config.overwrite, config.delete_local]
     processes.require_equal("place and options", json.dumps(what_to_do), "give every process the same command")
-    as_begun = of_the_same_commits(config, place, processes)
+    as_begun = of_the_same_hook_points(of_the_same_commits(config, place, processes), place, processes)
     with processes.together():
         place.written_to.require_usable()
         source = source or _open_source(config)

@@ -22,7 +22,13 @@ from jax_extract.config import ExtractConfig
 from jax_extract.errors import UserError
 from jax_extract.extraction.accounting import StepCounts
 from jax_extract.extraction.backend import Backend, Loadable, Program, Say, silent
-from jax_extract.extraction.capture import capture_plan, sequence_limit, sites_of
+from jax_extract.extraction.capture import (
+    capture_plan,
+    captures_patterns,
+    require_short_enough,
+    sequence_limit,
+    sites_of,
+)
 from jax_extract.extraction.cost import StepCost
 from jax_extract.extraction.jax_backend import JaxBackend
 from jax_extract.extraction.schedule import steps
@@ -58,6 +64,7 @@ class Job:
       max_length: longest sample in tokens, what follows its prompt included.
       prompt_length: longest prompt in tokens.
       contexts: what samples are joined into, where they are.
+      captured_answer: tokens that may follow a prompt and are captured with it, at most.
       edits: that the forward makes; None where it makes none.
     """
 
@@ -68,6 +75,7 @@ class Job:
     max_length: int
     prompt_length: int
     contexts: ContextForm | None = None
+    captured_answer: int = 0
     edits: Edits | None = None
 
     @classmethod
@@ -87,8 +95,15 @@ class Job:
     @classmethod
     def of(cls, config: ExtractConfig, model: OpenModel, backend: Backend) -> Job:
         """The same of an opened model, whatever the configuration says of one."""
-        plan = capture_plan(model, config.layers_to_extract, config.hook_points, config.positions, config.capture_dtype)
-        contexts = _contexts(config, model)
+        plan = capture_plan(
+            model,
+            config.layers_to_extract,
+            config.hook_points,
+            config.positions,
+            config.capture_dtype,
+            config.attention_pattern_tokens,
+        )
+        contexts = _contexts(config, model, plan)
         max_length = contexts.tokens if contexts else sequence_limit(config.max_seq_length, model.config)
         new_tokens = config.max_new_tokens or 0
         if new_tokens >= max_length:
@@ -104,6 +119,7 @@ class Job:
             prompt_length=max_length - new_tokens,
             backend=backend,
             contexts=contexts,
+            captured_answer=new_tokens if config.capture_answers else 0,
             edits=_edits(config, model, plan),
         ).under(None)
 
@@ -189,7 +205,29 @@ class Job:
         Args:
           share: see `tokenized_tables`.
           known: those with which they begin, which are not given again, nor tokenised.
+
+        Raises:
+          UserError: besides what reading refuses, a sample that is too long for what is captured of it.
         """
+        tables = self._tables(samples, wrapping, counts, continued, share, known)
+        if not captures_patterns(self.plan) or self.contexts:  # whose length is known
+            return tables
+        return self._short_enough(tables, 0 if continued else self.captured_answer)
+
+    def _short_enough(self, tables: Iterable[TokenTable], answer: int) -> Iterator[TokenTable]:
+        for table in tables:
+            require_short_enough(self.plan, table.sample_ids, table.lengths, answer)
+            yield table
+
+    def _tables(
+        self,
+        samples: Iterable[Sample],
+        wrapping: Wrapping,
+        counts: InputCounts,
+        continued: Continued | None,
+        share: Share | None,
+        known: Sequence[TokenTable],
+    ) -> Iterator[TokenTable]:
         tokenizer, vocabulary = self.model.tokenizer, self.model.config.vocab_size
         if self.contexts is None:
             most = self.prompt_length
@@ -260,6 +298,7 @@ class Job:
             "hook_points": [hook for hook, _ in self.plan.layers],
             "positions": str(self.plan.positions),
             "capture_dtype": self.plan.dtype,
+            **({"attention_pattern_tokens": self.plan.pattern_tokens} if captures_patterns(self.plan) else {}),
             **({"contexts": self.contexts.as_json()} if self.contexts else {}),
             **({"edits": self.edits.digest} if self.edits else {}),
         }
@@ -308,7 +347,7 @@ def _edits(config: ExtractConfig, model: OpenModel, plan: CapturePlan) -> Edits 
     return edits
 
 
-def _contexts(config: ExtractConfig, model: OpenModel) -> ContextForm | None:
+def _contexts(config: ExtractConfig, model: OpenModel, plan: CapturePlan) -> ContextForm | None:
     """What samples are joined into; None where each stays by itself. UserError where the model cannot take that."""
     if config.context_tokens is None:
         return None
@@ -316,6 +355,11 @@ def _contexts(config: ExtractConfig, model: OpenModel) -> ContextForm | None:
         raise UserError(
             f"--context_tokens {config.context_tokens} is more than the {allowed} positions this model allows; give at "
             f"most {allowed}"
+        )
+    if captures_patterns(plan) and config.context_tokens > plan.pattern_tokens:
+        raise UserError(
+            f"--context_tokens {config.context_tokens} is more than the {plan.pattern_tokens} tokens that "
+            f"attention_pattern is kept of; give --attention_pattern_tokens {config.context_tokens}, or less"
         )
     form = ContextForm.of(config.context_tokens, config.context_start, config.context_separator, model.tokenizer)
     for name, token in (("start", form.start), ("separator", form.separator)):

@@ -236,7 +236,8 @@ def captured_bytes(
     num_blocks = plan.blocks_needed(config.num_hidden_layers)
     keeps_spare = _keeps_spare(platform, rows_travel)
     values = sum(
-        (slots(layers, num_blocks) if keeps_spare else max(1, len(layers))) * hook_width(config, hook)
+        (slots(layers, num_blocks) if keeps_spare else max(1, len(layers)))
+        * hook_width(config, hook, plan.pattern_tokens)
         for hook, layers in plan.layers
     )
     return values * shape.rows * plan.positions.slots(shape.length, shape.samples) * itemsize

@@ -22,8 +22,8 @@ from jax_extract.forward.batches import rounded
 from jax_extract.forward.edit import VECTOR, Edit
 from jax_extract.inputs.token_table import PROMPT_TOKENS, TokenizedSample
 from jax_extract.weights.open_model import OpenModel
-from models.capture_plan import CapturePlan
-from models.hooks import HOOK_POINTS, depth, resolve_hook_points
+from models.capture_plan import PATTERN_TOKENS, CapturePlan
+from models.hooks import HOOK_POINTS, PATTERN, depth, resolve_hook_points
 from models.interventions import UNCHANGED, Intervention, Kind
 from models.ports import hook_width
 
@@ -64,15 +64,22 @@ class Resolved:
     def names_tokens(self) -> bool:
         """Whether some samples may not do."""
         edit = self.edit
-        return edit.positions is not None or edit.samples is not None or self.gives_each_its_own
+        some = edit.positions is not None or edit.samples is not None or self.gives_each_its_own
+        return some or self.hook == PATTERN
 
     def concerns(self, sample: TokenizedSample) -> bool:
         samples: Any = self.edit.samples
         return samples is None or sample.sample_id in samples or sample.sample_index in samples
 
     def positions(self, sample: TokenizedSample) -> np.ndarray:
-        """int64, from 0; UserError where the sample has no such token."""
+        """int64, from 0; UserError where the sample has no such token, or more than a row of the pattern has."""
         given: Any = self.edit.positions
+        if self.hook == PATTERN and (length := sample.length + self.room) > PATTERN_TOKENS:
+            behind = " with its answer" if self.room else ""
+            raise UserError(
+                f"{self.edit!r} has rows of {PATTERN_TOKENS} weights a head, and sample {sample.sample_id!r} {length} "
+                f"tokens{behind}; shorten it, or leave it out with samples="
+            )
         if given is None:  # a source, and rows for each token, are of a prompt
             return np.arange(sample.prompt_length if self.gives_each_its_own else sample.length)
         end = sample.prompt_length
@@ -241,6 +248,11 @@ class Edits:
 
     def require_seen(self, plan: CapturePlan, has_logits: bool) -> None:
         """UserError where nothing that is kept could show an edit."""
+        if plan.pattern_tokens != PATTERN_TOKENS and any(one.hook == PATTERN for one in self.each):
+            raise UserError(
+                f"edits at {PATTERN} are of rows with {PATTERN_TOKENS} weights a head, and --attention_pattern_tokens "
+                f"is {plan.pattern_tokens}; leave it out"
+            )
         if has_logits:
             return
         deepest = max((depth(hook, layer) for hook, layer in plan.sites()), default=None)

@@ -16,7 +16,7 @@ import numpy as np
 
 from jax_extract.devices import compilation_cache, libtpu
 from jax_extract.errors import UserError
-from jax_extract.extraction.capture import sites_of
+from jax_extract.extraction.capture import require_short_enough, sites_of
 from jax_extract.extraction.jax_backend import JaxBackend
 from jax_extract.extraction.prepare import Job
 from jax_extract.extraction.program import CaptureProgram
@@ -53,6 +53,7 @@ from jax_extract.layer_words import Layers
 from jax_extract.store.reader import Run
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
+from models.capture_plan import CapturePlan
 from models.hooks import DEFAULT_HOOK_POINT, HookPoints
 from models.ports import hook_width, longest_sample
 
@@ -209,6 +210,7 @@ class Model:
         made = Edits.of(edits, self._opened)
         made.require_seen(plan, logits is not None or answers is not None)
         made.check(samples)
+        _require_short_enough(plan, samples)
         if not plan.layers and logits is None and answers is None:
             raise UserError("nothing is asked for; give capture=, logits= or answers=")
         wanted = Wanted(plan, logits is not None, answers is not None)
@@ -303,6 +305,7 @@ class Model:
             raise UserError("a gradient is with respect to a hook point; name one")
         made = Edits.of(edits, self._opened)
         made.check(samples)
+        _require_short_enough(plan, samples)
         found = gradients(
             *(self._suffix, self._opened.config, samples, plan, made, measured),
             *(self._backend.devices, self._backend.defaults),
@@ -369,7 +372,8 @@ class Model:
                 edits=job.edits,
             )
         assert not isinstance(self._program, ForwardProgram), "load_model sees to it"
-        widths = {hook: hook_width(self._opened.config, hook) for hook, _ in job.plan.layers}
+        most = job.plan.pattern_tokens
+        widths = {hook: hook_width(self._opened.config, hook, most) for hook, _ in job.plan.layers}
         return self._program.capture_program(job.plan, widths, job.edits)
 
     def generate(
@@ -440,3 +444,9 @@ class Model:
         sites = tuple(sites_of(plan, self._opened.config))
         most = longest_sample(self._opened.config)
         return Job(self._opened, plan, sites, self._backend, most, most)
+
+
+def _require_short_enough(plan: CapturePlan, samples: Sequence[TokenizedSample]) -> None:
+    lengths = np.array([sample.length for sample in samples])
+    mend = "give shorter texts, or extract() with a larger attention_pattern_tokens"
+    require_short_enough(plan, [sample.sample_id for sample in samples], lengths, mend=mend)

@@ -59,8 +59,8 @@ def extract(
       progress: show the lines and the bar of the command.
       tokenizer: of a model in memory that did not come from a folder.
       options: further fields of `ExtractConfig`: dtype, capture_dtype, batch_size, mesh_shape,
-        max_seq_length, slab_tokens, chat_template, system_prompt, chat_template_kwargs (a dictionary will do),
-        add_special_tokens, context_tokens, context_start, context_separator, revision.
+        max_seq_length, slab_tokens, attention_pattern_tokens, chat_template, system_prompt, chat_template_kwargs (a
+        dictionary will do), add_special_tokens, context_tokens, context_start, context_separator, revision.
 
     Returns:
       A `Run` in memory: `run[0].get(layer=12)` -> [positions, width]; `run.save(folder)` writes it.
@@ -166,7 +166,8 @@ def live_checkpoint(model: Any, tokenizer: Any) -> LiveCheckpoint | None:
 
 NOTEBOOK_OPTIONS = frozenset(
     (
-        "adapter backend device dtype capture_dtype batch_size mesh_shape max_seq_length slab_tokens chat_template "
-        "system_prompt chat_template_kwargs add_special_tokens context_tokens context_start context_separator revision"
+        "adapter backend device dtype capture_dtype batch_size mesh_shape max_seq_length slab_tokens "
+        "attention_pattern_tokens chat_template system_prompt chat_template_kwargs add_special_tokens context_tokens "
+        "context_start context_separator revision"
     ).split()
 )

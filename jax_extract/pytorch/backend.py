@@ -204,4 +204,4 @@ class TorchBackend:
 
 
 def _widths(plan: CapturePlan, model: OpenModel) -> dict[str, int]:
-    return {hook: hook_width(model.config, hook) for hook, _ in plan.layers}
+    return {hook: hook_width(model.config, hook, plan.pattern_tokens) for hook, _ in plan.layers}

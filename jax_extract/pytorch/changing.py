@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from jax_extract.pytorch.hooks import listen
 from models.interventions import UNCHANGED, Intervention
 from models.ports import Module
 
@@ -54,13 +55,7 @@ def hook(
         name, layer = "after_block", layer - 1  # which is what enters a block that does not run
     if name == "after_attention":
         name, change = "attention_out", _what_attention_adds(model, modules, layer, change, hooks)
-    path, side = modules[name]
-    module = model.get_submodule(path.format(i=layer))
-    if side == "output":
-        hooks.callback(module.register_forward_hook(_behind(change), prepend=prepend).remove)
-    else:
-        before = module.register_forward_pre_hook(_before(change), with_kwargs=True, prepend=prepend)
-        hooks.callback(before.remove)
+    hooks.callback(listen(model, modules[name], layer, change, prepend=prepend).remove)
 
 
 def _what_attention_adds(
@@ -72,26 +67,9 @@ def _what_attention_adds(
     def see(_: Any, args: Any, kwargs: Any) -> None:
         entering[:] = [args[0] if args else kwargs["hidden_states"]]
 
-    path, _ = modules["residual_before"]
-    block = model.get_submodule(path.format(i=layer))
+    block = model.get_submodule(modules["residual_before"].path.format(i=layer))
     hooks.callback(block.register_forward_pre_hook(see, with_kwargs=True).remove)
     return lambda update: change(entering[0] + update) - entering[0]
-
-
-def _behind(change: Change) -> Any:
-    def behind(_: Any, args: Any, result: Any) -> Any:
-        return (change(result[0]), *result[1:]) if isinstance(result, tuple) else change(result)
-
-    return behind
-
-
-def _before(change: Change) -> Any:
-    def before(_: Any, args: Any, kwargs: Any) -> Any:
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
-
-    return before
 
 
 def _change(intervention: Intervention, layer: int | None) -> Change:

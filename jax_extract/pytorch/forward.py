@@ -176,12 +176,11 @@ class TorchForward:
 
     def logits_of(self, rows: np.ndarray) -> np.ndarray:
         """See `ForwardProgram.logits_of`."""
-        path, _ = self.modules.get("final_norm", ("", ""))
-        if not path:
+        if not (norm := self.modules.get("final_norm")) or not norm.path:
             raise UserError("no port computes this model, so where its final norm lies is not known here")
         with torch.inference_mode():
             given = torch.from_numpy(rows)[None].to(self.device, next(self._causal.parameters()).dtype)
-            return self.logits(self.base.get_submodule(path)(given))[0].float().cpu().numpy()
+            return self.logits(self.base.get_submodule(norm.path)(given))[0].float().cpu().numpy()
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Of rows behind the final norm, [b, t, d] -> [b, t, vocabulary]."""

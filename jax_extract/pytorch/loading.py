@@ -99,7 +99,7 @@ def load_ours(model: OpenModel, layers: int, dtype: torch.dtype, head: bool = Fa
         loaded = kind.from_config(config, dtype=dtype, **_attention(model)).eval()
         loaded.tie_weights()  # which is part of what is left out
     stored = model.checkpoint.names()
-    heads = _stored_heads(loaded, model) if head else {}
+    heads: dict[str, str] = _stored_heads(loaded, model) if head else {}
     with torch.no_grad():
         for name, parameter in loaded.named_parameters():
             whole = (heads.get(name) or name) if head else model.family.prefix + name
@@ -125,15 +125,15 @@ def _stored_heads(loaded: Any, model: OpenModel) -> dict[str, str]:
 def hooked_modules(loaded: Any, model: OpenModel) -> Mapping[str, Module]:
     """Hook point -> the base model's submodule that has it, `{i}` standing for the layer, and what of it."""
     modules = model.family.modules(model.config)
-    if not any(BLOCKS in path for path, _ in modules.values()):
+    if not any(BLOCKS in module.path for module in modules.values()):
         return modules
     blocks = blocks_path(loaded, model)
-    return {hook: (path.replace(BLOCKS, blocks), side) for hook, (path, side) in modules.items()}
+    return {hook: module._replace(path=module.path.replace(BLOCKS, blocks)) for hook, module in modules.items()}
 
 
 def blocks_path(loaded: Any, model: OpenModel) -> str:
     """The base model's list of blocks; ValueError where there is none that is clearly it."""
-    path = model.family.modules(model.config)["after_block"][0].removesuffix(".{i}")
+    path = model.family.modules(model.config)["after_block"].path.removesuffix(".{i}")
     if path != BLOCKS:
         return path
     lists = [name for name, module in loaded.named_modules() if isinstance(module, torch.nn.ModuleList)]

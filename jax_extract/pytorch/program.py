@@ -22,6 +22,7 @@ from jax_extract.errors import UserError
 from jax_extract.forward.edits import Edits, Placed
 from jax_extract.inputs.planning.slabs import SlabShape
 from jax_extract.pytorch.changing import changed
+from jax_extract.pytorch.hooks import listen
 from jax_extract.pytorch.loading import forget_lengths
 from models.capture_plan import CapturePlan
 from models.ports import Module
@@ -76,25 +77,19 @@ class TorchProgram:
             self._listen(modules, hook, layer)
 
     def _listen(self, modules: Mapping[str, Module], hook: str, layer: int | None) -> None:
-        path, side = modules[hook]
-        at = layer
+        module, at = modules[hook], layer
         if hook == "residual_before" and layer is not None and layer == self._model.config.num_hidden_layers:
             # The input of a block that does not run is the output of the one before it.
-            (path, side), at = modules["after_block"], layer - 1
-        module = self._model.get_submodule(path.format(i=at))
-        key = (hook, layer)
+            module, at = modules["after_block"], layer - 1
         me = weakref.proxy(self)  # else model and program would keep each other, and the next model would lack memory
-        if side == "output":
-            handle = module.register_forward_hook(lambda _, args, result: me._keep(key, result))
-        else:
-            handle = module.register_forward_pre_hook(
-                lambda _, args, kwargs: me._keep(key, args or kwargs["hidden_states"]), with_kwargs=True
-            )
-        self._handles.append(handle)
 
-    def _keep(self, key: SiteKey, value: Any) -> None:
+        def keep(rows: torch.Tensor) -> None:
+            me._keep((hook, layer), rows)
+
+        self._handles.append(listen(self._model, module, at, keep, self.plan.pattern_tokens))
+
+    def _keep(self, key: SiteKey, value: torch.Tensor) -> None:
         """Selects and casts on the device, and copies: the model may write over its own."""
-        value = value if isinstance(value, torch.Tensor) else value[0]
         if value.ndim != 3:  # noqa: PLR2004 (batch, tokens, width)
             raise ValueError(f"its {key[0]} has {value.ndim} axes and not batch, tokens and width")
         if value.shape[-1] != self._widths[key[0]]:

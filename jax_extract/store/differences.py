@@ -16,6 +16,7 @@ _FLAGS = {
     "plan_settings.max_length": "--max_seq_length",
     "answers": "--capture_answers",
     "one_file_per_layer": "--one_file_per_layer",
+    "attention_pattern_tokens": "--attention_pattern_tokens",
     "contexts.tokens": "--context_tokens",
     "contexts.start": "the token of --context_start",
     "contexts.separator": "the token of --context_separator",

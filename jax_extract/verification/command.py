@@ -183,14 +183,15 @@ def _open_model(ledger: Ledger, layout: Layout, model_path: str | None, adapter:
     source = model.checkpoint.source
     if model.config.model_type != model_type:
         raise UserError(f"{source} is of type {model.config.model_type!r} and the run of {model_type!r}; {_WRONG}")
-    blocks = plan_of(layout.sites).blocks_needed(model.config.num_hidden_layers)
+    plan = plan_of(layout.sites, model.config)
+    blocks = plan.blocks_needed(model.config.num_hidden_layers)
     ours = isinstance(model.family, Port)
     read = Weights(model.checkpoint, model.port, model.config, blocks) if ours else AllWeights(model.checkpoint)
     found = read.provenance()
     if found != weights:
         raise UserError(f"the weights of {source} are {found[:19]}… and those of the run {weights[:19]}…; {_WRONG}")
     for site in layout.sites:
-        if (width := hook_width(model.config, site.hook)) != site.width:
+        if (width := hook_width(model.config, site.hook, plan.pattern_tokens)) != site.width:
             raise UserError(f"{source} has {width} values a row at {site.hook} and the run {site.width}; {_WRONG}")
     return model
 

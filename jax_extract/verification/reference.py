@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -25,13 +26,13 @@ from jax_extract.errors import UserError
 from jax_extract.store.parts import Site
 from jax_extract.weights.load import Weights
 from jax_extract.weights.open_model import OpenModel
-from models.capture_plan import CapturePlan
+from models.capture_plan import PATTERN_TOKENS, CapturePlan
 from models.decoder import Decoder
 from models.hooks import HOOK_POINTS
 from models.interventions import Intervention
 from models.layers import LONGEST_SUM, Numerics
 from models.packing import Packing
-from models.ports import Module, Parameters, Port
+from models.ports import ModelConfig, Module, Parameters, Port
 from models.positions import MEAN_POSITION, Positions
 
 SiteKey = tuple[str, int | None]  # hook point, layer
@@ -158,8 +159,9 @@ def grouped(sites: Iterable[Site], rows: int) -> Iterator[list[Site]]:
 class HuggingFace:
     """Hugging Face's model on the CPU, read through forward hooks."""
 
-    def __init__(self, model: Any, name: str, modules: Mapping[str, Module]) -> None:
+    def __init__(self, model: Any, config: ModelConfig, name: str, modules: Mapping[str, Module]) -> None:
         self.name = name
+        self._config = config
         self.versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers")}
         self._model = model
         self._modules = modules
@@ -174,31 +176,25 @@ class HuggingFace:
         import torch
 
         from jax_extract.pytorch.changing import changed
+        from jax_extract.pytorch.hooks import listen
         from jax_extract.pytorch.loading import forget_lengths
 
         found: dict[SiteKey, np.ndarray] = {}
+        pattern_tokens = plan_of(sites, self._config).pattern_tokens
 
-        def keep(key: SiteKey, value: Any) -> None:
-            value = value if isinstance(value, torch.Tensor) else value[0]
+        def keep(key: SiteKey, value: torch.Tensor) -> None:
             found[key] = sample.select(value[0].float().numpy())  # a copy: the model may write over its own
 
         with contextlib.ExitStack() as hooks:
             for site in sites:
-                hooks.callback(self._hook(site, keep).remove)
+                see = partial(keep, site.key)
+                handle = listen(self._model, self._modules[site.hook], site.layer, see, pattern_tokens)
+                hooks.callback(handle.remove)
             forget_lengths(self._model)
             hooks.enter_context(changed(self._model, self._modules, sample.changes))
             with torch.inference_mode():
                 self._model(input_ids=torch.from_numpy(sample.token_ids.astype(np.int64))[None], use_cache=False)
         return found
-
-    def _hook(self, site: Site, keep: Callable[[SiteKey, Any], None]) -> Any:
-        path, side = self._modules[site.hook]
-        module = self._model.get_submodule(path.format(i=site.layer))
-        if side == "output":
-            return module.register_forward_hook(lambda _, args, result: keep(site.key, result))
-        return module.register_forward_pre_hook(
-            lambda _, args, kwargs: keep(site.key, args or kwargs["hidden_states"]), with_kwargs=True
-        )
 
 
 def _open_torch(model: OpenModel, sites: Sequence[Site], weights: str, dtype: str, tell: Tell) -> HuggingFace | None:
@@ -226,7 +222,7 @@ def _open_torch(model: OpenModel, sites: Sequence[Site], weights: str, dtype: st
         try:
             with quiet():
                 loaded = load(model, layers, getattr(torch, weights)).to(getattr(torch, dtype))
-                return HuggingFace(loaded, name + whose, hooked_modules(loaded, model))
+                return HuggingFace(loaded, model.config, name + whose, hooked_modules(loaded, model))
         except Exception as error:  # noqa: BLE001 (whatever a library of models raises, there is another reference)
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             tell(f"transformers does not load this model{whose} ({reason.rstrip('.')}), so {instead}")
@@ -256,7 +252,7 @@ class OwnForward:
         self._model = model
         mesh = make_mesh((1, 1), _one_cpu_device())
         self._device = mesh.devices.flat[0]
-        blocks = plan_of(sites).blocks_needed(model.config.num_hidden_layers)
+        blocks = plan_of(sites, model.config).blocks_needed(model.config.num_hidden_layers)
         params = Weights(model.checkpoint, model.port, model.config, blocks).load(mesh, weights)
         self._params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
         self._programs: dict[CapturePlan, Callable[..., dict[str, jax.Array]]] = {}
@@ -264,7 +260,7 @@ class OwnForward:
     def rows(self, sample: Wanted, sites: Sequence[Site]) -> Rows:
         tokens = jax.device_put(sample.token_ids.astype(np.int32)[None], self._device)
         for group in grouped(sites, len(sample.token_ids)):
-            plan = plan_of(group)
+            plan = plan_of(group, self._model.config)
             if plan not in self._programs:
                 self._programs[plan] = jax.jit(self._forward(plan))
             captured = self._programs[plan](self._params, tokens, sample.changes)
@@ -283,15 +279,18 @@ class OwnForward:
         return forward
 
 
-def plan_of(sites: Iterable[Site]) -> CapturePlan:
+def plan_of(sites: Iterable[Site], config: ModelConfig) -> CapturePlan:
     """Every position of these sites, in float32."""
     layers: dict[str, set[int]] = {}
+    pattern_tokens = PATTERN_TOKENS
     for site in sites:
+        if site.hook == "attention_pattern":
+            pattern_tokens = site.width // config.num_attention_heads
         layers.setdefault(site.hook, set()).update([] if site.layer is None else [site.layer])
     if strange := sorted(set(layers) - set(HOOK_POINTS)):
         raise UserError(f"the run holds the hook point {strange[0]!r}, which this version does not know; update it")
     captures = tuple((hook, tuple(sorted(layers[hook]))) for hook in HOOK_POINTS if hook in layers)
-    return CapturePlan(captures, Positions("all"), "float32")
+    return CapturePlan(captures, Positions("all"), "float32", pattern_tokens)
 
 
 def _one_cpu_device() -> list[Any]:

@@ -62,7 +62,12 @@ class UnportedConfig:
     max_position_embeddings: int
     output_width: int
     rotaries: tuple[Rotary, ...]
-    intermediate_size: int = 0  # where no hook point has this width
+    # Where no hook point has these widths.
+    intermediate_size: int = 0
+    query_rows: int = 0
+    num_attention_heads: int = 0
+    num_key_value_heads: int = 0
+    head_dim: int = 0
 
 
 def _config(config: Mapping[str, Any]) -> UnportedConfig:
@@ -129,10 +134,10 @@ def _hook_points(config: UnportedConfig) -> HookPoints:
 
 def _modules(_: UnportedConfig) -> Mapping[str, Module]:
     return {
-        "embeddings": (f"{BLOCKS}.0", "input"),
-        "residual_before": (f"{BLOCKS}.{{i}}", "input"),
-        "after_block": (f"{BLOCKS}.{{i}}", "output"),
-        "final_norm": ("", "output"),
+        "embeddings": Module(f"{BLOCKS}.0", "input"),
+        "residual_before": Module(f"{BLOCKS}.{{i}}", "input"),
+        "after_block": Module(f"{BLOCKS}.{{i}}", "output"),
+        "final_norm": Module("", "output"),
     }
 
 
@@ -147,6 +152,7 @@ _LAYOUT = (
     "head_dim max_position_embeddings use_parallel_residual n_embd n_layer n_head n_inner n_positions rms_norm_eps "
     "layer_norm_eps layer_norm_epsilon"
 ).split()
+_WIDTHS = "intermediate_size query_rows num_attention_heads num_key_value_heads head_dim".split()
 
 
 def variant_of(port: Port, config: Mapping[str, Any]) -> tuple[Family, UnportedConfig]:
@@ -165,4 +171,4 @@ def variant_of(port: Port, config: Mapping[str, Any]) -> tuple[Family, UnportedC
     except UserError:
         return UNPORTED, figures
     family = Family(_config, lambda _: hook_points, lambda _: modules, port.prefix)
-    return family, replace(figures, intermediate_size=plain.intermediate_size)
+    return family, replace(figures, **{name: getattr(plain, name) for name in _WIDTHS})

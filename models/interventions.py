@@ -20,7 +20,7 @@ from models.errors import UserError
 
 UNCHANGED = -1
 
-# A pure function of rows float32 [t, d] of one row of the batch, and an operand of any kind -> rows alike.
+# A pure function of rows float32 [1, d], a token at a time, and an operand of any kind -> rows alike.
 Function = Callable[[Array, Any], Array]
 Kind = Literal["zero", "add", "replace"] | Function
 
@@ -85,13 +85,20 @@ class Intervention:
         leaves, structure = jax.tree.flatten(self.operand)
         shared = self.shared or (True,) * len(leaves)
         axes = jax.tree.unflatten(structure, [None if alike else 0 for alike in shared])
+
+        def of_token(row: Array, operand: Any) -> Array:
+            """A token by itself: nothing that a function does may depend on what else lies in the batch."""
+            result = function(row[None], operand)
+            if getattr(result, "shape", None) != (1, *row.shape):
+                name = getattr(function, "__name__", "change")
+                raise UserError(
+                    f"the function {name!r} at {self.hook!r} is given rows [1, {len(row)}] and returns "
+                    f"{list(result.shape) if hasattr(result, 'shape') else type(result).__name__}; return rows alike"
+                )
+            return result[0]
+
+        of_row = jax.vmap(of_token, in_axes=(0, None))
         # A caller's function is written for JAX's own rules of promotion. An operand without leaves has no axes.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            result = jax.vmap(function, in_axes=(0, axes if leaves else None))(x, self.operand)
-        if getattr(result, "shape", None) != x.shape:
-            name = getattr(function, "__name__", "change")
-            raise UserError(
-                f"the function {name!r} at {self.hook!r} is given rows {list(x.shape[1:])} and returns "
-                f"{list(result.shape[1:]) if hasattr(result, 'shape') else type(result).__name__}; return rows alike"
-            )
+            result = jax.vmap(of_row, in_axes=(0, axes if leaves else None))(x, self.operand)
         return result.astype(jnp.float32)

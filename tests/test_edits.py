@@ -214,6 +214,20 @@ def test_edits_act_in_the_order_of_the_forward_and_at_one_hook_point_in_that_giv
         require_equal(out, 0, truth_of(tiny_model(name), text, changes), repr(edits))
 
 
+def mixing(rows: Any, _: Any) -> Any:
+    return rows - rows.mean(axis=0)
+
+
+def test_a_function_is_given_each_token_by_itself() -> None:
+    """What mixes rows mixes one with itself: company and padding change nothing."""
+    model = load_model(tiny_folder("llama"), mesh_shape="1,1")
+    short, long = random_ids([7, 30])
+    edit = Edit("ffn_out", mixing, layer=1)
+    zero = model.run(short, edits=[Edit("ffn_out", "zero", layer=1)], logits="all").logits[0]
+    for texts in ([short], [short, long]):
+        assert row_errors(model.run(texts, edits=[edit], logits="all").logits[0], zero).max() <= 1e-6
+
+
 def test_a_live_model_of_transformers_is_used_as_it_is_now() -> None:
     [text] = random_ids([13])
     live = load_model(tiny_model("llama"), mesh_shape="1,1")
@@ -256,8 +270,9 @@ REFUSED: list[tuple[Callable[[], Edit], str]] = [
     ),
     (lambda: Edit("ffn_out", "replace", layer=1, value="words"), "no array of numbers"),
     (lambda: Edit("ffn_out", "replace", layer=1, value=np.full(54, np.nan)), "not finite"),
-    (lambda: Edit("ffn_out", lambda rows, _: rows[:1], layer=1), "return rows alike"),
+    (lambda: Edit("ffn_out", lambda rows, _: rows[:, :3], layer=1), "return rows alike"),
     (lambda: Edit("after_block", "zero", layer=3), "changes nothing that is kept"),
+    (lambda: Edit("ffn_out", lambda rows: rows, layer=1), "must take rows and an operand"),
 ]
 
 

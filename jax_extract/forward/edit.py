@@ -6,6 +6,7 @@ to be wrong without a model.
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 from collections.abc import Callable, Iterable
@@ -40,9 +41,9 @@ class Edit:
         `mean`: they become the mean of the rows `value`, or of all rows that `source` holds there.
         `replace`: they become `value`.
         `patch`: they become the rows of the same sample and positions in `source`; of its only one, if it holds one.
-        a pure JAX function `change(rows, operand)` of rows float32 [tokens, width] and of `value`, any pytree: they
-          become its result. It is called once for each row of a batch, and compiled anew where it is another function,
-          so define it once and give what varies as `value`.
+        a pure JAX function `change(rows, operand)` of rows float32 [1, width] and of `value`, any pytree: they become
+          its result. It is given each token by itself, so that nothing depends on what else is computed with it, and is
+          compiled anew where it is another function: define it once and give what varies as `value`.
       layer: one layer or several, counted from 0, or from the end if negative; None where the hook point has none.
       value: [width], or [positions, width] with a row for each of `positions` (of each token, where these are None).
       scale: of `add`.
@@ -82,7 +83,9 @@ class Edit:
             _set(self, "source", getattr(self.source, "run", self.source))
             if not hasattr(self.source, "sample_ids"):
                 raise UserError(f"the source of the edit at {self.hook!r} is no run: {self.source!r:.60}")
-        if not callable(self.change):
+        if callable(self.change):
+            _require_two_arguments(self.change, self.hook)
+        else:
             self._check_what_it_takes()
 
     @property
@@ -121,6 +124,17 @@ class Edit:
         if self.source is not None:
             said.append("source=…")
         return f"Edit({', '.join(said)})"
+
+
+def _require_two_arguments(change: Callable[..., Any], hook: str) -> None:
+    try:
+        inspect.signature(change).bind(None, None)
+    except TypeError:
+        raise UserError(
+            f"the function {_name(change)!r} at {hook!r} must take rows and an operand, as change(rows, operand)"
+        ) from None
+    except ValueError:
+        return  # of some callables nobody knows what they take
 
 
 def _set(edit: Edit, name: str, value: Any) -> None:

@@ -30,7 +30,7 @@ class SampleGradient(NamedTuple):
     """Attributes:
     sample: its number.
     value: of the metric.
-    rows: hook point -> float32 [layers, tokens, width].
+    rows: hook point -> float32 [layers, tokens, width], of the tokens before an answer.
     """
 
     sample: int
@@ -70,7 +70,7 @@ def gradients(
                 measured.kind, sites, layers, stream, lowest, given, interventions_of(edited, columns)
             )
             for row, i in enumerate(whose):
-                rows = {hook: array[:, row, : group[i].length] for hook, array in gradient.items()}
+                rows = {hook: array[:, row, : group[i].prompt_length] for hook, array in gradient.items()}
                 yield SampleGradient(numbers[i], value[row], rows)
 
 

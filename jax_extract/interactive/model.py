@@ -287,7 +287,8 @@ class Model:
           edits: under which it is taken.
 
         Returns:
-          `Gradients`: `grad.run.sample("0").get(layer=12)` float32 [tokens, width] of d metric / d activation, and
+          `Gradients`: `grad.run.sample("0").get(layer=12)` float32 [tokens, width] of d metric / d activation, of the
+          text's own tokens, and
           `grad.values` [texts], the metric itself.
 
         Raises:
@@ -310,7 +311,7 @@ class Model:
             *(self._suffix, self._opened.config, samples, plan, made, measured),
             *(self._backend.devices, self._backend.defaults),
         )
-        return collected_gradients(self._job(plan), samples, found)
+        return collected_gradients(self._job(plan), prompts, found)
 
     def logits_of(self, rows: Any) -> np.ndarray:
         """What the final norm and the head make of rows of the residual stream: the logit lens.

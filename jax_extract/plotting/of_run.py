@@ -1,0 +1,251 @@
+"""The pictures of a run: norms, variance spectrum, principal components, logit lens.
+
+In: an open run, what is wanted. Out: `Drawn` pictures one by one, a layer in memory at a time, and what was left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jax_extract.errors import UserError
+from jax_extract.inputs.tokenize import tokenizer_digest
+from jax_extract.layer_words import layers_of
+from jax_extract.plotting.colouring import colouring_of
+from jax_extract.plotting.components import Components
+from jax_extract.plotting.config import FEWEST_ROWS, Picture, PlotConfig
+from jax_extract.plotting.lens import Lens, draw_lens
+from jax_extract.plotting.norms import Norms, draw_norms
+from jax_extract.plotting.pca import draw_pca
+from jax_extract.plotting.pictures import Drawn, LeftOut
+from jax_extract.plotting.reading import SampledRows
+from jax_extract.plotting.spectrum import draw_spectrum
+from jax_extract.progress import LOADING
+from jax_extract.store.parts import Site
+from jax_extract.store.reader import Run
+from jax_extract.store.token_text import token_texts
+from jax_extract.terminal import Terminal, plural, ranges_text
+from jax_extract.weights.open_model import OpenModel
+from models.hooks import DEFAULT_HOOK_POINT, GATED, resolve_hook_points
+
+if TYPE_CHECKING:
+    from jax_extract.interactive.model import Model
+
+PICTURES: tuple[Picture, ...] = ("norms", "spectrum", "pca", "lens")
+_SPECTRA, _PANELS, _LENS_LAYERS = 12, 6, 16  # layers of a picture, spread over those of the run
+_LENS_TOKENS = 14
+
+
+@dataclass(frozen=True)
+class RunPictures:
+    run: Run
+    config: PlotConfig
+    terminal: Terminal
+
+    def draw(self) -> Iterator[Drawn | LeftOut]:
+        """UserError where what was asked for cannot be drawn; what was not is left out, and told."""
+        sites = self._sites
+        if not len(self._sampled):
+            raise UserError(f"{self.config.place} holds no row yet; draw it when parts are committed")
+        read = len(self._sampled)
+        self.terminal.line(
+            "read",
+            f"{read:,} of {plural(self._sampled.rows_in_run, 'row')} a layer, of {len(self._sampled.metas):,} of "
+            f"{plural(self._sampled.samples_in_run, 'sample')}",
+        )
+        for hook in dict.fromkeys(site.hook for site in sites):
+            of_hook = [site for site in sites if site.hook == hook]
+            if self.config.wants("norms"):
+                yield self._norms(hook, of_hook)
+            if self.config.wants("spectrum") or self.config.wants("pca"):
+                yield from self._components(hook, of_hook)
+        if self.config.wants("lens"):
+            yield self._lens([site for site in sites if site.hook == DEFAULT_HOOK_POINT])
+
+    # ------------------------------------------------------------------------------------------ what is read
+
+    @cached_property
+    def _sites(self) -> list[Site]:
+        """Those asked for, by hook point and layer."""
+        run, config = self.run, self.config
+        hooks = run.hook_points if config.hook_points is None else [_hook(run, name) for name in config.hook_points]
+        wanted = None if config.layers is None else layers_of(config.layers, int(run.metadata["num_hidden_layers"]))
+        for layer in wanted or ():
+            if layer not in run.layers:
+                raise UserError(f"--layers: this run holds no layer {layer}; it holds {ranges_text(run.layers)}")
+        sites = [
+            site
+            for hook in dict.fromkeys(hooks)
+            for site in run.sites
+            if site.hook == hook and (wanted is None or site.layer is None or site.layer in wanted)
+        ]
+        return sorted(sites, key=lambda site: (hooks.index(site.hook), -1 if site.layer is None else site.layer))
+
+    @cached_property
+    def _sampled(self) -> SampledRows:
+        return SampledRows.of(self.run, self.config.rows, self.config.seed)
+
+    def _caption(self, sites: Sequence[Site], rows: int, what: str = "") -> str:
+        layers = [site.layer for site in sites if site.layer is not None]
+        at = f"{plural(len(layers), 'layer')} ({ranges_text(layers)})  ·  " if layers else ""
+        meta = self.run.metadata
+        samples = plural(len(self._sampled.metas), "sample")
+        return f"{meta['model_name']}  ·  {at}{rows:,} rows of {samples}  ·  positions {meta['positions']}{what}"
+
+    # ---------------------------------------------------------------------------------- norms and components
+
+    def _norms(self, hook: str, sites: Sequence[Site]) -> Drawn:
+        norms = np.array([_norms_of(self._sampled.rows(site)) for site in sites])
+        mean = [self.run.statistics(hook, layer=site.layer).mean_norm for site in sites]
+        found = Norms.of([_name(site) for site in sites], norms, self._sampled.positions, mean)
+        return Drawn(f"norms_{hook}", draw_norms(found, hook, self._caption(sites, len(self._sampled))))
+
+    def _components(self, hook: str, sites: Sequence[Site]) -> Iterator[Drawn | LeftOut]:
+        """Both pictures of the same components, without first tokens, along which all else would be a point."""
+        kept = self._sampled.positions != 0
+        if kept.sum() < FEWEST_ROWS:
+            kept = np.ones(len(self._sampled), bool)
+        if (rows := int(kept.sum())) < FEWEST_ROWS:
+            yield LeftOut("spectrum", f"{plural(rows, 'row')} of {hook} has no variance")
+            return
+        what = "" if kept.all() else ", without first tokens"
+        panels = _spread(sites, _PANELS) if self.config.wants("pca") else []
+        spectra = _spread(sites, _SPECTRA) if self.config.wants("spectrum") else []
+        found = {
+            site.key: Components.of(self._sampled.rows(site)[kept])
+            for site in sites
+            if site in panels or site in spectra
+        }
+        if spectra:
+            of_layers = {_name(site): found[site.key] for site in spectra}
+            yield Drawn(f"spectrum_{hook}", draw_spectrum(of_layers, hook, self._caption(spectra, rows, what)))
+        if panels:
+            colouring = colouring_of(self.config.color_by, self._sampled, self._token_texts)
+            of_layers = {_name(site): found[site.key] for site in panels}
+            colours = None if colouring is None else colouring.of_rows(kept)
+            caption = self._caption(panels, rows, what)
+            yield Drawn(f"pca_{hook}", draw_pca(of_layers, colours, hook, caption, self.config.seed))
+
+    # ------------------------------------------------------------------------------------------------ the model
+
+    def _token_texts(self, token_ids: np.ndarray) -> list[str]:
+        """As the model's tokenizer has them; their numbers where that is not on this machine."""
+        if self._tokenizer is None:
+            self.terminal.line(
+                "note", f"{self._not_here}: tokens are shown by their numbers; --model_path names another"
+            )
+            return [f"[{token}]" for token in token_ids.tolist()]
+        return token_texts(self._tokenizer, token_ids)
+
+    @cached_property
+    def _model_path(self) -> str | None:
+        """As given, or where the run says that it lay, if it still does."""
+        if self.config.model_path is not None:
+            return self.config.model_path
+        path = str(self.run.metadata.get("model_path") or "")
+        return path if path and Path(path).exists() else None
+
+    @property
+    def _not_here(self) -> str:
+        return f"the model {self.run.metadata.get('model_path')} is not on this machine"
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        if self._model_path is None:
+            return None
+        opened = OpenModel.open(self._model_path, self._revision, self.run.metadata.get("adapter"), needs_port=False)
+        self._require_same(tokenizer_digest(opened.tokenizer))
+        return opened.tokenizer
+
+    @property
+    def _revision(self) -> str | None:
+        """That of the run, for the run's own model."""
+        return None if self.config.model_path is not None else self.run.metadata.get("model_revision")
+
+    def _require_same(self, tokenizer: str) -> None:
+        if tokenizer != self.run.metadata["tokenizer_hash"]:
+            raise UserError(
+                f"the tokenizer of {self._model_path} is not the one that this run was made with; give the model of "
+                "the run as --model_path"
+            )
+
+    def _lens(self, sites: Sequence[Site]) -> Drawn | LeftOut:
+        why = None
+        if not sites:
+            why = f"this run holds no {DEFAULT_HOOK_POINT}, which the final norm and the head read"
+        elif (self._sampled.token_ids < 0).all():
+            why = "every row is the mean of a sample, which is of no token"
+        elif self._model_path is None:
+            why = f"{self._not_here}; give --model_path"
+        if why is not None:
+            if self.config.asked("lens"):
+                raise UserError(f"--pictures lens: {why}")
+            return LeftOut("lens", why)
+        sample = self.run.sample(self._sample_id)
+        places = np.arange(len(sample.positions))[-_LENS_TOKENS:]
+        if not len(places):
+            raise UserError(f"sample {sample.sample_id!r} has no rows; name another with --sample")
+        chosen = _spread(sites, _LENS_LAYERS)
+        model = self._loaded()
+        found = Lens.of(
+            [int(site.layer or 0) for site in chosen],
+            lambda layer: sample.get(layer)[places],
+            model.logits_of,
+            sample.positions[places],
+            sample.token_ids,
+        )
+        caption = (
+            f"{self.run.metadata['model_name']}  ·  {plural(len(chosen), 'layer')} of "
+            f"{self.run.metadata['num_hidden_layers']}  ·  sample {sample.sample_id}: "
+            f"{len(places)} of {plural(len(sample.token_ids), 'token')}"
+        )
+        return Drawn("lens", draw_lens(found, lambda ids: token_texts(model.tokenizer, ids), caption))
+
+    @property
+    def _sample_id(self) -> str:
+        return self.config.sample if self.config.sample is not None else self.run.sample_ids[0]
+
+    def _loaded(self) -> Model:
+        from jax_extract.interactive.model import load_model
+
+        meta = self.run.metadata
+        self._tokenizer  # noqa: B018 (which sees to it that it is the run's, before weights are read)
+        assert self._model_path is not None, "who calls sees to it"
+        with self.terminal.waiting(LOADING):
+            model = load_model(self._model_path, adapter=meta.get("adapter"), revision=self._revision)
+        shape = model.config.num_hidden_layers, model.config.hidden_size
+        if shape != (expected := (meta["num_hidden_layers"], meta["hidden_dim"])):
+            raise UserError(
+                f"{self._model_path} has {shape[0]} layers of width {shape[1]} and the model of this run "
+                f"{expected[0]} of width {expected[1]}; give the model of the run as --model_path"
+            )
+        return model
+
+
+def _norms_of(rows: np.ndarray) -> np.ndarray:
+    """float64 [rows]; NaN where one is not finite."""
+    squares = np.einsum("nd,nd->n", rows, rows, dtype=np.float64)
+    return np.sqrt(np.where(np.isfinite(squares), squares, np.nan))
+
+
+def _hook(run: Run, name: str) -> str:
+    """By name or TransformerLens name; UserError where the run does not hold it."""
+    found = list(resolve_hook_points([name], run.metadata.get("model_hook_points", GATED)))
+    for hook in found:
+        if hook in run.hook_points:
+            return hook
+    raise UserError(f"--hook_points: this run holds no {found[0]!r}; it holds: {', '.join(run.hook_points)}")
+
+
+def _name(site: Site) -> str:
+    return site.hook if site.layer is None else str(site.layer)
+
+
+def _spread(sites: Sequence[Site], most: int) -> list[Site]:
+    """So many of them, evenly spaced, the first and the last among them."""
+    return [sites[i] for i in np.unique(np.linspace(0, len(sites) - 1, min(most, len(sites))).round().astype(int))]

@@ -15,7 +15,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from jax_extract.plotting.style import COLOURS, INK, LINE, new_figure, shown, styled
+from jax_extract.plotting.style import COLOURS, INK, LINE, label_text, new_figure, styled, token_text
 
 _CELL = (0.68, 0.27)  # inches
 _LETTERS = 9
@@ -26,15 +26,15 @@ _DARKEST = 0.5  # of the greys, so that words can be read on each
 class Lens:
     """Attributes:
     layers: ascending.
-    positions: int32 [tokens].
-    token_ids: int32 [tokens], of the sample.
+    places: of each token, to be read below it: its position, or its sample.
+    token_ids: int32 [tokens].
     likeliest: int32 [layers, tokens].
     probabilities: float64 [layers, tokens], of the likeliest.
     follows: bool [layers, tokens], whether it is the token that follows in the sample.
     """
 
     layers: tuple[int, ...]
-    positions: np.ndarray
+    places: tuple[str, ...]
     token_ids: np.ndarray
     likeliest: np.ndarray
     probabilities: np.ndarray
@@ -46,14 +46,14 @@ class Lens:
         layers: Sequence[int],
         rows_of: Callable[[int], np.ndarray],
         logits_of: Callable[[np.ndarray], np.ndarray],
-        positions: np.ndarray,
-        sample_tokens: np.ndarray,
+        places: Sequence[str],
+        token_ids: np.ndarray,
+        following: np.ndarray,
     ) -> Lens:
         """A layer at a time: `rows_of` a layer [tokens, width], `logits_of` rows [tokens, vocabulary].
 
         Args:
-          positions: of the rows, in the sample.
-          sample_tokens: all token ids of the sample.
+          following: int32 [tokens], the token behind each; -1 where there is none.
         """
         likeliest, probabilities = [], []
         for layer in layers:
@@ -61,17 +61,17 @@ class Lens:
             best = logits.argmax(axis=1)
             likeliest.append(best)
             probabilities.append(1.0 / np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1))
-        following = np.append(sample_tokens, -1)[positions + 1]
         found = np.array(likeliest, np.int32)
-        return cls(
-            tuple(layers), positions, sample_tokens[positions], found, np.array(probabilities), found == following
-        )
+        return cls(tuple(layers), tuple(places), token_ids, found, np.array(probabilities), found == following)
 
 
-def draw_lens(lens: Lens, token_texts: Callable[[np.ndarray], Sequence[str]], caption: str) -> Figure:
-    across, up = len(lens.positions), len(lens.layers)
+def draw_lens(
+    lens: Lens, token_texts: Callable[[np.ndarray], Sequence[str]], caption: str, below: str = "position"
+) -> Figure:
+    """`below`: what `places` are."""
+    across, up = len(lens.places), len(lens.layers)
     words = token_texts(lens.likeliest.ravel())
-    tokens = [shown(text, _LETTERS) for text in token_texts(lens.token_ids)]
+    tokens = [token_text(text, _LETTERS) for text in token_texts(lens.token_ids)]
     with styled():
         size = max(across * _CELL[0] + 1.9, 6.4), up * _CELL[1] + 2.0
         figure = new_figure("Logit lens: the likeliest next token at every layer", caption, *size)
@@ -84,7 +84,7 @@ def draw_lens(lens: Lens, token_texts: Callable[[np.ndarray], Sequence[str]], ca
         for row, column in np.ndindex(up, across):
             follows = bool(lens.follows[row, column])
             axes.text(
-                *(column, row, shown(str(words[row * across + column]), _LETTERS)),
+                *(column, row, token_text(str(words[row * across + column]), _LETTERS)),
                 ha="center",
                 va="center",
                 fontsize=7,
@@ -96,12 +96,15 @@ def draw_lens(lens: Lens, token_texts: Callable[[np.ndarray], Sequence[str]], ca
                 axes.add_patch(
                     Rectangle((column - 0.47, row - 0.45), 0.94, 0.9, fill=False, edgecolor=COLOURS[0], linewidth=1.4)
                 )
-        axes.set_xticks(range(across), [f"{token}\n{at}" for token, at in zip(tokens, lens.positions, strict=True)])
+        below_each = [f"{token}\n{label_text(at, _LETTERS)}" for token, at in zip(tokens, lens.places, strict=True)]
+        axes.set_xticks(
+            range(across),
+            [f"{token}\n{label_text(at, _LETTERS)}" for token, at in zip(tokens, lens.places, strict=True)],
+        )
         axes.set_yticks(range(up), [str(layer) for layer in lens.layers])
         axes.tick_params(length=0, labelcolor=INK, labelsize=7.5)
-        axes.set_xlabel(
-            "token of the sample, and its position; framed where the likeliest token is the one that follows"
-        )
+        framed = "; framed where the likeliest token is the one that follows" if lens.follows.any() else ""
+        axes.set_xlabel(f"token, and its {below}{framed}")
         axes.set_ylabel("layer")
         for edge in axes.spines.values():
             edge.set_visible(False)

@@ -91,7 +91,6 @@ def _by_hops(axes: Axes, distances: Mapping[str, Mapping[int, float]]) -> None:
         hops = sorted(by_hops)
         marker = MARKERS[number % len(MARKERS)]
         axes.plot(hops, [by_hops[n] for n in hops], color=colour, marker=marker, markersize=4, label=name)
-    axes.set_ylim(bottom=0)
     axes.set_xticks(sorted({n for by_hops in distances.values() for n in by_hops}))
     axes.axhline(1, color=QUIET, linestyle=":", linewidth=1)
     axes.set_title("do near nodes lie near?")

@@ -51,11 +51,27 @@ class Norms:
     others: np.ndarray
     mean: np.ndarray
 
+    @property
+    def by_positions(self) -> bool:
+        """Whether there are several bins."""
+        return len(self.edges) > 2  # noqa: PLR2004 (ends of one)
+
     @classmethod
-    def of(cls, layers: Sequence[str], norms: np.ndarray, positions: np.ndarray, mean: Sequence[float]) -> Norms:
-        """`norms` [layers, rows] with NaN for rows that are not finite; `mean` of all rows, those not sampled too."""
+    def of(
+        cls,
+        layers: Sequence[str],
+        norms: np.ndarray,
+        positions: np.ndarray,
+        mean: Sequence[float],
+        one_a_sample: bool = False,
+    ) -> Norms:
+        """From norms [layers, rows], NaN for rows that are not finite, and the mean of all rows, those not read too.
+
+        Args:
+          one_a_sample: every sample has one row, so that another position is another sample: there are no bins.
+        """
         others = positions > 0
-        last = int(positions.max(initial=0))
+        last = 0 if one_a_sample else int(positions.max(initial=0))
         edges = np.unique(np.linspace(1, last + 1, min(_MOST_BINS, last) + 1).round().astype(np.int64))
         bins = np.digitize(positions, edges) - 1
         by_position = [_quantiles(norms[:, others & (bins == b)], [0.5])[:, 0] for b in range(len(edges) - 1)]
@@ -77,24 +93,22 @@ def _quantiles(norms: np.ndarray, shares: Sequence[float]) -> np.ndarray:
 
 
 def draw_norms(norms: Norms, hook: str, caption: str) -> Figure:
-    """Where samples give one row each there is no axis of positions, and no map."""
+    """Without bins there is no map, with one layer nothing over layers; with neither there is nothing to see."""
+    one = len(norms.layers) == 1
+    axes_are = [name for name, there in (("layer", not one), ("position", norms.by_positions)) if there]
     with styled():
-        by_position = len(norms.edges) > 2  # noqa: PLR2004 (two positions)
-        figure = new_figure(
-            f"Norms of {hook} by layer{' and position' if by_position else ''}",
-            caption,
-            9.6 if by_position else 5.6,
-            4.3,
-        )
-        if not by_position:
+        figure = new_figure(f"Norms of {hook} by {' and '.join(axes_are)}", caption, 4.8 * len(axes_are), 4.3)
+        if not norms.by_positions:
             _over_layers(figure.add_subplot(), norms)
-            return figure
-        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-        if len(norms.layers) < _FEW_LAYERS:
-            _over_positions(left, norms)
+        elif one:
+            _over_positions(figure.add_subplot(), norms)
         else:
-            _map(figure, left, norms)
-        _over_layers(right, norms)
+            left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+            if len(norms.layers) < _FEW_LAYERS:
+                _over_positions(left, norms)
+            else:
+                _map(figure, left, norms)
+            _over_layers(right, norms)
     return figure
 
 
@@ -114,10 +128,14 @@ def _map(figure: Figure, axes: Axes, norms: Norms) -> None:
 
 def _over_positions(axes: Axes, norms: Norms) -> None:
     middle = (norms.edges[:-1] + norms.edges[1:] - 1) / 2
-    for layer, line, colour in zip(norms.layers, norms.by_position, depth_colours(_FEW_LAYERS), strict=False):
-        axes.plot(middle, line, color=colour, label=f"layer {layer}")
-    log_axis(axes, "y", norms.by_position)
-    axes.set_title("median norm by position, from position 1 on")
+    colours = depth_colours(_FEW_LAYERS)
+    for layer, line, first, colour in zip(norms.layers, norms.by_position, norms.first, colours, strict=False):
+        name = f"layer {layer}" if layer.isdigit() else layer
+        axes.plot(middle, line, color=colour, label=name)
+        if np.isfinite(first):
+            axes.plot([0], [first], color=colour, marker="s", linestyle="", label=f"{name}, first token (position 0)")
+    log_axis(axes, "y", np.concatenate([norms.by_position.ravel(), norms.first]), 1.3)
+    axes.set_title("median norm by position")
     axes.set_xlabel("position in the sample (tokens)")
     axes.set_ylabel("Euclidean norm (log scale)")
     axes.legend()
@@ -127,11 +145,15 @@ def _over_positions(axes: Axes, norms: Norms) -> None:
 def _over_layers(axes: Axes, norms: Norms) -> None:
     x = np.arange(len(norms.layers))
     low, middle, high = norms.others.T
-    if np.isfinite(norms.first).any():
+    apart = bool(np.isfinite(norms.first).any())
+    others = "all other tokens" if apart else "all rows"
+    if apart:
         axes.plot(x, norms.first, color=COLOURS[1], marker="s", markersize=4, label="first token (position 0), median")
-    axes.plot(x, norms.mean, color=INK, linestyle=(0, (4, 2)), label="mean of all rows, the first tokens too")
-    axes.plot(x, middle, color=COLOURS[0], marker="o", markersize=3.5, label="all other tokens, median")
-    axes.fill_between(x, low, high, color=COLOURS[0], alpha=0.2, linewidth=0, label="all other tokens, p1 to p99")
+    axes.plot(
+        x, norms.mean, color=INK, linestyle=(0, (4, 2)), label="mean of all rows" + ", the first tokens too" * apart
+    )
+    axes.plot(x, middle, color=COLOURS[0], marker="o", markersize=3.5, label=f"{others}, median")
+    axes.fill_between(x, low, high, color=COLOURS[0], alpha=0.2, linewidth=0, label=f"{others}, p1 to p99")
     log_axis(axes, "y", np.concatenate([norms.first, norms.mean, norms.others.ravel()]), 1.3)
     axes.set_title("norm by layer")
     _layer_ticks(axes.xaxis, norms.layers)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +28,12 @@ from jax_extract.plotting.spectrum import draw_spectrum
 from jax_extract.progress import LOADING
 from jax_extract.store.parts import Site
 from jax_extract.store.reader import Run
+from jax_extract.store.sample import SampleActivations
 from jax_extract.store.token_text import token_texts
 from jax_extract.terminal import Terminal, plural, ranges_text
 from jax_extract.weights.open_model import OpenModel
 from models.hooks import DEFAULT_HOOK_POINT, GATED, resolve_hook_points
+from models.positions import Positions
 
 if TYPE_CHECKING:
     from jax_extract.interactive.model import Model
@@ -52,11 +54,13 @@ class RunPictures:
         sites = self._sites
         if not len(self._sampled):
             raise UserError(f"{self.config.place} holds no row yet; draw it when parts are committed")
-        read = len(self._sampled)
+        read, samples = len(self._sampled), len(self._sampled.metas)
+        of_run, of_samples = self._sampled.rows_in_run, self._sampled.samples_in_run
+        said = (
+            f"{read:,} of {of_run:,} rows a layer, {samples:,} of {plural(of_samples, 'sample')}; --rows sets how many"
+        )
         self.terminal.line(
-            "read",
-            f"{read:,} of {plural(self._sampled.rows_in_run, 'row')} a layer, of {len(self._sampled.metas):,} of "
-            f"{plural(self._sampled.samples_in_run, 'sample')}",
+            "read", said if read < of_run else f"all {of_run:,} rows a layer, {plural(samples, 'sample')}"
         )
         for hook in dict.fromkeys(site.hook for site in sites):
             of_hook = [site for site in sites if site.hook == hook]
@@ -99,10 +103,12 @@ class RunPictures:
 
     # ---------------------------------------------------------------------------------- norms and components
 
-    def _norms(self, hook: str, sites: Sequence[Site]) -> Drawn:
+    def _norms(self, hook: str, sites: Sequence[Site]) -> Drawn | LeftOut:
         norms = np.array([_norms_of(self._sampled.rows(site)) for site in sites])
         mean = [self.run.statistics(hook, layer=site.layer).mean_norm for site in sites]
-        found = Norms.of([_name(site) for site in sites], norms, self._sampled.positions, mean)
+        found = Norms.of([_name(site) for site in sites], norms, self._sampled.positions, mean, self._one_a_sample)
+        if len(sites) == 1 and not found.by_positions:
+            return self._left_out("norms", f"one layer of {hook} without positions; jax-extract inspect tells it")
         return Drawn(f"norms_{hook}", draw_norms(found, hook, self._caption(sites, len(self._sampled))))
 
     def _components(self, hook: str, sites: Sequence[Site]) -> Iterator[Drawn | LeftOut]:
@@ -111,7 +117,9 @@ class RunPictures:
         if kept.sum() < FEWEST_ROWS:
             kept = np.ones(len(self._sampled), bool)
         if (rows := int(kept.sum())) < FEWEST_ROWS:
-            yield LeftOut("spectrum", f"{plural(rows, 'row')} of {hook} has no variance")
+            for picture in ("spectrum", "pca"):
+                if self.config.wants(picture):
+                    yield self._left_out(picture, f"{plural(rows, 'row')} of {hook} has no variance")
             return
         what = "" if kept.all() else ", without first tokens"
         panels = _spread(sites, _PANELS) if self.config.wants("pca") else []
@@ -183,32 +191,52 @@ class RunPictures:
         elif self._model_path is None:
             why = f"{self._not_here}; give --model_path"
         if why is not None:
-            if self.config.asked("lens"):
-                raise UserError(f"--pictures lens: {why}")
-            return LeftOut("lens", why)
-        sample = self.run.sample(self._sample_id)
-        places = np.arange(len(sample.positions))[-_LENS_TOKENS:]
-        if not len(places):
-            raise UserError(f"sample {sample.sample_id!r} has no rows; name another with --sample")
+            return self._left_out("lens", why)
         chosen = _spread(sites, _LENS_LAYERS)
+        tokens = self._tokens_of_lens()
         model = self._loaded()
         found = Lens.of(
             [int(site.layer or 0) for site in chosen],
-            lambda layer: sample.get(layer)[places],
+            lambda layer: np.concatenate([sample.get(layer)[row : row + 1] for sample, row in tokens]),
             model.logits_of,
-            sample.positions[places],
-            sample.token_ids,
+            [sample.sample_id if self._across else str(sample.positions[row]) for sample, row in tokens],
+            np.array([sample.token_ids[sample.positions[row]] for sample, row in tokens], np.int32),
+            np.array([np.append(sample.token_ids, -1)[sample.positions[row] + 1] for sample, row in tokens], np.int32),
         )
-        caption = (
-            f"{self.run.metadata['model_name']}  ·  {plural(len(chosen), 'layer')} of "
-            f"{self.run.metadata['num_hidden_layers']}  ·  sample {sample.sample_id}: "
-            f"{len(places)} of {plural(len(sample.token_ids), 'token')}"
-        )
-        return Drawn("lens", draw_lens(found, lambda ids: token_texts(model.tokenizer, ids), caption))
+        sample = tokens[0][0]
+        whose = f"sample {sample.sample_id}: {len(tokens)} of {plural(len(sample.token_ids), 'token')}"
+        if self._across:
+            whose = f"the last token of {plural(len(tokens), 'sample')}"
+        meta = self.run.metadata
+        caption = f"{meta['model_name']}  ·  {len(chosen)} of {meta['num_hidden_layers']} layers  ·  {whose}"
+        texts = partial(token_texts, model.tokenizer)
+        return Drawn("lens", draw_lens(found, texts, caption, "sample" if self._across else "position"))
 
     @property
-    def _sample_id(self) -> str:
-        return self.config.sample if self.config.sample is not None else self.run.sample_ids[0]
+    def _one_a_sample(self) -> bool:
+        return Positions.parse(str(self.run.metadata["positions"])).one_row_per_sample
+
+    @property
+    def _across(self) -> bool:
+        """Whether the logit lens is of several samples, as one of them has only one row."""
+        return self._one_a_sample and self.config.sample is None
+
+    def _tokens_of_lens(self) -> list[tuple[SampleActivations, int]]:
+        """Samples, with a row of each."""
+        if self._across:
+            found = [(sample, 0) for sample in self.run[:_LENS_TOKENS] if len(sample.positions)]
+        else:
+            sample = self.run.sample(self.config.sample) if self.config.sample is not None else self.run[0]
+            found = [(sample, row) for row in range(len(sample.positions))][-_LENS_TOKENS:]
+        if not found:
+            raise UserError("--pictures lens: the first sample has no rows; name another with --sample")
+        return found
+
+    def _left_out(self, picture: Picture, why: str) -> LeftOut:
+        """UserError where it was asked for."""
+        if self.config.asked(picture):
+            raise UserError(f"--pictures {picture}: {why}")
+        return LeftOut(picture, why)
 
     def _loaded(self) -> Model:
         from jax_extract.interactive.model import load_model

@@ -14,7 +14,19 @@ from matplotlib.figure import Figure
 
 from jax_extract.plotting.colouring import Colouring
 from jax_extract.plotting.components import Components
-from jax_extract.plotting.style import COLOURS, DEPTH, MARKERS, OTHERS, QUIET, grid, new_figure, shown, styled
+from jax_extract.plotting.config import TOKEN
+from jax_extract.plotting.style import (
+    COLOURS,
+    DEPTH,
+    MARKERS,
+    OTHERS,
+    QUIET,
+    grid,
+    label_text,
+    new_figure,
+    styled,
+    token_text,
+)
 
 _MOST_POINTS = 3_000  # of a panel; more only cover each other
 _COLUMNS = 3
@@ -24,7 +36,7 @@ def draw_pca(
     found: Mapping[str, Components], colouring: Colouring | None, hook: str, caption: str, seed: int = 0
 ) -> Figure:
     """`found` by what the layer is called."""
-    columns = min(_COLUMNS, len(found))
+    columns = 2 if len(found) == 4 else min(_COLUMNS, len(found))  # noqa: PLR2004 (two and two)
     lines = -(-len(found) // columns)
     rows = len(next(iter(found.values())).along)
     drawn = np.sort(np.random.default_rng(seed).permutation(rows)[:_MOST_POINTS])
@@ -57,10 +69,12 @@ def _panel(axes: Axes, components: Components, colouring: Colouring | None, draw
         axes.scatter(*along.T, color=COLOURS[0], **look)
     elif colouring.groups:
         group_of = colouring.group_of[drawn]
-        axes.scatter(*along[group_of < 0].T, color=OTHERS, **{**look, "s": 4}, label="others")
+        text = token_text if colouring.name == TOKEN else label_text
+        if (colouring.group_of < 0).any():
+            axes.scatter(*along[group_of < 0].T, color=OTHERS, **{**look, "s": 4}, label="others")
         for number in reversed(range(len(colouring.groups))):  # rare ones lie below no frequent one
             there = along[group_of == number]
-            label = shown(colouring.groups[number])
+            label = text(colouring.groups[number])
             axes.scatter(*there.T, color=COLOURS[number], marker=MARKERS[number], **look, label=label)
     else:
         values = colouring.values[drawn]

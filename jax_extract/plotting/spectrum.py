@@ -34,7 +34,8 @@ def draw_spectrum(found: Mapping[str, Components], hook: str, caption: str) -> F
         left.set_xlabel("principal components (log scale)")
         left.set_ylabel("explained variance (%)")
         grid(left)
-        depth_bar(figure, left, layers)
+        if len(layers) > 1:
+            depth_bar(figure, left, layers)
         for share, colour, marker in zip(_HELD, COLOURS, MARKERS, strict=False):
             needed = [components.needed_for(share) for components in found.values()]
             right.plot(range(len(layers)), needed, color=colour, marker=marker, markersize=4.5, label=f"{share:.0%}")

@@ -6,6 +6,7 @@ In: a title, a caption, sizes in inches. Out: a matplotlib `Figure`, of no windo
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -29,7 +30,8 @@ OTHERS = "#c4c4c4"
 DEPTH = "cividis"  # its lightness grows evenly, so that it is read in grey as in colour
 _LIGHTEST = 0.92  # of DEPTH, on white paper
 _DPI = 160
-_HEAD = 0.72  # inches above the axes
+_HEAD = 0.84  # inches above the axes
+_NARROWEST, _CAPTION_LETTERS = 6.2, 15  # inches, letters of the caption to an inch
 _FONT = "DejaVu Sans"  # comes with matplotlib, so that files are the same everywhere
 _SETTINGS: Any = {
     "font.family": _FONT,
@@ -56,12 +58,14 @@ def styled() -> Iterator[None]:
 
 
 def new_figure(title: str, caption: str, width: float, height: float) -> Figure:
-    """A figure with a title, a line that says what it is of, and room for axes below."""
+    """A figure with a title, what it is of, and room for axes below; no narrower than its title is."""
+    width = max(width, _NARROWEST)
     figure = Figure(figsize=(width, height), layout="constrained")
     engine: Any = figure.get_layout_engine()
     engine.set(rect=(0, 0, 1, 1 - _HEAD / height), w_pad=0.1, h_pad=0.08)
     figure.text(0.12 / width, 1 - 0.16 / height, title, size=12, weight="bold", color=INK, va="top")
-    figure.text(0.12 / width, 1 - 0.44 / height, caption, size=8, color=QUIET, va="top")
+    wrapped = textwrap.fill(caption, int(width * _CAPTION_LETTERS))
+    figure.text(0.12 / width, 1 - 0.44 / height, wrapped, size=8, color=QUIET, va="top", linespacing=1.5)
     return figure
 
 
@@ -105,9 +109,14 @@ def depth_bar(figure: Figure, axes: Any, layers: Sequence[str]) -> None:
     bar.ax.tick_params(length=0)
 
 
-def shown(text: str, most: int = 24) -> str:
-    """A token or label as it can be seen: spaces as ␣, line breaks as \\n, letters that the font lacks as \\u…."""
-    seen = text.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r").replace(" ", "␣")
+def token_text(text: str, most: int = 24) -> str:
+    """A token as it can be seen: as a label, with spaces as ␣."""
+    return label_text(text.replace(" ", "␣"), most)
+
+
+def label_text(text: str, most: int = 24) -> str:
+    """On one line and no longer than `most`: line breaks as \\n, letters that the font lacks as \\u…."""
+    seen = text.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
     cut = seen if len(seen) <= most else f"{seen[: most - 1]}…"
     return "".join(letter if ord(letter) in _letters() else f"\\u{ord(letter):04x}" for letter in cut)
 

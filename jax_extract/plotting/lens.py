@@ -97,10 +97,7 @@ def draw_lens(
                     Rectangle((column - 0.47, row - 0.45), 0.94, 0.9, fill=False, edgecolor=COLOURS[0], linewidth=1.4)
                 )
         below_each = [f"{token}\n{label_text(at, _LETTERS)}" for token, at in zip(tokens, lens.places, strict=True)]
-        axes.set_xticks(
-            range(across),
-            [f"{token}\n{label_text(at, _LETTERS)}" for token, at in zip(tokens, lens.places, strict=True)],
-        )
+        axes.set_xticks(range(across), below_each)
         axes.set_yticks(range(up), [str(layer) for layer in lens.layers])
         axes.tick_params(length=0, labelcolor=INK, labelsize=7.5)
         framed = "; framed where the likeliest token is the one that follows" if lens.follows.any() else ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from small_run import make_model, run_here, snapshot
+from small_run import ROOT, make_model, run_here, snapshot, whole_lines
 from stage02 import SILENT, make_walks, trained, write_preset
 from transformers import AutoTokenizer
 
@@ -208,7 +209,7 @@ def test_the_logit_lens_says_what_the_model_says(run: Run, place: Path, model: P
     assert columns == min(14, len(sample.token_ids))
     for layer in range(LAYERS):
         likeliest = loaded.logits_of(sample.get(layer)[-columns:]).argmax(axis=1)
-        assert words[layer].tolist() == [token_text(loaded.tokenizer.decode([int(i)]), 9) for i in likeliest]
+        assert words[layer].tolist() == [token_text(text, 9) for text in token_texts(loaded.tokenizer, likeliest)]
     logits = loaded.run(sample.token_ids, logits="all").logits[0].astype(np.float64)[-columns:]
     chances = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     shades = np.asarray(axes.collections[0].get_array()).reshape(LAYERS, columns)
@@ -338,6 +339,17 @@ def test_a_map_is_drawn_without_the_graph_too(stage: Path, tmp_path: Path) -> No
 # ------------------------------------------------------------------------------------------- files and words
 
 
+def test_the_python_of_the_page_draws(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "activations").symlink_to(place)
+    monkeypatch.chdir(tmp_path)
+    [block] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "plots.md").read_text(encoding="utf-8"), re.DOTALL)
+    *lines, last = block.splitlines()
+    names: dict[str, Any] = {}
+    exec(compile("\n".join(lines), "plots.md", "exec"), names)
+    figure = eval(last, names)
+    assert isinstance(figure, Figure) and len(figure.axes[0].lines) == LAYERS
+
+
 def test_the_command_writes_png_and_svg_and_the_run_is_what_it_was(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -345,7 +357,7 @@ def test_the_command_writes_png_and_svg_and_the_run_is_what_it_was(
     before = snapshot(folder)
     flags = ["--pictures", "pca", "norms", "--hook_points", "after_block", "--layers", "1-2"]
     assert main(["plot", str(folder), *flags]) == 0
-    said = capsys.readouterr().out
+    said = whole_lines(capsys.readouterr().out)
     files = {path.name: path.read_bytes() for path in (folder / "plots").iterdir()}
     assert sorted(files) == [f"{name}_after_block.{kind}" for name in ("norms", "pca") for kind in ("png", "svg")]
     assert all(data.startswith(b"\x89PNG" if name.endswith("png") else b"<?xml") for name, data in files.items())
@@ -380,7 +392,7 @@ def test_without_the_model_tokens_are_numbers_and_the_lens_is_left_out(
         (["--layers", "9"], "this run holds no layer 9; it holds 0-3"),
         (["--hook_points", "ffn_out"], "this run holds no 'ffn_out'; it holds: embeddings, after_block"),
         (["--rows", "1"], "--rows 1 is too few for a picture"),
-        (["--seed", "-1"], "--seed -1 is negative"),
+        (["--seed=-1"], "--seed -1 is negative"),
         (["--pictures", "lens", "--sample", "s99"], "this run holds no sample 's99'"),
         (["--pictures", "lens", "--hook_points", "embeddings"], "--pictures lens: "),
         (["--pictures", "lens", "--model_path", "/nowhere/at/all"], "model '/nowhere/at/all' was not found"),

@@ -34,10 +34,9 @@ def plot(config: PlotConfig, terminal: Terminal | None = None) -> list[Path]:
     terminal = terminal or Terminal()
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("pictures are drawn by matplotlib, which is not installed: pip install 'jax_extract[plots]'")
-    drawn = _pictures(config, terminal)
     output = _output(config)
     written: list[Path] = []
-    for each in drawn:
+    for each in _pictures(config, terminal):
         written += _write(each, output, terminal)
     if not written:
         raise UserError(f"there is nothing to draw in {config.place}")

@@ -16,7 +16,7 @@ import numpy as np
 from jax_extract.errors import UserError
 from jax_extract.inputs.tokenize import tokenizer_digest
 from jax_extract.layer_words import layers_of
-from jax_extract.plotting.colouring import colouring_of
+from jax_extract.plotting.colouring import Colouring, colouring_of
 from jax_extract.plotting.components import Components
 from jax_extract.plotting.config import FEWEST_ROWS, Picture, PlotConfig
 from jax_extract.plotting.lens import Lens, draw_lens
@@ -50,10 +50,15 @@ class RunPictures:
     terminal: Terminal
 
     def draw(self) -> Iterator[Drawn | LeftOut]:
-        """UserError where what was asked for cannot be drawn; what was not is left out, and told."""
+        """What nobody asked for by name and cannot be drawn is left out.
+
+        Raises:
+          UserError: something that was asked for cannot be drawn; before anything is.
+        """
         sites = self._sites
         if not len(self._sampled):
             raise UserError(f"{self.config.place} holds no row yet; draw it when parts are committed")
+        self._check()
         read, samples = len(self._sampled), len(self._sampled.metas)
         of_run, of_samples = self._sampled.rows_in_run, self._sampled.samples_in_run
         said = (
@@ -69,7 +74,17 @@ class RunPictures:
             if self.config.wants("spectrum") or self.config.wants("pca"):
                 yield from self._components(hook, of_hook)
         if self.config.wants("lens"):
-            yield self._lens([site for site in sites if site.hook == DEFAULT_HOOK_POINT])
+            yield self._lens() if self._why_no_lens is None else LeftOut("lens", self._why_no_lens)
+
+    def _check(self) -> None:
+        if self.config.sample is not None:
+            self.run.sample(self.config.sample)
+        if self.config.model_path is not None:
+            _ = self._tokenizer
+        if self.config.wants("pca"):
+            _ = self._colouring
+        if self.config.asked("lens") and (why := self._why_no_lens) is not None:
+            raise UserError(f"--pictures lens: {why}")
 
     # ------------------------------------------------------------------------------------------ what is read
 
@@ -133,11 +148,14 @@ class RunPictures:
             of_layers = {_name(site): found[site.key] for site in spectra}
             yield Drawn(f"spectrum_{hook}", draw_spectrum(of_layers, hook, self._caption(spectra, rows, what)))
         if panels:
-            colouring = colouring_of(self.config.color_by, self._sampled, self._token_texts)
             of_layers = {_name(site): found[site.key] for site in panels}
-            colours = None if colouring is None else colouring.of_rows(kept)
+            colours = None if self._colouring is None else self._colouring.of_rows(kept)
             caption = self._caption(panels, rows, what)
             yield Drawn(f"pca_{hook}", draw_pca(of_layers, colours, hook, caption, self.config.seed))
+
+    @cached_property
+    def _colouring(self) -> Colouring | None:
+        return colouring_of(self.config.color_by, self._sampled, self._token_texts)
 
     # ------------------------------------------------------------------------------------------------ the model
 
@@ -182,17 +200,23 @@ class RunPictures:
                 "the run as --model_path"
             )
 
-    def _lens(self, sites: Sequence[Site]) -> Drawn | LeftOut:
-        why = None
-        if not sites:
-            why = f"this run holds no {DEFAULT_HOOK_POINT}, which the final norm and the head read"
-        elif (self._sampled.token_ids < 0).all():
-            why = "every row is the mean of a sample, which is of no token"
-        elif self._model_path is None:
-            why = f"{self._not_here}; give --model_path"
-        if why is not None:
-            return self._left_out("lens", why)
-        chosen = _spread(sites, _LENS_LAYERS)
+    @property
+    def _why_no_lens(self) -> str | None:
+        """None where it can be drawn."""
+        if not self._sites_of_lens:
+            return f"there is no {DEFAULT_HOOK_POINT} among what is drawn, which the final norm and the head read"
+        if (self._sampled.token_ids < 0).all():
+            return "every row is the mean of a sample, which is of no token"
+        if self._model_path is None:
+            return f"{self._not_here}; give --model_path"
+        return None
+
+    @property
+    def _sites_of_lens(self) -> list[Site]:
+        return [site for site in self._sites if site.hook == DEFAULT_HOOK_POINT]
+
+    def _lens(self) -> Drawn:
+        chosen = _spread(self._sites_of_lens, _LENS_LAYERS)
         tokens = self._tokens_of_lens()
         model = self._loaded()
         found = Lens.of(

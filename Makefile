@@ -41,8 +41,8 @@ clean:
 	@touch $@
 
 .venv/dev: .venv/core
-	@echo "installing what the tests need (torch for the comparison with Hugging Face)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[torch,dev]'
+	@echo "installing what the tests need (torch for the comparison with Hugging Face, matplotlib for pictures)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[torch,plots,dev]'
 	@touch $@
 
 # The peers of the benchmark, apart from us: what they want of torch and transformers decides nothing here.

@@ -45,6 +45,7 @@ commands:
              rows of every layer for all models that finetune has trained, and for their base model
   compile    what a run will need on a TPU slice, by the TPU's compiler: memory, traffic, time, cost
   inspect    summarise a run, or one shard
+  plot       pictures of a run, or of a training
   status     which parts of a run are committed, missing and torn
   verify     read a run again and recompute samples of it
   upload     bring a run from a directory into a bucket
@@ -313,6 +314,19 @@ def _token_representations(argv: list[str]) -> None:
     token_representations(config)
 
 
+def _plot(argv: list[str]) -> None:
+    interruption.again = "give the same command again"
+    from jax_extract.plotting.config import PlotConfig
+
+    config = _parse(PlotConfig, argv, "jax-extract plot")
+    config.check()
+    if interruption.listening:
+        startup.leave_torch_out()
+    from jax_extract.plotting.command import plot
+
+    plot(config)
+
+
 def _refuse_unknown_flags(argv: list[str], kind: type, program: str) -> None:
     """UserError that names the flag which is meant, where one is near."""
     flags = [f"--{field.name}" for field in dataclasses.fields(kind)]
@@ -436,6 +450,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "finetune": _finetune,
     "representations": _representations,
     "inspect": _inspect,
+    "plot": _plot,
     "status": _status,
     "verify": _verify,
     "sweep": _sweep,

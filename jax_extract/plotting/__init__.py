@@ -1,0 +1,1 @@
+"""Pictures of runs and trainings: reading apart from drawing, one picture a file."""

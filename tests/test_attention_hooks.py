@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 import torch
 from small_run import Told, make_model, run_here, write_config, write_jsonl
+from test_edits import KINDS, Case, everything
 from test_parity import assert_parity
 from tiny_models import random_ids, reference, row_errors, run_rows, tiny_folder, tiny_model
 from torch_hooks import TorchChange, base_of, modules_of, truth_of
 
-from jax_extract import UserError, extract, open_activations
+from jax_extract import UserError, extract, load_model, open_activations
 from jax_extract.compilation.command import compile_for
 from jax_extract.compilation.config import CompileConfig
 from jax_extract.config import ExtractConfig
@@ -345,3 +346,25 @@ def test_an_answer_has_the_pattern_of_the_whole_sample_and_changes_of_it_act(win
         decoding = dataclasses.replace(decoding, step=jnp.int32(step + 1))
         np.testing.assert_allclose(row[:, 0], pattern[both, at], atol=1e-6)
         np.testing.assert_allclose(mixed[:, 0], truth[both, at], atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- the door
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gemma2"])
+def test_every_change_of_what_attention_computes_with_is_the_same_on_torch(family: str) -> None:
+    """Of those that tests/test_edits.py holds JAX to."""
+    ours, theirs = (load_model(tiny_folder(family), backend=backend) for backend in ("jax", "torch"))
+    kept = {**everything(ours), PATTERN: "all"}
+    [other] = random_ids([31], seed=5)
+    source = ours.run({"source": other}, capture=kept).run
+    hooks = [hook for hook in ours.hook_points if HOOK_POINTS[hook].width in ("query_heads", "key_heads", "pattern")]
+    sites = [(hook, kind) for hook in hooks for kind in KINDS]
+    layers = ours.config.num_hidden_layers
+    edits = [Case(ours, *site, i % layers, i, source).edit for i, site in enumerate(sites)]
+    texts = random_ids([(23, 9, 40)[i % 3] for i in range(len(edits))], seed=3)
+    outs = [model.run(texts, capture=kept, edits=edits, logits="all") for model in (ours, theirs)]
+    for i, edit in enumerate(edits):
+        rows, truth = (run_rows(out.run, str(i)) for out in (outs[1], outs[0]))
+        assert_parity(rows, truth, repr(edit))
+        assert row_errors(outs[1].logits[i], outs[0].logits[i]).max() < 2e-5, repr(edit)

@@ -146,18 +146,19 @@ def _attend(kind: str, module: Any, query: Any, key: Any, value: Any, mask: Any,
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **given)
     eager = sys.modules[type(module).__module__].eager_attention_forward
     mixed, weights = eager(module, query, key, value, mask, **given)
-    if (changed := _shown(module, "pattern", weights)) is not weights:
-        # What a token does not see it does not mix, whatever a change puts there.
-        seen = (changed if mask is None else torch.where(mask < 0, 0, changed)).to(value.dtype)
+    # What a token does not see it does not mix, whatever a change puts there.
+    seen = None if mask is None else mask >= 0
+    if (changed := _shown(module, "pattern", weights, seen)) is not weights:
         values = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-        mixed, weights = (seen @ values).transpose(1, 2).contiguous(), seen
+        mixed, weights = (changed.to(value.dtype) @ values).transpose(1, 2).contiguous(), changed
     return mixed, weights
 
 
-def _shown(module: Any, side: str, x: Any) -> Any:
+def _shown(module: Any, side: str, x: Any, allowed: Any = None) -> Any:
+    """As those who look leave it; a change elsewhere than where it is allowed is none."""
     for see in list(vars(module).get(_SEEN, {}).get(side, {}).values()):
-        changed = see(x)
-        x = x if changed is None else changed
+        if (changed := see(x)) is not None:
+            x = changed if allowed is None else torch.where(allowed, changed, 0)
     return x
 
 

@@ -65,6 +65,11 @@ class Lens:
         return cls(tuple(layers), tuple(places), token_ids, found, np.array(probabilities), found == following)
 
 
+def following(token_ids: np.ndarray, position: int) -> int:
+    """The token behind a position of a sample; -1 where there is none."""
+    return int(token_ids[position + 1]) if position + 1 < len(token_ids) else -1
+
+
 def draw_lens(
     lens: Lens, token_texts: Callable[[np.ndarray], Sequence[str]], caption: str, below: str = "position"
 ) -> Figure:

@@ -19,7 +19,7 @@ from jax_extract.layer_words import layers_of
 from jax_extract.plotting.colouring import Colouring, colouring_of
 from jax_extract.plotting.components import Components
 from jax_extract.plotting.config import FEWEST_ROWS, Picture, PlotConfig
-from jax_extract.plotting.lens import Lens, draw_lens
+from jax_extract.plotting.lens import Lens, draw_lens, following
 from jax_extract.plotting.norms import Norms, draw_norms
 from jax_extract.plotting.pca import draw_pca
 from jax_extract.plotting.pictures import Drawn, LeftOut
@@ -225,7 +225,7 @@ class RunPictures:
             model.logits_of,
             [sample.sample_id if self._across else str(sample.positions[row]) for sample, row in tokens],
             np.array([sample.token_ids[sample.positions[row]] for sample, row in tokens], np.int32),
-            np.array([np.append(sample.token_ids, -1)[sample.positions[row] + 1] for sample, row in tokens], np.int32),
+            np.array([following(sample.token_ids, sample.positions[row]) for sample, row in tokens], np.int32),
         )
         sample = tokens[0][0]
         whose = f"sample {sample.sample_id}: {len(tokens)} of {plural(len(sample.token_ids), 'token')}"

@@ -110,4 +110,4 @@ def _stretch(part: StoredPart, share: float, random: np.random.Generator) -> _St
     start = random.uniform(0, int(offsets[-1]) - wanted)
     first = int(np.searchsorted(offsets, start, side="right")) - 1
     last = int(np.searchsorted(offsets, offsets[first] + wanted))
-    return _Stretch(part, first, min(max(last, first + 1), len(offsets) - 1))
+    return _Stretch(part, first, min(last, len(offsets) - 1))

@@ -125,7 +125,7 @@ def test_the_program_of_a_gpu_is_lowered_with_a_call_of_cudnn(monkeypatch: pytes
         lambda value, spec: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=named(mesh, spec)), structure, specs
     )
     traced = capture_function(PORT, config, plan, mesh, numerics, specs).trace(
-        params, *slab_inputs(mesh, SlabShape(256, 2, 1))
+        params, *slab_inputs(mesh, SlabShape(256, 2, 1)), ()
     )
     lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaSoftmax" in lowered and "CAUSAL" in lowered
@@ -206,5 +206,5 @@ def test_layers_with_and_without_a_window_are_both_computed_by_the_kernel(
     shapes = backend.weights(job.model, job.plan).shapes(backend.mesh, "bfloat16")
     specs = jax.tree.map(lambda parameter: parameter.sharding.spec, shapes)
     function = capture_function(job.model.port, job.model.config, job.plan, backend.mesh, backend.numerics, specs)
-    traced = function.trace(shapes, *slab_inputs(backend.mesh, SlabShape(64, 2, 1)))
+    traced = function.trace(shapes, *slab_inputs(backend.mesh, SlabShape(64, 2, 1)), ())
     assert "cudnn" in traced.lower(lowering_platforms=("cuda",)).as_text()

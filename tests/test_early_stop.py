@@ -116,7 +116,7 @@ def test_the_program_holds_and_runs_the_blocks_needed_and_no_head(
     assert {value.shape[0] for value in jax.tree.leaves(params["blocks"])} == {blocks}
     function = capture_function(model.port, model.config, plan, mesh, Numerics(), parameter_specs(params, mesh))
     tokens, lengths = jax.ShapeDtypeStruct((2, 24), np.int32), jax.ShapeDtypeStruct((2, 1), np.int32)
-    equations = list(_equations(jax.make_jaxpr(function)(params, tokens, lengths).jaxpr))
+    equations = list(_equations(jax.make_jaxpr(function)(params, tokens, lengths, ()).jaxpr))
     scans = [
         e for e in _outside_scan(equations) if e.primitive.name == "scan"
     ]  # that of the blocks; attention has its own

@@ -121,7 +121,7 @@ def stages(options: dict[str, Any]) -> dict[str, float]:
     done("weights")
     specs = jax.tree.map(lambda parameter: parameter.sharding.spec, params)
     jitted = capture_function(job.model.port, job.model.config, job.plan, job.backend.mesh, job.backend.numerics, specs)
-    traced = jitted.trace(params, *slab_inputs(job.backend.mesh, largest))
+    traced = jitted.trace(params, *slab_inputs(job.backend.mesh, largest), ())
     done("its largest program: tracing")
     lowered = traced.lower()
     done("its largest program: lowering")

@@ -12,6 +12,7 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from small_run import whole_lines
 
 from jax_extract.config import ExtractConfig
 from jax_extract.errors import UserError
@@ -308,7 +309,7 @@ def test_the_options_reach_the_reader_and_the_input_line_says_what_was_left_out(
     counts = InputCounts(samples=2, tokens=8, longest_sample=4)
     job = SimpleNamespace(contexts=None, model=SimpleNamespace(tokenizer_notes=()))
     tell_input(source, counts, cast(Job, job), Terminal())
-    told = "".join(capsys.readouterr())
+    told = whole_lines("".join(capsys.readouterr()))
     assert "4 unusable tasks left out: corpus.jsonl, line 3, corpus.jsonl, line 4, corpus.jsonl, line 5, …" in told
     assert _left_out(source)["unusable_tasks"]["count"] == 4
     assert _left_out(open_arc(write(tmp_path / "a.json", task()))) == {}

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import transformers
 from models_page import PAGE, REFUSED, compared, sentence, shrunk, with_generated
+from small_run import whole_lines
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, masking_utils
 
 from jax_extract.errors import UserError
@@ -345,7 +346,7 @@ def test_notes_reach_the_user_once(tmp_path: Path, capsys: pytest.CaptureFixture
     tell_model_notes(model, terminal)
     tell_model_notes(model, terminal)
     told = "note     config.json has use_foo, which transformers does not read either: ignored\n"
-    assert capsys.readouterr().out == told
+    assert whole_lines(capsys.readouterr().out) == told
 
 
 def test_the_page_of_models_says_what_the_code_says() -> None:

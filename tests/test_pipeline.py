@@ -21,6 +21,7 @@ import pytest
 from jax_extract.errors import UserError
 from jax_extract.extraction.loop import STEPS_IN_MEMORY, LoopStatistics, run_parts
 from jax_extract.extraction.summary import stages_text
+from jax_extract.forward.edits import Edits, Placed
 from jax_extract.inputs.planning.slabs import PlanSettings, SlabShape
 from jax_extract.inputs.planning.windows import Part, plan_windows
 from jax_extract.inputs.token_table import TokenizedSample
@@ -67,6 +68,7 @@ class MadeUpProgram:
     host: int = 0
     devices_of_host: int = 1
     rows_travel: bool = False
+    edits: Edits | None = None
     busy: float = 0.0
     steps: int = 0
     plan: CapturePlan = field(default_factory=lambda: CapturePlan((("after_block", (3, 7)),), ALL))
@@ -78,7 +80,7 @@ class MadeUpProgram:
     def bytes_on_host(self, shape: SlabShape) -> int:
         return STEP
 
-    def run(self, tokens: np.ndarray, lengths: np.ndarray) -> Future[np.ndarray]:
+    def run(self, tokens: np.ndarray, lengths: np.ndarray, placed: Iterable[Placed] = ()) -> Future[np.ndarray]:
         return self._device.submit(self._one, tokens)
 
     def on_host(self, captured: Future[np.ndarray]) -> list[Blocks]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gcs_server import RunningServer
+from small_run import whole_lines
 
 from jax_extract import Run, UserError, load_shard, open_activations
 from jax_extract.cli import main
@@ -217,11 +218,11 @@ def test_a_shard_that_is_not_what_its_run_committed_is_told_with_exit_code_1(
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
     assert main(["inspect", shard.name]) == 1  # by its name alone, as from its folder
-    assert "DAMAGED: it does not match the checksum of its record" in capsys.readouterr().out
+    assert "DAMAGED: it does not match the checksum of its record" in whole_lines(capsys.readouterr().out)
     orphan = shard.with_name(f"{SHARD}_attempt_0123456789ab.pkl")
     shard.rename(orphan)
     assert main(["inspect", str(orphan)]) == 1
-    assert "no record names it" in capsys.readouterr().out
+    assert "no record names it" in whole_lines(capsys.readouterr().out)
     alone = tmp_path / orphan.name
     orphan.rename(alone)
     assert main(["inspect", str(alone)]) == 0

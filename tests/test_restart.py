@@ -118,7 +118,7 @@ def test_a_killed_run_goes_on_from_what_it_keeps_and_tokenises_nothing(
     tokenised.clear()
     told = again()
     assert not tokenised
-    assert "input in.jsonl: 10 samples, 485 tokens, longest 63" in told
+    assert "input in.jsonl: 10 samples, 485 tokens, longest 63; texts from column 'text'" in told
     assert "resume 2 samples committed already" in told
     assert shards(tmp_path / "run") == shards(whole)
     assert plans(tmp_path / "run") == plans(whole)
@@ -136,7 +136,7 @@ def test_a_finished_run_is_known_without_reading_a_sample(
 
     monkeypatch.setattr(sources, "_first", lambda *_: unread)
     told = again()
-    assert "input in.jsonl: 10 samples, 485 tokens, longest 63" in told
+    assert "input in.jsonl: 10 samples, 485 tokens, longest 63; texts from column 'text'" in told
     assert "done everything was committed already; nothing to do" in told
     after = snapshot(tmp_path / "run")
     assert {name for name in after if after[name] != before.get(name)} <= {

@@ -22,7 +22,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
-from small_run import ROOT, environment, make_model, shards, write_jsonl
+from small_run import ROOT, environment, make_model, shards, whole_lines, write_jsonl
 
 from jax_extract.config import ExtractConfig
 from jax_extract.devices.chips import CHIPS
@@ -165,7 +165,7 @@ facts = {}
 for layout in Layout:
     specs = parameter_specs(structure, mesh, layout)
     params = jax.tree.map(lambda v, s: jax.device_put(v, named(mesh, s)), values, specs)
-    rows = capture_function(PORT, config, plan, mesh, Numerics(), specs)(params, tokens, lengths)
+    rows = capture_function(PORT, config, plan, mesh, Numerics(), specs)(params, tokens, lengths, ())
     facts[layout.value] = {
         "rows": {hook: np.asarray(array).tobytes().hex() for hook, array in rows.items()},
         "pieces": {jax.tree_util.keystr(path): v.size // v.addressable_shards[0].data.size
@@ -257,7 +257,7 @@ def told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> str:
         model_path=str(model), tasks_file=str(tasks), activations_dir=str(tmp_path / "out"), explain=True
     )
     extract_to_directory(config, Terminal())
-    return capsys.readouterr().out.partition("\nlayout")[2]
+    return whole_lines(capsys.readouterr().out).partition("\nlayout")[2]
 
 
 def test_an_extraction_explains_its_layout(

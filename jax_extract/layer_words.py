@@ -53,6 +53,15 @@ def layers_of(words: Iterable[LayerWord], num_layers: int) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def layers_there(words: Iterable[LayerWord], num_layers: int) -> tuple[int, ...]:
+    """As `layers_of`; UserError where one is above the last."""
+    found = layers_of(words, num_layers)
+    for layer in found:
+        if layer >= num_layers:
+            raise UserError(missing_text(layer, num_layers))
+    return found
+
+
 def missing_text(layer: int, num_layers: int) -> str:
     """Of a layer that the model lacks."""
     counted = f", or -{num_layers} to -1 from the end" if layer < 0 else ""

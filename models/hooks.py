@@ -112,6 +112,14 @@ _OTHER_NAMES = {
     "pattern": "attention_pattern",
 }
 
+# What TransformerLens 3 calls those that had another name in 2.
+_NAMES_SINCE_3 = {
+    "embed.hook_out": "hook_embed",
+    "blocks.{i}.hook_in": "blocks.{i}.hook_resid_pre",
+    "blocks.{i}.hook_out": "blocks.{i}.hook_resid_post",
+    "ln_final.hook_out": "ln_final.hook_normalized",
+}
+
 _ALIAS_LAYER = re.compile(r"^blocks\.(\d{1,9}|\*|\{i\})\.(.+)$")
 
 
@@ -142,6 +150,19 @@ def resolve_hook_points(names: Iterable[str], available: HookPoints = GATED) -> 
     return {name: found[name] for name in HOOK_POINTS if name in found}
 
 
+def is_hook_point(name: str) -> bool:
+    """Whether it is the name of one, here or in TransformerLens."""
+    try:
+        return bool(resolve_hook_points([name]))
+    except UserError:
+        return False
+
+
+def is_glob(name: str) -> bool:
+    """Whether it may mean several, as `ffn_*` does."""
+    return any(c in name for c in "*?[")
+
+
 def _matches(name: str, available: HookPoints) -> list[tuple[str, int | None]]:
     if name in available:
         return [(name, None)]
@@ -150,9 +171,10 @@ def _matches(name: str, available: HookPoints) -> list[tuple[str, int | None]]:
     if alias := _ALIAS_LAYER.match(name):
         layer = int(alias[1]) if alias[1].isdigit() else None
         template = f"blocks.{{i}}.{alias[2]}"
+    template = _NAMES_SINCE_3.get(template, template)
     by_alias = [point for point, own in available.items() if own == template]
-    is_glob = any(c in name for c in "*?[")
-    found = fnmatch.filter(available, name) if is_glob else []
+    globbed = is_glob(name)
+    found = fnmatch.filter(available, name) if globbed else []
     if matched := by_alias or [point for point in found if point not in BY_NAME_ONLY]:
         return [(point, layer) for point in matched]
     if found:
@@ -160,7 +182,7 @@ def _matches(name: str, available: HookPoints) -> list[tuple[str, int | None]]:
     elsewhere = [point.name for point in HOOK_POINTS.values() if template in (point.name, point.alias)]
     if elsewhere and (same := _RAW.get(elsewhere[0], "")) in available:
         return [(same, layer)]
-    if lacking := elsewhere or (fnmatch.filter(HOOK_POINTS, name) if is_glob else []):
+    if lacking := elsewhere or (fnmatch.filter(HOOK_POINTS, name) if globbed else []):
         reason = _WHY_NOT.get(lacking[0]) if "ffn_out" in available else _NO_PORT
         why = f" ({reason})" if reason else ""
         raise UserError(

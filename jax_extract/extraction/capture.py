@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from jax_extract.errors import UserError
-from jax_extract.layer_words import LayerWord, layers_of, missing_text
+from jax_extract.layer_words import LayerWord, layers_of, layers_there
 from jax_extract.store.parts import Site
 from jax_extract.weights.open_model import OpenModel
 from models.capture_plan import PATTERN_TOKENS, CapturePlan
@@ -27,14 +27,10 @@ def choose_layers(wanted: Iterable[LayerWord] | None, num_layers: int) -> tuple[
 
     A list equal to the default counts as the default, so the documented command serves every model.
     """
-    chosen = layers_of(wanted, num_layers) if wanted is not None else None
-    if chosen is None or chosen == tuple(DEFAULT_SAE_LAYERS):
+    if wanted is None or layers_of(wanted := tuple(wanted), num_layers) == tuple(DEFAULT_SAE_LAYERS):
         have = tuple(layer for layer in DEFAULT_SAE_LAYERS if layer < num_layers)
         return have or tuple(range(num_layers))
-    for layer in chosen:
-        if layer >= num_layers:
-            raise UserError(missing_text(layer, num_layers))
-    return chosen
+    return layers_there(wanted, num_layers)
 
 
 def capture_plan(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from jax_extract.errors import UserError
+from jax_extract.layer_words import Layers, layer_words
 
 if TYPE_CHECKING:
     from jax_extract.store.reader import Run
@@ -44,7 +45,8 @@ class Edit:
         a pure JAX function `change(rows, operand)` of rows float32 [1, width] and of `value`, any pytree: they become
           its result. It is given each token by itself, so that nothing depends on what else is computed with it, and is
           compiled anew where it is another function: define it once and give what varies as `value`.
-      layer: one layer or several, counted from 0, or from the end if negative; None where the hook point has none.
+      layer: one layer or several, counted from 0, or from the end if negative; "2-5" and "all" too; None where the
+        hook point has none.
       value: [width], or [positions, width] with a row for each of `positions` (of each token, where these are None).
       scale: of `add`.
       positions: token positions of the sample; if negative, from the end of its prompt, behind which answers follow;
@@ -58,7 +60,7 @@ class Edit:
 
     hook: str
     change: str | Callable[[Any, Any], Any]
-    layer: int | Iterable[int] | None = None
+    layer: Layers | None = None
     value: Any = None
     scale: float = 1.0
     positions: int | Iterable[int] | None = None
@@ -73,8 +75,10 @@ class Edit:
                 f"unknown change {self.change!r:.60} at {self.hook!r}; expected {', '.join(CHANGES)}, or a function "
                 "change(rows, operand)"
             )
-        for name in ("layer", "positions"):
-            _set(self, name, _whole_numbers(getattr(self, name), f"{name} of the edit at {self.hook!r}"))
+        _set(self, "layer", layer_words(self.layer, f"the layer of the edit at {self.hook!r}:"))
+        if self.layer == ():
+            raise UserError(f"the edit at {self.hook!r} names no layer; give one, or 'all'")
+        _set(self, "positions", _whole_numbers(self.positions, f"positions of the edit at {self.hook!r}"))
         if isinstance(self.samples, str | int):
             _set(self, "samples", (self.samples,))
         elif self.samples is not None:

@@ -21,6 +21,7 @@ from jax_extract.errors import UserError
 from jax_extract.forward.batches import rounded
 from jax_extract.forward.edit import VECTOR, Edit
 from jax_extract.inputs.token_table import PROMPT_TOKENS, TokenizedSample
+from jax_extract.layer_words import layers_there
 from jax_extract.weights.open_model import OpenModel
 from models.capture_plan import PATTERN_TOKENS, CapturePlan
 from models.hooks import HOOK_POINTS, PATTERN, depth, resolve_hook_points
@@ -345,15 +346,14 @@ def _at_layers(edit: Edit, model: OpenModel) -> list[Resolved]:
             raise UserError(f"{edit!r} names a layer, and {hook!r} has none; leave it out")
         chosen: tuple[int, ...] = ()
     else:
-        if named is not None and layers is not None and set(named) != {layer % blocks for layer in layers}:
-            raise UserError(f"{edit!r} names two layers; leave layer= out, or name the hook point {hook!r}")
-        layers = layers if named is None else tuple(named)
-        if layers is None:
+        if layers is None and named is None:
             raise UserError(f"{edit!r} needs layer=, one of 0 to {blocks - 1}")
-        for layer in layers:
-            if not -blocks <= layer < blocks:
-                raise UserError(f"{edit!r} names layer {layer}; the model has layers 0 to {blocks - 1}")
-        chosen = tuple(sorted({layer % blocks for layer in layers}))
+        try:
+            chosen = layers_there(layers or tuple(named or ()), blocks)
+        except UserError as error:
+            raise UserError(f"{edit!r}: {error}") from None
+        if named is not None and set(named) != set(chosen):
+            raise UserError(f"{edit!r} names two layers; leave layer= out, or name the hook point {hook!r}")
     if isinstance(edit.value, np.ndarray) and not callable(edit.change) and edit.value.shape[-1] != width:
         raise UserError(f"{edit!r} has a value {edit.value.shape[-1]} wide; {hook!r} of this model is {width} wide")
     if edit.source is None:

@@ -181,13 +181,13 @@ class Model:
 
         Args:
           texts: strings or lists of token ids, with ids where they are a mapping; else the ids are "0", "1", ….
-          capture: hook point -> layers: one, several, or "all"; `{"after_block": [12], "final_norm": None}`.
+          capture: hook point -> layers, as in `{"after_block": [12, -1], "ffn_out": "2-5", "final_norm": None}`; "all"
+            is every hook point at every layer, except the attention patterns.
           positions: of each sample, that are captured; as `--positions` has them.
           edits: changes on the way; those at one hook point act in the order given.
           logits: "last" or "all", or positions of each sample, negative from its end.
           answers: of each text, whose log-probability is wanted; a sample is then a text with its answer behind it.
-            They are
-            tokenised by themselves: an answer that begins a word begins with a space.
+            They are tokenised by themselves: an answer that begins a word begins with a space.
           chat_template: put each text through the tokenizer's chat template, as a user's turn.
           add_special_tokens: as the tokenizer does, always or never; None: to texts, and not twice.
 
@@ -288,8 +288,7 @@ class Model:
 
         Returns:
           `Gradients`: `grad.run.sample("0").get(layer=12)` float32 [tokens, width] of d metric / d activation, of the
-          text's own tokens, and
-          `grad.values` [texts], the metric itself.
+          text's own tokens, and `grad.values` [texts], the metric itself.
 
         Raises:
           UserError: as `run`.

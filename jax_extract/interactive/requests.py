@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from jax_extract.errors import UserError
-from jax_extract.extraction.capture import choose_layers
 from jax_extract.inputs.samples import Sample
 from jax_extract.inputs.token_table import PROMPT_TOKENS, TokenizedSample
 from jax_extract.inputs.tokenize import tokenize
 from jax_extract.inputs.tokenizing.counts import InputCounts
 from jax_extract.inputs.wrapping import Kept, Wrapping
+from jax_extract.layer_words import layer_words, layers_there
 from jax_extract.weights.open_model import OpenModel
 from models.capture_plan import CapturePlan
-from models.hooks import HOOK_POINTS, resolve_hook_points
+from models.hooks import HOOK_POINTS, is_glob, resolve_hook_points
 from models.ports import longest_sample
 from models.positions import Positions
 
@@ -31,11 +32,12 @@ Capture = Mapping[str, Any] | Iterable[str] | str | None
 LogitPositions = str | Sequence[int] | None
 
 _LARGEST_TOKEN = 2**31 - 1
+_ALL = "all"
 
 
 def named_inputs(texts: Texts) -> Iterator[Sample]:
     """Texts, or token ids, with their ids where they are a mapping; else these are "0", "1", …; one may come alone."""
-    given: Any = [texts] if isinstance(texts, str) or is_token_ids(texts) else texts
+    given: Any = [texts] if isinstance(texts, str) or is_token_ids(texts) else _arrays(texts)
     if not isinstance(given, Mapping | Sequence | np.ndarray):
         raise UserError(f"texts are a list of strings or of token ids, or a mapping of ids to them, not {texts!r:.60}")
     named = given.items() if isinstance(given, Mapping) else ((str(i), text) for i, text in enumerate(given))
@@ -51,9 +53,24 @@ def named_inputs(texts: Texts) -> Iterator[Sample]:
 
 
 def is_token_ids(given: Any) -> bool:
-    if isinstance(given, np.ndarray):
+    """A list of whole numbers, or an array or tensor of them with one axis."""
+    if isinstance(given := _array(given), np.ndarray):
         return given.ndim == 1 and np.issubdtype(given.dtype, np.integer)
-    return isinstance(given, Sequence) and len(given) > 0 and all(isinstance(token, int) for token in given)
+    return isinstance(given, Sequence) and len(given) > 0 and all(isinstance(token, Integral) for token in given)
+
+
+def _arrays(given: Any) -> Any:
+    """Tensors as arrays; what a tokenizer gave, as the token ids that its mask does not leave out."""
+    if not (isinstance(given, Mapping) and {"input_ids", "attention_mask"} <= set(given)):
+        return _array(given)
+    rows, masks = (_array(given[name]) for name in ("input_ids", "attention_mask"))
+    if is_token_ids(rows):
+        rows, masks = [rows], [masks]
+    return [np.asarray(row)[np.asarray(mask, bool)] for row, mask in zip(rows, masks, strict=True)]
+
+
+def _array(given: Any) -> Any:
+    return given.detach().cpu().numpy() if hasattr(given, "detach") else given
 
 
 def tokenized(
@@ -112,13 +129,13 @@ def capture_plan(capture: Capture, positions: str, model: OpenModel) -> CaptureP
     """What is kept; no hook point for None.
 
     Args:
-      capture: hook point -> layers (one, several, "all"; None where it has no layer, or by its TransformerLens name has
-        one), or hook points that need no layers.
+      capture: hook point -> layers (one or several, as `--layers_to_extract` has them; None where it has no layer, or
+        by its TransformerLens name has one), or hook points that need no layers, or "all" of everything.
     """
     if capture is None:
         wanted: Mapping[str, Any] = {}
     elif isinstance(capture, str):
-        wanted = {capture: None}
+        wanted = {"*": _ALL} if capture in (_ALL, "*") else {capture: None}
     elif isinstance(capture, Mapping):
         wanted = capture
     else:
@@ -130,26 +147,21 @@ def capture_plan(capture: Capture, positions: str, model: OpenModel) -> CaptureP
             layers = found.setdefault(hook, set())
             if HOOK_POINTS[hook].per_layer:
                 layers |= named or set(_layers(hook, given, blocks))
-            elif given is not None:
+            elif given is not None and not is_glob(name):
                 raise UserError(f"{hook!r} has no layer; capture it as {{{hook!r}: None}}")
     captures = tuple((hook, tuple(sorted(found[hook]))) for hook in HOOK_POINTS if hook in found)
     for hook, layers in captures:
-        choose_layers(layers or None, blocks)
+        layers_there(layers, blocks)
         if HOOK_POINTS[hook].per_layer and not layers:
             raise UserError(f"capture names no layer of {hook!r}; give some, or 'all'")
     return CapturePlan(captures, Positions.parse(positions), "float32")
 
 
-def _layers(hook: str, given: Any, blocks: int) -> list[int]:
+def _layers(hook: str, given: Any, blocks: int) -> tuple[int, ...]:
     if given is None:
         raise UserError(f"say which layers of {hook!r}, as in capture={{{hook!r}: [{blocks // 2}]}}, or 'all'")
-    if given == "all":
-        return list(range(blocks))
-    layers = [given] if isinstance(given, int) else list(given)
-    for layer in layers:
-        if not isinstance(layer, int | np.integer) or not -blocks <= layer < blocks:
-            raise UserError(f"layer {layer!r} of {hook!r} does not exist; the model has layers 0 to {blocks - 1}")
-    return [int(layer) % blocks for layer in layers]
+    words = layer_words(given, f"the layer of {hook!r} in capture=") or ()
+    return layers_there(words, blocks)
 
 
 def logit_positions(asked: LogitPositions, samples: Sequence[TokenizedSample]) -> list[np.ndarray]:

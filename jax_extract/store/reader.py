@@ -31,7 +31,7 @@ from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.storage.verbs import Storage
 from jax_extract.store.torch_tensors import require_torch, tensor_of
 from jax_extract.store.upload import open_noted
-from models.hooks import GATED, resolve_hook_points
+from models.hooks import GATED, is_hook_point, resolve_hook_points
 from models.nearest import nearest
 
 _READ_VALUES = 1 << 22  # of a part whose rows are summed
@@ -121,7 +121,7 @@ class Run:
             raise UserError(f"{hook!r} and {others[0][0]!r} are both meant; name one hook point")
         if named and layer not in (None, *named):
             raise UserError(f"a hook point of layer {next(iter(named))} is named, and layer={layer}; give one of both")
-        layer = next(iter(named)) if named else layer
+        layer = next(iter(named)) if named else self._from_start(layer)
         found = [site for site in self.sites if site.hook == hook]
         if not found:
             raise UserError(f"this run holds no {hook!r}; it holds: {', '.join(self.hook_points)}")
@@ -133,6 +133,11 @@ class Run:
             raise UserError(f"say which layer of {hook!r}, as in get(layer={layers[0]}); this run holds {layers}")
         raise UserError(f"this run holds no layer {layer} of {hook!r}; it holds the layers {layers}")
 
+    def _from_start(self, layer: int | None) -> int | None:
+        """A layer counted from 0, where it was counted from the end of the model."""
+        blocks = self.metadata.get("num_hidden_layers")
+        return layer + blocks if blocks and layer is not None and -blocks <= layer < 0 else layer
+
     def sample(self, sample_id: str) -> SampleActivations:
         """One sample by its id; UserError (with an id that is near) where the run does not hold it."""
         if not isinstance(sample_id, str):
@@ -140,6 +145,8 @@ class Run:
         if sample_id not in self._places:
             near = nearest(sample_id, list(self._places)[:10_000])
             meant = f"; the nearest is {near!r}" if near else ""
+            if is_hook_point(sample_id):
+                meant = f"; the rows of a hook point are run.get({sample_id!r})"
             raise UserError(f"this run holds no sample {sample_id!r}{meant}")
         number, place = self._places[sample_id]
         part = self._parts[number]

@@ -15,7 +15,7 @@ from jax_extract import Edit, Model, answer_log_probability, load_model
 from models.ports import hook_width
 
 _RANDOM = np.random.default_rng(11)
-TEXTS = [_RANDOM.integers(0, 94, length) for length in (21, 12)]
+TEXTS = [_RANDOM.integers(0, 94, length) for length in (21, 17)]  # in one program
 ANSWERS = [_RANDOM.integers(0, 94, length) for length in (3, 1)]
 
 
@@ -39,7 +39,7 @@ def edits_of(model: Model) -> list[Edit | Sequence[Edit]]:
         found.append(Edit(hook, doubled, layer=layer, value={"factor": 1.0 + i, "bias": vector}))
     wide = random.standard_normal(model.config.hidden_size).astype(np.float32)
     added, zeroed = Edit("after_block", "add", layer=1, value=wide), Edit("after_block", "zero", layer=1, positions=4)
-    patched = Edit("attention_out", "patch", layer=2, source=source, positions=[1, 3])
+    patched = Edit("attention_out", "patch", layer=2, source=source, positions=[1, -1])
     return [*found, [added, zeroed], [zeroed, added], patched, [patched, added, found[0]]]  # type: ignore[list-item]
 
 

@@ -52,13 +52,19 @@ def test_layers_are_written_as_in_flags_wherever_they_are_asked_for(model: Model
 @pytest.mark.parametrize(
     ("refused", "said"),
     [
-        (lambda m: m.run(TOKENS, capture={"ffn_out": "first"}), "layer of 'ffn_out' in capture= 'first' names no layer"),
-        (lambda m: m.run(TOKENS, capture={"ffn_out": "1-7"}), "layer 7 does not exist; the model has layers 0 to 3"),
+        (
+            lambda m: m.run(TOKENS, capture={"ffn_out": "first"}),
+            "layer of 'ffn_out' in capture= 'first' names no layer",
+        ),
+        (lambda m: m.run(TOKENS, capture={"ffn_out": "1-7"}), "layer 4 does not exist; the model has layers 0 to 3"),
         (lambda m: m.run(TOKENS, capture={"ffn_out": []}), "capture names no layer of 'ffn_out'"),
         (lambda m: m.run(TOKENS, capture={"*": None}), "say which layers of"),
         (lambda m: Edit("ffn_out", "zero", layer="deep"), "layer of the edit at 'ffn_out': 'deep' names no layer"),
         (lambda m: Edit("ffn_out", "zero", layer=[]), "names no layer"),
-        (lambda m: m.run(TOKENS, edits=[Edit("ffn_out", "zero", layer="1-7")], logits="last"), "layer 7 does not exist"),
+        (
+            lambda m: m.run(TOKENS, edits=[Edit("ffn_out", "zero", layer="1-7")], logits="last"),
+            "layer 4 does not exist",
+        ),
         (lambda m: m.run(TOKENS, capture={"ffn_out": 1}).run["blocks.1.hook_mlp_out"], r"run\.get\('blocks.1.hook_mlp"),
         (lambda m: m.run(TOKENS, capture={"ffn_out": 1}).run.get("ffn_out", layer=-1), "holds no layer 3"),
     ],

@@ -230,7 +230,7 @@ def test_the_documented_keys_are_read(folder: Path) -> None:
         ("- {hook: ffn_out}", "lacks 'change'"),
         ("- {hook: ffn_out, change: zero, layers: 3}", "has 'layers'"),
         ("- {hook: ffn_out, change: explode, layer: 3}", "the change 'explode'"),
-        ("- {hook: ffn_out, change: zero, layer: 99}", "names layer 99"),
+        ("- {hook: ffn_out, change: zero, layer: 99}", "layer 99 does not exist"),
         ("- {hook: ffn_out, change: add, layer: 1, value: nowhere.npy}", "cannot be read (No such file"),
         ("- {hook: ffn_out, change: add, layer: 1, value: texts.jsonl}", "cannot be read"),
         ("- {hook: ffn_out, change: add, layer: 1, value: {file: several.npz, name: three}}", "which holds one, two"),

@@ -1,4 +1,4 @@
-"""What a caller of a loaded model may write: layers in words, globs, TransformerLens names, token ids of any library."""
+"""What a caller of a loaded model may write: layers in words, TransformerLens names, token ids of any library."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_layers_are_written_as_in_flags_wherever_they_are_asked_for(model: Model
     [
         (
             lambda m: m.run(TOKENS, capture={"ffn_out": "first"}),
-            "layer of 'ffn_out' in capture= 'first' names no layer",
+            "in capture= 'first' names no layer",
         ),
         (lambda m: m.run(TOKENS, capture={"ffn_out": "1-7"}), "layer 4 does not exist; the model has layers 0 to 3"),
         (lambda m: m.run(TOKENS, capture={"ffn_out": []}), "capture names no layer of 'ffn_out'"),

@@ -35,7 +35,7 @@ def doubled(rows: Any, operand: Any) -> Any:
 KINDS = ("zero", "add", "mean", "replace", "rows", "patch", doubled)
 
 
-# Every architecture, and every way in which blocks are put together; variants of one differ in numbers, which parity has.
+# Every architecture, and every way in which blocks are put together; what else differs is held by parity.
 EDITED = "qwen2_window qwen3 llama mistral gpt2 gpt_neox gpt_neox_sequential phi gemma gemma2 gemma3".split()
 
 

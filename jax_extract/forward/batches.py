@@ -15,6 +15,7 @@ import numpy as np
 from jax_extract.devices.platform import PlatformDefaults
 
 _SHORTEST = 16  # columns
+_FINER = 128  # columns from which there are four lengths to an octave instead of two
 _FULL = 512  # columns from which longer rows bring nothing
 
 
@@ -107,10 +108,12 @@ def power_below(count: int) -> int:
 
 
 def columns_of(length: int, defaults: PlatformDefaults) -> int:
-    """A power of two or the number halfway to the next."""
+    """So many steps of half the power of two below it, or of a quarter where another program costs less than padding."""
     columns = max(_SHORTEST, defaults.length_multiple)
-    while columns < length:
-        columns = columns * 3 // 2 if columns & (columns - 1) == 0 else columns // 3 * 4
+    if columns < length:
+        below = power_below(length - 1)
+        step = below // (2 if below < _FINER else 4)
+        columns = -(-length // step) * step
     return -(-columns // defaults.length_multiple) * defaults.length_multiple
 
 

@@ -108,7 +108,7 @@ def power_below(count: int) -> int:
 
 
 def columns_of(length: int, defaults: PlatformDefaults) -> int:
-    """So many steps of half the power of two below it, or of a quarter where another program costs less than padding."""
+    """In steps of half the power of two below it, or of a quarter where padding costs more than another program."""
     columns = max(_SHORTEST, defaults.length_multiple)
     if columns < length:
         below = power_below(length - 1)

@@ -58,7 +58,7 @@ HOOK_POINTS: Mapping[str, HookPoint] = {
         HookPoint("ffn_out_raw", "blocks.{i}.mlp.hook_out", "d_model"),
         HookPoint("ffn_out", "blocks.{i}.hook_mlp_out", "d_model"),
         HookPoint("after_block", "blocks.{i}.hook_resid_post", "d_model", residual_stream=True),
-        HookPoint("final_norm", "ln_final.hook_normalized", "d_model", per_layer=False, residual_stream=True),
+        HookPoint("final_norm", "ln_final.hook_out", "d_model", per_layer=False, residual_stream=True),
     )
 }
 DEFAULT_HOOK_POINT = "after_block"
@@ -112,12 +112,13 @@ _OTHER_NAMES = {
     "pattern": "attention_pattern",
 }
 
-# What TransformerLens 3 calls those that had another name in 2.
-_NAMES_SINCE_3 = {
+# Other names that TransformerLens has for some, 3 for the first three; `hook_normalized` lies before the norm's weight
+# there, and was the name here of what lies behind it, also in runs that are there.
+_SAME_IN_TRANSFORMER_LENS = {
     "embed.hook_out": "hook_embed",
     "blocks.{i}.hook_in": "blocks.{i}.hook_resid_pre",
     "blocks.{i}.hook_out": "blocks.{i}.hook_resid_post",
-    "ln_final.hook_out": "ln_final.hook_normalized",
+    "ln_final.hook_normalized": "ln_final.hook_out",
 }
 
 _ALIAS_LAYER = re.compile(r"^blocks\.(\d{1,9}|\*|\{i\})\.(.+)$")
@@ -171,8 +172,8 @@ def _matches(name: str, available: HookPoints) -> list[tuple[str, int | None]]:
     if alias := _ALIAS_LAYER.match(name):
         layer = int(alias[1]) if alias[1].isdigit() else None
         template = f"blocks.{{i}}.{alias[2]}"
-    template = _NAMES_SINCE_3.get(template, template)
-    by_alias = [point for point, own in available.items() if own == template]
+    template = _SAME_IN_TRANSFORMER_LENS.get(template, template)
+    by_alias = [point for point, own in available.items() if _SAME_IN_TRANSFORMER_LENS.get(own or "", own) == template]
     globbed = is_glob(name)
     found = fnmatch.filter(available, name) if globbed else []
     if matched := by_alias or [point for point in found if point not in BY_NAME_ONLY]:

@@ -17,6 +17,7 @@ import torch
 import yaml
 from small_run import run_cli
 from test_edits import SOME, at_positions
+from test_processes import program
 from tiny_models import random_ids, text_of, tiny_folder, tiny_model
 from torch_hooks import TorchChange, changed
 
@@ -145,17 +146,15 @@ def test_extract_with_edits_writes_what_a_loaded_model_gives(folder: Path) -> No
         assert np.linalg.norm(got - rows) <= 1e-5 * np.linalg.norm(rows)
 
 
-def test_extract_with_edits_on_a_mesh_writes_the_same_rows(folder: Path) -> None:
+def test_extract_with_edits_on_a_mesh_of_two_hosts_writes_the_same_rows(folder: Path) -> None:
     """Every device puts rows of a source of its own samples."""
     assert run_cli(*words(folder, "source", *CAPTURE), cwd=folder).returncode == 0
     given = yaml.safe_load((folder / "edits.yaml").read_text())
     given.append({"hook": "after_block", "change": "mean", "layer": 3, "source": "source"})
     given.append({"hook": "after_block", "change": "patch", "layer": 2, "source": "source", "positions": [1, -2]})
     (folder / "edits.yaml").write_text(yaml.safe_dump(given))
-    for out, devices, shape in (("one", 1, "1,1"), ("eight", 8, "2,4")):
-        env = {"JAX_NUM_CPU_DEVICES": str(devices)}
-        done = run_cli(*words(folder, out, *CAPTURE, "--mesh_shape", shape, "--batch_size", "1"), cwd=folder, env=env)
-        assert done.returncode == 0, done.stderr
+    for out, hosts, devices, shape in (("one", 1, 1, "1,1"), ("eight", 2, 4, "2,4")):
+        program(words(folder, out, *CAPTURE, "--mesh_shape", shape, "--batch_size", "1"), hosts, devices)
     one, eight = open_activations(folder / "one"), open_activations(folder / "eight")
     for sample in one.sample_ids:
         for layer in range(5):

@@ -89,7 +89,8 @@ class Intervention:
         def of_token(row: Array, operand: Any) -> Array:
             """A token by itself: nothing that a function does may depend on what else lies in the batch."""
             result = function(row[None], operand)
-            if getattr(result, "shape", None) != (1, *row.shape):
+            real = isinstance(result, jax.Array) and not jnp.iscomplexobj(result)
+            if not real or result.shape != (1, *row.shape):
                 name = getattr(function, "__name__", "change")
                 raise UserError(
                     f"the function {name!r} at {self.hook!r} is given rows [1, {len(row)}] and returns "

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import tiny_folder
 
-from jax_extract import Edit, Model, UserError, load_model
+from jax_extract import Edit, Model, UserError, answer_log_probability, load_model, logit_difference
 from models.hooks import BY_NAME_ONLY, HOOK_POINTS
 
 TOKENS = [5, 9, 2, 7]
@@ -59,6 +59,18 @@ def test_layers_are_written_as_in_flags_wherever_they_are_asked_for(model: Model
         (lambda m: m.run(TOKENS, capture={"ffn_out": "1-7"}), "layer 4 does not exist; the model has layers 0 to 3"),
         (lambda m: m.run(TOKENS, capture={"ffn_out": []}), "capture names no layer of 'ffn_out'"),
         (lambda m: m.run(TOKENS, capture={"*": None}), "say which layers of"),
+        (lambda m: m.run(TOKENS, capture={"blocks.1.hook_mlp_out": [2]}), "names layer 1 of 'ffn_out' by its name"),
+        (lambda m: m.run(TOKENS, capture=[5]), "capture names hook points"),
+        (lambda m: m.run(TOKENS, capture={"ffn_out": 1}, positions=[0]), "positions of capture are words"),
+        (lambda m: m.run(TOKENS, logits=0.5), "logits are asked for at whole numbers"),
+        (lambda m: m.run(b"ab", logits="last"), "texts are a list of strings"),
+        (lambda m: m.run(TOKENS, logits="last", edits=5), "edits are a list of Edit"),
+        (lambda m: m.run({"x": TOKENS}, answers={"y": [1]}), "answers are given for"),
+        (lambda m: m.run(TOKENS, answers=5), "answers are a list"),
+        (
+            lambda m: m.run_edits(TOKENS, [Edit("ffn_out", "zero", layer=1)], logit_difference(3.0, 1)),
+            "compares tokens",
+        ),
         (lambda m: Edit("ffn_out", "zero", layer="deep"), "layer of the edit at 'ffn_out': 'deep' names no layer"),
         (lambda m: Edit("ffn_out", "zero", layer=[]), "names no layer"),
         (
@@ -105,3 +117,17 @@ def test_names_of_transformer_lens_3_are_understood(model: Model, name: str, hoo
 def test_token_ids_come_as_lists_arrays_tensors_or_from_a_tokenizer(model: Model, texts: Any) -> None:
     run = model.run(texts, capture={"after_block": 0}).run
     assert len(run) == 1 and run[0].token_ids.tolist() == TOKENS
+
+
+def test_answers_and_tokens_come_by_the_ids_of_their_texts(model: Model) -> None:
+    texts, answers = {"x": [5, 9, 2], "y": [7, 1]}, {"y": [3], "x": [4, 8]}
+    expected = [answer.log_probability for answer in model.run(texts, answers=[[4, 8], [3]]).answers]
+    assert [answer.log_probability for answer in model.run(texts, answers=answers).answers] == expected
+    edit = Edit("ffn_out", "zero", layer=1)
+    measured = model.run_edits(texts, [edit], answer_log_probability(answers))
+    np.testing.assert_allclose(measured.without, expected, atol=1e-5)
+    by_id, by_place = (
+        model.run_edits(texts, [edit], logit_difference(first, torch.tensor(5))).values
+        for first in ({"y": 2, "x": 1}, torch.tensor([1, 2]))
+    )
+    np.testing.assert_array_equal(by_id, by_place)

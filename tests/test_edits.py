@@ -278,6 +278,17 @@ REFUSED: list[tuple[Callable[[], Edit], str]] = [
     (lambda: Edit("ffn_out", lambda rows, _: rows[:, :3], layer=1), "return rows alike"),
     (lambda: Edit("after_block", "zero", layer=3), "changes nothing that is kept"),
     (lambda: Edit("ffn_out", lambda rows: rows, layer=1), "must take rows and an operand"),
+    (lambda: Edit("ffn_out", doubled, layer=1, scale=2.0), "takes neither scale nor source"),
+    (lambda: Edit("ffn_out", lambda rows, _: rows + 1j, layer=1), "return rows alike"),
+    (lambda: Edit("ffn_out", doubled, layer=1, value={"factor": "two", "bias": 0.0}), "give arrays and numbers"),
+    (lambda: Edit("ffn_out", doubled, layer=1, value={"factor": 2**40, "bias": 0.0}), "32 bits"),
+    (lambda: Edit("ffn_out", "zero", layer=1, samples=[]), "name none"),
+    (lambda: Edit("ffn_out", "zero", layer=1, samples=3.5), "must be ids, or places"),  # type: ignore[arg-type]
+    (lambda: Edit("ffn_out", "add", layer=1, value=np.ones(54), scale=1e300), "larger than float32 holds"),
+    (lambda: Edit("ffn_out", "add", layer=1, value=np.ones(54), scale=10**400), "expected a finite number"),
+    (lambda: Edit("ffn_out", "replace", layer=1, value=np.ones(54) * 1j), "no array of numbers"),
+    (lambda: Edit("ffn_out", "replace", layer=1, value=["1"] * 54), "no array of numbers"),
+    (lambda: Edit("ffn_out", np.zeros(3), layer=1), "unknown change"),  # type: ignore[arg-type]
 ]
 
 
@@ -305,11 +316,15 @@ def test_a_source_that_lacks_the_rows_is_refused_by_name(refusing: Model) -> Non
     short, long = random_ids([9, 23])
     last = refusing.run({"0": short}, capture={"after_block": [1]}, positions="last").run
     whole = refusing.run({"a": short, "b": long}, capture={"after_block": [1]}).run
+    mean = refusing.run({"0": short}, capture={"after_block": [1]}, positions="mean").run
+    wide = load_model(tiny_folder("long"), mesh_shape="1,1").run({"0": long}, capture={"after_block": [1]}).run
     for source, positions, layer, said in (
         (last, [0], 1, "holds no row of position 0 of sample '0'"),
         (last, None, 1, "name the positions"),
         (whole, [0], 1, "no sample '0'"),
         (last, [-1], 2, "no layer 2"),
+        (wide, None, 1, "36 wide; 'after_block' of this model is 54 wide"),
+        (mean, [-10], 1, "names position -10, and sample '0' of its source has the positions 0 to 8"),
     ):
         with pytest.raises(UserError) as refusal:
             edit = Edit("after_block", "patch", layer=layer, source=source, positions=positions)

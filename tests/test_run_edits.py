@@ -72,6 +72,17 @@ def test_edits_of_the_attention_pattern_give_what_a_whole_run_gives_too(model: M
     assert (np.abs(effects.effects).max(axis=1) > 1e-3).all(), "each must act"
 
 
+def test_edits_of_one_stream_act_in_the_order_of_the_forward(model: Model) -> None:
+    """Behind a block is before the next one, whichever was given first, and on torch as on JAX."""
+    vector = np.ones(model.config.hidden_size, np.float32)
+    both = [Edit("residual_before", "add", layer=3, value=vector), Edit("after_block", "zero", layer=2)]
+    metric = answer_log_probability(ANSWERS)
+    expected = [each.log_probability for each in model.run(TEXTS, edits=both, answers=ANSWERS).answers]
+    for one in (model, load_model(tiny_folder("gemma2"), backend="torch")):
+        values = one.run_edits(TEXTS, [both, both[::-1]], metric).values
+        np.testing.assert_allclose(values, [expected, expected], atol=1e-4)
+
+
 def test_metrics_are_of_the_logits_behind_the_text(model: Model) -> None:
     """Also of texts that have no program in common."""
     sets, texts = edits_of(model)[:3], [TEXTS[0], TEXTS[1][:9]]
@@ -200,8 +211,10 @@ def test_a_gradient_is_the_slope_of_the_metric_under_edits(model: Model) -> None
     width, layer = model.config.hidden_size, 2
     metric = logit_difference(7, 8)
     fixed = Edit("ffn_out", "zero", layer=1, positions=[3])
+    here = Edit("after_block", "zero", layer=[layer, -1], positions=[5])
     hooks = [hook for hook in ("after_block", "after_attention", "ffn_out") if hook in model.hook_points]
     grad = model.gradient(text, dict.fromkeys(hooks, layer), metric=metric, edits=[fixed])
+    behind = model.gradient(text, {"after_block": [layer, -1]}, metric=metric, edits=[fixed, here])
     random = np.random.default_rng(6)
     for hook in hooks:
         for position in (5, 13):
@@ -215,6 +228,16 @@ def test_a_gradient_is_the_slope_of_the_metric_under_edits(model: Model) -> None
             slope = (up - down) / (2 * step)
             expected = float(grad.run.sample("0").get(layer, hook)[position] @ direction)
             assert abs(slope - expected) <= 2e-2 * max(1.0, abs(expected)), (hook, position, slope, expected)
+    for at in (layer, -1):  # where an edit is made, it is of what the edit leaves
+        for position in (5, 13):
+            direction = random.standard_normal(width).astype(np.float32)
+            sets = [
+                [fixed, here, Edit("after_block", "add", layer=at, value=direction, scale=scale, positions=position)]
+                for scale in (1e-2, -1e-2)
+            ]
+            up, down = model.run_edits(text, sets, metric).values[:, 0]
+            expected = float(behind.run[0].get(layer=at)[position] @ direction)
+            assert abs((up - down) / 2e-2 - expected) <= 2e-2 * max(1.0, abs(expected)), (at, position)
 
 
 def test_gradients_of_long_rows_remember_no_tokens_by_tokens_values() -> None:

@@ -11,8 +11,10 @@ import math
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol
 
+import ml_dtypes
 import numpy as np
 
 from jax_extract.errors import UserError
@@ -70,7 +72,7 @@ class Edit:
     def __post_init__(self) -> None:
         if not isinstance(self.hook, str):
             raise UserError(f"an edit's hook point is a name such as 'after_block', not {self.hook!r:.60}")
-        if not callable(self.change) and self.change not in CHANGES:
+        if not callable(self.change) and not (isinstance(self.change, str) and self.change in CHANGES):
             raise UserError(
                 f"unknown change {self.change!r:.60} at {self.hook!r}; expected {', '.join(CHANGES)}, or a function "
                 "change(rows, operand)"
@@ -79,16 +81,18 @@ class Edit:
         if self.layer == ():
             raise UserError(f"the edit at {self.hook!r} names no layer; give one, or 'all'")
         _set(self, "positions", _whole_numbers(self.positions, f"positions of the edit at {self.hook!r}"))
-        if isinstance(self.samples, str | int):
-            _set(self, "samples", (self.samples,))
-        elif self.samples is not None:
-            _set(self, "samples", tuple(self.samples))
+        _set(self, "samples", _samples(self.samples, self.hook))
         if self.source is not None:
             _set(self, "source", getattr(self.source, "run", self.source))
             if not hasattr(self.source, "sample_ids"):
                 raise UserError(f"the source of the edit at {self.hook!r} is no run: {self.source!r:.60}")
         if callable(self.change):
             _require_two_arguments(self.change, self.hook)
+            if self.scale != 1.0 or self.source is not None:
+                raise UserError(
+                    f"the function {_name(self.change)!r} at {self.hook!r} takes neither scale nor source; give what "
+                    "it needs as value="
+                )
         else:
             self._check_what_it_takes()
 
@@ -99,8 +103,10 @@ class Edit:
 
     def _check_what_it_takes(self) -> None:
         here = f"the change {self.change!r} at {self.hook!r}"
-        if isinstance(self.scale, bool) or not isinstance(self.scale, int | float) or not math.isfinite(self.scale):
+        scale = _float(self.scale)
+        if not math.isfinite(scale):
             raise UserError(f"the scale of {here} is {self.scale!r:.60}; expected a finite number")
+        _set(self, "scale", scale)
         if self.scale != 1.0 and self.change != "add":
             raise UserError(f"{here} takes no scale; multiply the value, or use 'add'")
         if self.change == "zero" and not (self.value is None and self.source is None):
@@ -115,6 +121,9 @@ class Edit:
             )
         if self.value is not None:
             _set(self, "value", _array(self.value, here, (ROWS,) if self.change == "mean" else (VECTOR, ROWS)))
+            with np.errstate(over="ignore"):
+                if not np.isfinite(np.float32(scale) * self.value).all():
+                    raise UserError(f"the scale {scale:g} of {here} makes its value larger than float32 holds")
 
     def __repr__(self) -> str:
         said = [repr(self.hook), repr(self.change) if isinstance(self.change, str) else _name(self.change)]
@@ -152,9 +161,9 @@ def _name(function: Any) -> str:
 def _whole_numbers(given: Any, what: str) -> tuple[int, ...] | None:
     if given is None:
         return None
-    several: Any = given if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+    several: Any = given if _is_several(given) else (given,)
     try:
-        found = tuple(operator.index(each) for each in several)
+        found = tuple(_index(each) for each in several)
     except TypeError:
         raise UserError(f"the {what} must be whole numbers, not {given!r:.60}") from None
     if not found:
@@ -164,14 +173,54 @@ def _whole_numbers(given: Any, what: str) -> tuple[int, ...] | None:
     return found
 
 
+def _samples(given: Any, hook: str) -> tuple[str | int, ...] | None:
+    """Ids and places."""
+    if given is None:
+        return None
+    try:
+        several: Any = given if _is_several(given) else (given,)
+        found = tuple(each if isinstance(each, str) else _index(each) for each in several)
+    except TypeError:
+        raise UserError(
+            f"the samples of the edit at {hook!r} must be ids, or places in the input, not {given!r:.60}"
+        ) from None
+    if not found:
+        raise UserError(f"the samples of the edit at {hook!r} name none; leave them out for all")
+    return found
+
+
+def _is_several(given: Any) -> bool:
+    """Whether it can be iterated, as an array without axes cannot."""
+    return isinstance(given, Iterable) and not isinstance(given, str) and getattr(given, "ndim", 1) > 0
+
+
+def _index(given: Any) -> int:
+    if isinstance(given, bool | np.bool_):
+        raise TypeError("a truth value is no number")
+    return operator.index(given)
+
+
+def _float(given: Any) -> float:
+    """Of a number; NaN of what is none, or too large."""
+    if isinstance(given, bool | np.bool_) or not isinstance(given, Real):
+        return math.nan
+    try:
+        return float(given)
+    except OverflowError:
+        return math.nan
+
+
 def _array(value: Any, here: str, axes: tuple[int, ...]) -> np.ndarray:
     """float32 of an array or torch tensor; UserError where it is none, has other axes, or is not finite."""
     if hasattr(value, "detach"):
         value = value.detach().float().cpu().numpy()
     try:
-        array = np.array(value, np.float32)
-    except (TypeError, ValueError):
-        raise UserError(f"the value of {here} is no array of numbers: {value!r:.60}") from None
+        given = np.asarray(value)
+        if given.dtype.kind not in "iuf" and given.dtype != ml_dtypes.bfloat16:
+            raise TypeError(given.dtype)
+        array = np.array(given, np.float32)
+    except Exception:  # noqa: BLE001 (whatever nested lists of strangers raise)
+        raise UserError(f"the value of {here} is no array of numbers: {type(value).__name__} {value!r:.60}") from None
     if array.ndim not in axes or not array.size:
         expected = " or ".join({VECTOR: "[width]", ROWS: "[rows, width]"}[n] for n in axes)
         raise UserError(f"the value of {here} has the shape {list(array.shape)}; expected {expected}")

@@ -33,6 +33,8 @@ def read_edits(path: str) -> list[Edit]:
     except yaml.YAMLError as error:
         line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
         raise UserError(f"--edits {path} is no YAML (line {line}); {_MEND}") from None
+    except (ValueError, KeyError, RecursionError) as error:  # of dates and numbers that are none, and of deep lists
+        raise UserError(f"--edits {path} cannot be read ({type(error).__name__}: {error!s:.60}); {_MEND}") from None
     given = content.get("edits") if isinstance(content, Mapping) and set(content) == {"edits"} else content
     if not isinstance(given, list) or not given:
         raise UserError(f"--edits {path} holds no list of edits; {_MEND}")
@@ -47,10 +49,8 @@ def _edit(given: Any, where: str, folder: Path) -> Edit:
     if lacking := [key for key in ("hook", "change") if key not in given]:
         raise UserError(f"{where} lacks {lacking[0]!r}")
     arguments = dict(given)
-    if arguments["change"] not in CHANGES:
+    if not isinstance(arguments["change"], str) or arguments["change"] not in CHANGES:
         raise UserError(f"{where} has the change {arguments['change']!r:.60}; expected {', '.join(CHANGES)}")
-    if "scale" in given and (isinstance(given["scale"], bool) or not isinstance(given["scale"], int | float)):
-        raise UserError(f"{where} has the scale {given['scale']!r:.60}; expected a number")
     if "value" in given:
         arguments["value"] = _array(given["value"], where, folder)
     if "source" in given:
@@ -68,7 +68,7 @@ def _array(given: Any, where: str, folder: Path) -> Any:
     file, name = named.get("file"), named.get("name")
     if not isinstance(file, str) or set(named) - {"file", "name"}:
         raise UserError(f"{where} has the value {given!r:.60}; expected {_FORMS}")
-    path = folder / Path(file).expanduser()
+    path = folder / _expanded(file)
     try:
         if path.suffix == ".safetensors":
             from safetensors.numpy import load_file
@@ -95,4 +95,13 @@ def _named(arrays: Any, name: Any, where: str, path: Path) -> np.ndarray:
 def _run(given: Any, where: str, folder: Path) -> Run:
     if not isinstance(given, str):
         raise UserError(f"{where} has the source {given!r:.60}; expected a run's directory or gs://bucket/run")
-    return open_activations(given if given.startswith("gs://") else folder / Path(given).expanduser())
+    return open_activations(given if given.startswith("gs://") else folder / _expanded(given))
+
+
+def _expanded(file: str) -> Path:
+    """With the user's home for ~; as it is where there is no such user."""
+    path = Path(file)
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path

@@ -130,7 +130,7 @@ class Resolved:
                 )
             return self.rows
         there, chosen = self._source_rows(sample)
-        return there.get(layer=self._layer, hook=self.hook)[chosen].astype(np.float32)
+        return there.get(layer=self.layer, hook=self.hook)[chosen].astype(np.float32)
 
     @cached_property
     def operand_of_function(self) -> Any:
@@ -146,14 +146,15 @@ class Resolved:
             self.positions(sample)
 
     @property
-    def _layer(self) -> int | None:
+    def layer(self) -> int | None:
+        """The one layer of an edit that has a source."""
         return self.layers[0] if HOOK_POINTS[self.hook].per_layer else None
 
     def _source_rows(self, sample: TokenizedSample) -> tuple[SampleActivations, np.ndarray]:
         """The sample in the source, and which of its rows are put."""
         source = self.edit.run
         assert source is not None, "Edit sees to it"
-        source.site(self._layer, self.hook)
+        source.site(self.layer, self.hook)
         ids = source.sample_ids
         there = source.sample(ids[0] if len(ids) == 1 else sample.sample_id)
         tokens = len(there.token_ids)
@@ -167,6 +168,11 @@ class Resolved:
             )
         if given is not None:
             wanted = np.array([position if position >= 0 else end + position for position in given])
+            if outside := [p for p, at in zip(given, wanted.tolist(), strict=True) if not 0 <= at < tokens]:
+                raise UserError(
+                    f"{self.edit!r} names position {outside[0]}, and sample {there.sample_id!r} of its source has the "
+                    f"positions 0 to {tokens - 1}"
+                )
         place = {int(position): row for row, position in enumerate(there.positions)}
         if lacking := [int(position) for position in wanted if int(position) not in place]:
             raise UserError(
@@ -189,7 +195,7 @@ class Edits:
     blocks: int
 
     @classmethod
-    def of(cls, edits: Edit | Iterable[Edit], model: OpenModel, room: int = 0) -> Edits:
+    def of(cls, edits: Edit | Iterable[Edit] | None, model: OpenModel, room: int = 0) -> Edits:
         """Of a model that may answer with so many tokens.
 
         Raises:
@@ -197,6 +203,10 @@ class Edits:
         """
         if isinstance(edits, Edit):
             edits = (edits,)
+        if not isinstance(edits, Iterable):
+            if edits is not None:
+                raise UserError(f"edits are a list of Edit(…), not {edits!r:.60}")
+            edits = ()
         found: list[Resolved] = []
         for edit in edits:
             if not isinstance(edit, Edit):
@@ -215,9 +225,9 @@ class Edits:
             if one.rows is not None:
                 total.update(repr(one.rows.shape).encode() + one.rows.astype("<f4").tobytes())
             if edit.change == "patch" and edit.run is not None:
-                for part in edit.run.parts:
-                    total.update(part.content.plan.encode())
-                total.update(json.dumps(edit.run.metadata.get("model_name")).encode())
+                for sample in edit.run.samples():
+                    total.update(json.dumps([sample.sample_id, sample.positions.tolist()]).encode())
+                    total.update(sample.get(layer=one.layer, hook=one.hook).astype("<f4").tobytes())
         return f"sha256:{total.hexdigest()}"
 
     @property
@@ -257,8 +267,12 @@ class Edits:
         if has_logits:
             return
         deepest = max((depth(hook, layer) for hook, layer in plan.sites()), default=None)
+        lowest: dict[int, tuple[int, int]] = {}  # of all layers of an edit, which may be several here
         for one in self.each:
-            if deepest is None or min(depth(one.hook, layer) for layer in one.layers or (None,)) > deepest:
+            places = [depth(one.hook, layer) for layer in one.layers or (None,)]
+            lowest[id(one.edit)] = min([*places, *filter(None, [lowest.get(id(one.edit))])])
+        for one in self.each:
+            if deepest is None or lowest[id(one.edit)] > deepest:
                 raise UserError(
                     f"{one.edit!r} changes nothing that is kept: keep a hook point behind it, or ask for logits"
                 )
@@ -359,7 +373,7 @@ def _at_layers(edit: Edit, model: OpenModel) -> list[Resolved]:
     if edit.source is None:
         return [Resolved(edit, hook, chosen, width, _rows(edit))]
     several = [(layer,) for layer in chosen] or [()]
-    return [Resolved(edit, hook, one, width, _source_mean(edit, hook, one)) for one in several]
+    return [Resolved(edit, hook, one, width, _source_mean(edit, hook, one, width)) for one in several]
 
 
 def _rows(edit: Edit) -> np.ndarray | None:
@@ -371,11 +385,13 @@ def _rows(edit: Edit) -> np.ndarray | None:
     return rows[None] if rows.ndim == VECTOR else rows
 
 
-def _source_mean(edit: Edit, hook: str, layers: tuple[int, ...]) -> np.ndarray | None:
+def _source_mean(edit: Edit, hook: str, layers: tuple[int, ...], width: int) -> np.ndarray | None:
     """Over all rows of the source there; None where its rows are put one by one."""
     assert edit.run is not None, "Edit sees to it"
     layer = layers[0] if layers else None
     site = edit.run.site(layer, hook)
+    if site.width != width:
+        raise UserError(f"the source of {edit!r} has rows {site.width} wide; {hook!r} of this model is {width} wide")
     if edit.change == "patch":
         return None
     total, rows = np.zeros(site.width), 0
@@ -396,9 +412,18 @@ def _padded(given: Sequence[np.ndarray], size: int, width: int) -> np.ndarray:
 def _as_operand(leaf: Any) -> Any:
     """Arrays as JAX takes them; Python's numbers in its own dtypes, so that they are traced and never constants."""
     if hasattr(leaf, "detach"):
-        leaf = leaf.detach().cpu().numpy()
+        leaf = leaf.detach().cpu()
+        leaf = leaf.float().numpy() if leaf.is_floating_point() else leaf.numpy()
     if isinstance(leaf, bool):
         return np.bool_(leaf)
-    if isinstance(leaf, int):
-        return np.int32(leaf)
-    return np.float32(leaf) if isinstance(leaf, float) else leaf
+    if isinstance(leaf, float):
+        return np.float32(leaf)
+    if isinstance(leaf, jax.Array):
+        return leaf
+    array = np.asarray(leaf)
+    if array.dtype.kind not in "biuf" and array.dtype != jax.numpy.bfloat16:
+        raise UserError(f"the value of a function of one's own holds {leaf!r:.60}; give arrays and numbers")
+    wide = array.dtype.kind in "iu" and array.dtype.itemsize > np.dtype(np.int32).itemsize
+    if wide and array.size and (int(array.min()) < -(2**31) or int(array.max()) >= 2**31):
+        raise UserError(f"the value of a function of one's own holds {leaf!r:.60}, and JAX computes with 32 bits")
+    return np.int32(leaf) if isinstance(leaf, int) else array

@@ -67,7 +67,7 @@ def gradients(
             edited = [EditedRow(group[i], edits) for i in padded]
             given = rows_of(padded, group, numbers, measured)
             value, gradient = program.differentiate(
-                measured.kind, sites, layers, stream, lowest, given, interventions_of(edited, columns)
+                measured.kind, sites, layers, stream, lowest, given, interventions_of(edited, columns, in_place=True)
             )
             for row, i in enumerate(whose):
                 rows = {hook: array[:, row, : group[i].prompt_length] for hook, array in gradient.items()}

@@ -37,12 +37,16 @@ def first_block(edits: Edits) -> int:
     return min(max(layer, 0), edits.blocks)  # embeddings lie before the first, the final norm behind the last
 
 
-def interventions_of(rows: Sequence[EditedRow], columns: int) -> tuple[Intervention, ...]:
-    """Of a batch of these rows, each a sample from column 0 on."""
+def interventions_of(rows: Sequence[EditedRow], columns: int, in_place: bool = False) -> tuple[Intervention, ...]:
+    """Of a batch of these rows, each a sample from column 0 on.
+
+    Args:
+      in_place: edits behind a block act in it, and not before the next one: for what looks at what they leave there.
+    """
     slots: list[_Slot] = []
     for number, row in enumerate(rows):
         last: dict[str, int] = {}  # by hook point, the slot that acted last
-        for one, hook, layers in _acting(row.edits):
+        for one, hook, layers in _acting(row.edits, in_place):
             if not one.concerns(row.sample):
                 continue
             signature = _signature(one, hook)
@@ -57,10 +61,13 @@ def interventions_of(rows: Sequence[EditedRow], columns: int) -> tuple[Intervent
     return tuple(slot.intervention(len(rows), columns, blocks) for slot in slots)
 
 
-def _acting(edits: Edits) -> Iterator[tuple[Resolved, str, tuple[int, ...]]]:
-    """Edits with where they act: behind a block is before the next one, so that the block itself need not run."""
-    for one in edits.each:
-        if one.hook == "after_block":
+def _acting(edits: Edits, in_place: bool) -> Iterator[tuple[Resolved, str, tuple[int, ...]]]:
+    """Edits with where they act: behind a block is before the next one, so that the block itself need not run.
+
+    There they come before those that were given for what enters the next one.
+    """
+    for one in sorted(edits.each, key=lambda one: one.hook != "after_block"):
+        if one.hook == "after_block" and not in_place:
             yield one, "residual_before", tuple(layer + 1 for layer in one.layers)
         else:
             yield one, one.hook, one.layers

@@ -199,9 +199,11 @@ class SuffixProgram:
                 x, _, _ = decoder.blocks(params, x, taps, attention, first, probes=probes)
                 x, _ = decoder.final_norm(params, x, outside)
                 values = measured(kind, decoder, params, x, rows.metric)
-                if getattr(values, "shape", None) != (b,):
+                if getattr(values, "shape", None) != (b,) or not jnp.issubdtype(values.dtype, jnp.floating):
                     name = getattr(kind, "__name__", kind)
-                    raise UserError(f"the function {name!r} must return one number for a gradient; return a scalar")
+                    raise UserError(
+                        f"the function {name!r} must return one number for a gradient; return a scalar in float32"
+                    )
                 return jnp.sum(values), values
 
             zeros = {hook: jnp.zeros((k, b, t, hook_width(decoder.config, hook)), jnp.float32) for hook, k in sites}

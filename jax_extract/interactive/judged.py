@@ -5,6 +5,7 @@ In: prompts, a `Metric`. Out: samples, with answers behind them where the metric
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from jax_extract.errors import UserError
 from jax_extract.forward.metrics import Function, Metric
 from jax_extract.forward.sweeps import Measured
 from jax_extract.inputs.token_table import TokenizedSample
-from jax_extract.interactive.requests import is_token_ids, with_answers
+from jax_extract.interactive.requests import for_each, is_token_ids, with_answers
 from jax_extract.weights.open_model import OpenModel
 
 
@@ -31,32 +32,39 @@ def judged(
         metric = Metric(metric)
     if metric.kind == "answer":
         alike = isinstance(metric.first, str) or is_token_ids(metric.first)
-        samples, answers = with_answers(prompts, _for_each(metric.first, alike, len(prompts)), model)
+        samples, answers = with_answers(prompts, _for_each(metric.first, alike, prompts), model)
         columns = [np.arange(p.length, s.length) - 1 for p, s in zip(prompts, samples, strict=True)]
         return samples, Measured("answer", columns, answers)
     last = [np.array([prompt.length - 1]) for prompt in prompts]
     if metric.kind == "difference":
-        given = [(tokens, isinstance(tokens, str | int | np.integer)) for tokens in (metric.first, metric.second)]
-        both = zip(*(_for_each(tokens, alike, len(prompts)) for tokens, alike in given), strict=True)
+        given = [(each, isinstance(each, str) or _is_number(each)) for each in (metric.first, metric.second)]
+        both = zip(*(_for_each(tokens, alike, prompts) for tokens, alike in given), strict=True)
         tokens = [np.array([_token(one, model) for one in pair]) for pair in both]
         return list(prompts), Measured("difference", last, tokens)
     return list(prompts), Measured(metric.kind, last, [np.zeros(1, np.int64)] * len(prompts))
 
 
-def _for_each(given: Any, alike: bool, count: int) -> list[Any]:
+def _for_each(given: Any, alike: bool, prompts: Sequence[TokenizedSample]) -> list[Any]:
     """One for each text: the one there is, or as many as there are."""
-    if alike:
-        return [given] * count
-    if len(given) != count:
-        raise UserError(f"the metric has {len(given)} answers or tokens for {count} texts; give one for each, or one")
-    return list(given)
+    return [given] * len(prompts) if alike else for_each(given, prompts, "answers or tokens of the metric")
+
+
+def _is_number(given: Any) -> bool:
+    """Whether it is a whole one, an array or tensor without axes among them."""
+    return hasattr(given, "__index__") and not isinstance(given, bool) and getattr(given, "ndim", 0) == 0
 
 
 def _token(given: Any, model: OpenModel) -> int:
-    if isinstance(given, int | np.integer):
+    if _is_number(given):
+        try:
+            given = operator.index(given)
+        except TypeError:
+            raise UserError(f"logit_difference compares tokens, words or their ids, not {given!r:.60}") from None
         if not 0 <= given < model.config.vocab_size:
             raise UserError(f"token {given} is none of the model's 0 to {model.config.vocab_size - 1}")
-        return int(given)
+        return given
+    if not isinstance(given, str):
+        raise UserError(f"logit_difference compares tokens, words or their ids, not {given!r:.60}")
     tokens = model.tokenizer(given, add_special_tokens=False)["input_ids"]
     if len(tokens) != 1:
         raise UserError(

@@ -185,7 +185,8 @@ class Model:
             is every hook point at every layer, except the attention patterns.
           positions: of each sample, that are captured; as `--positions` has them.
           edits: changes on the way; those at one hook point act in the order given.
-          logits: "last" or "all", or positions of each sample, negative from its end.
+          logits: "last" or "all", or positions of each sample; if negative, from the end of the text, behind which its
+            answer follows.
           answers: of each text, whose log-probability is wanted; a sample is then a text with its answer behind it.
             They are tokenised by themselves: an answer that begins a word begins with a space.
           chat_template: put each text through the tokenizer's chat template, as a user's turn.
@@ -258,7 +259,7 @@ class Model:
         """
         prompts = self._prompts(texts, chat_template, add_special_tokens)
         samples, measured = judged(prompts, metric, self._opened)
-        sets = [Edits.of(one, self._opened) for one in ([edits] if isinstance(edits, Edit) else edits)]
+        sets = [Edits.of(one, self._opened) for one in ([edits] if isinstance(edits, Edit) else edits or ())]
         if not sets:
             raise UserError("there are no edits; give at least one")
         for one in sets:
@@ -325,7 +326,12 @@ class Model:
           UserError: they have another width.
         """
         width = self.config.hidden_size
-        values = np.asarray(rows, np.float32)
+        if hasattr(rows, "detach"):
+            rows = rows.detach().float().cpu().numpy()
+        try:
+            values = np.asarray(rows, np.float32)
+        except (TypeError, ValueError):
+            raise UserError(f"rows are an array [rows, {width}], not {rows!r:.60}") from None
         if values.ndim != 2 or values.shape[1] != width:  # noqa: PLR2004 (rows and width)
             raise UserError(f"rows have the shape {list(values.shape)}; expected [rows, {width}]")
         return self._program.logits_of(values)

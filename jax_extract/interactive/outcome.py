@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import numpy as np
 
 from jax_extract.store.reader import Run
@@ -63,20 +65,21 @@ class Outcome:
 @dataclass(frozen=True, eq=False, repr=False)
 class EditEffects:
     """Attributes:
-    values: [edits, texts, …], the metric under each edit.
+    values: [edits, texts, …], the metric under each edit; where it returns several arrays, each of them.
     without: [texts, …], the metric without any.
     """
 
-    values: np.ndarray
-    without: np.ndarray
+    values: Any
+    without: Any
 
     @property
-    def effects(self) -> np.ndarray:
+    def effects(self) -> Any:
         """[edits, texts, …]: what each edit changes."""
-        return self.values - self.without[None]
+        return jax.tree.map(lambda under, without: under - without[None], self.values, self.without)
 
     def __repr__(self) -> str:
-        return f"EditEffects({self.values.shape[0]} edits of {self.values.shape[1]} texts)"
+        edits, texts = next((values.shape[:2] for values in jax.tree.leaves(self.values)), (0, 0))
+        return f"EditEffects({edits} edits of {texts} texts)"
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -38,7 +38,7 @@ _ALL = "all"
 def named_inputs(texts: Texts) -> Iterator[Sample]:
     """Texts, or token ids, with their ids where they are a mapping; else these are "0", "1", …; one may come alone."""
     given: Any = [texts] if isinstance(texts, str) or is_token_ids(texts) else _arrays(texts)
-    if not isinstance(given, Mapping | Sequence | np.ndarray):
+    if isinstance(given, bytes) or not (isinstance(given, Mapping | Sequence) or _has_rows(given)):
         raise UserError(f"texts are a list of strings or of token ids, or a mapping of ids to them, not {texts!r:.60}")
     named = given.items() if isinstance(given, Mapping) else ((str(i), text) for i, text in enumerate(given))
     for name, text in named:
@@ -56,7 +56,29 @@ def is_token_ids(given: Any) -> bool:
     """A list of whole numbers, or an array or tensor of them with one axis."""
     if isinstance(given := _array(given), np.ndarray):
         return given.ndim == 1 and np.issubdtype(given.dtype, np.integer)
-    return isinstance(given, Sequence) and len(given) > 0 and all(isinstance(token, Integral) for token in given)
+    if isinstance(given, bytes) or not isinstance(given, Sequence):
+        return False
+    return len(given) > 0 and all(isinstance(token, Integral) for token in given)
+
+
+def for_each(given: Any, prompts: Sequence[TokenizedSample], what: str) -> list[Any]:
+    """One for each prompt, of a list or of a mapping by their ids; UserError where they are others."""
+    if isinstance(given := _arrays(given), Mapping):
+        ids = [prompt.sample_id for prompt in prompts]
+        if set(given) != set(ids):
+            raise UserError(
+                f"{what} are given for {list(given)!r:.60}, and the texts are {ids!r:.60}; give one for each"
+            )
+        return [given[name] for name in ids]
+    if not isinstance(given, Sequence) and not _has_rows(given):
+        raise UserError(f"{what} are a list, or a mapping of the texts' ids to them, not {given!r:.60}")
+    if len(given) != len(prompts):
+        raise UserError(f"{len(given)} {what} were given for {len(prompts)} texts; give one for each")
+    return list(given)
+
+
+def _has_rows(given: Any) -> bool:
+    return isinstance(given, np.ndarray) and given.ndim > 0
 
 
 def _arrays(given: Any) -> Any:
@@ -66,7 +88,10 @@ def _arrays(given: Any) -> Any:
     rows, masks = (_array(given[name]) for name in ("input_ids", "attention_mask"))
     if is_token_ids(rows):
         rows, masks = [rows], [masks]
-    return [np.asarray(row)[np.asarray(mask, bool)] for row, mask in zip(rows, masks, strict=True)]
+    try:
+        return [np.asarray(row)[np.asarray(mask, bool)] for row, mask in zip(rows, masks, strict=True)]
+    except (TypeError, ValueError, IndexError):
+        raise UserError("input_ids and attention_mask do not fit one another; give what the tokenizer gave") from None
 
 
 def _array(given: Any) -> Any:
@@ -101,9 +126,7 @@ def with_answers(
 
     Answers are tokenised by themselves, without special tokens: one that is to begin a word begins with a space.
     """
-    each: Any = [answers] if isinstance(answers, str) or is_token_ids(answers) else answers
-    if len(each) != len(prompts):
-        raise UserError(f"{len(each)} answers were given for {len(prompts)} texts; give one for each")
+    each = for_each([answers] if isinstance(answers, str) or is_token_ids(answers) else answers, prompts, "answers")
     plain = Wrapping(add_special_tokens=False, kept=Kept(one_opening=False))
     found = [sample.token_ids for sample in tokenized(_named_answers(each, prompts), model, plain)]
     allowed = longest_sample(model.config)
@@ -132,21 +155,15 @@ def capture_plan(capture: Capture, positions: str, model: OpenModel) -> CaptureP
       capture: hook point -> layers (one or several, as `--layers_to_extract` has them; None where it has no layer, or
         by its TransformerLens name has one), or hook points that need no layers, or "all" of everything.
     """
-    if capture is None:
-        wanted: Mapping[str, Any] = {}
-    elif isinstance(capture, str):
-        wanted = {"*": _ALL} if capture in (_ALL, "*") else {capture: None}
-    elif isinstance(capture, Mapping):
-        wanted = capture
-    else:
-        wanted = dict.fromkeys(capture)
+    if not isinstance(positions, str):
+        raise UserError(f"positions of capture are words such as 'last' or 'at:0,5', not {positions!r:.60}")
     blocks = model.config.num_hidden_layers
     found: dict[str, set[int]] = {}
-    for name, given in wanted.items():
+    for name, given in _captured(capture).items():
         for hook, named in resolve_hook_points([name], model.family.hook_points(model.config)).items():
             layers = found.setdefault(hook, set())
             if HOOK_POINTS[hook].per_layer:
-                layers |= named or set(_layers(hook, given, blocks))
+                layers |= _layers(hook, given, blocks, named)
             elif given is not None and not is_glob(name):
                 raise UserError(f"{hook!r} has no layer; capture it as {{{hook!r}: None}}")
     captures = tuple((hook, tuple(sorted(found[hook]))) for hook in HOOK_POINTS if hook in found)
@@ -157,11 +174,32 @@ def capture_plan(capture: Capture, positions: str, model: OpenModel) -> CaptureP
     return CapturePlan(captures, Positions.parse(positions), "float32")
 
 
-def _layers(hook: str, given: Any, blocks: int) -> tuple[int, ...]:
+def _captured(capture: Any) -> Mapping[str, Any]:
+    """Hook points, still in the caller's words, with their layers."""
+    if capture is None:
+        return {}
+    if isinstance(capture, str):
+        return {"*": _ALL} if capture in (_ALL, "*") else {capture: None}
+    names = list(capture) if isinstance(capture, Iterable) else [capture]
+    for name in names:
+        if not isinstance(name, str):
+            raise UserError(f"capture names hook points, as in capture={{'after_block': [12]}}, not {name!r:.60}")
+    return capture if isinstance(capture, Mapping) else dict.fromkeys(names)
+
+
+def _layers(hook: str, given: Any, blocks: int, named: set[int] | None) -> set[int]:
+    """Of a hook point whose name named these."""
+    if given is None and named:
+        return named
     if given is None:
         raise UserError(f"say which layers of {hook!r}, as in capture={{{hook!r}: [{blocks // 2}]}}, or 'all'")
     words = layer_words(given, f"the layer of {hook!r} in capture=") or ()
-    return layers_there(words, blocks)
+    layers = set(layers_there(words, blocks))
+    if named and layers != named:
+        raise UserError(
+            f"capture names layer {next(iter(named))} of {hook!r} by its name, and {given!r:.60}; give one of both"
+        )
+    return layers
 
 
 def logit_positions(asked: LogitPositions, samples: Sequence[TokenizedSample]) -> list[np.ndarray]:
@@ -172,13 +210,16 @@ def logit_positions(asked: LogitPositions, samples: Sequence[TokenizedSample]) -
         if asked not in ("last", "all"):
             raise UserError(f"unknown logits {asked!r}; expected None, 'last', 'all', or positions such as [0, -1]")
         return [np.arange(s.length) if asked == "all" else np.array([s.prompt_length - 1]) for s in samples]
-    if not len(asked) or not all(isinstance(position, int | np.integer) for position in asked):
+    given: Any = _array(asked)
+    several: Any = [given] if isinstance(given, Integral) else given
+    whole = isinstance(several, Sequence) or _has_rows(several)
+    if not whole or not len(several) or not all(isinstance(position, Integral) for position in several):
         raise UserError(f"logits are asked for at whole numbers, such as [0, -1], not {asked!r:.60}")
     for sample in samples:
-        for position in asked:
+        for position in several:
             if not -sample.prompt_length <= position < sample.length:
                 raise UserError(
                     f"logits are asked for at position {position}, and sample {sample.sample_id!r} has the positions 0 "
                     f"to {sample.length - 1}"
                 )
-    return [np.array([p if p >= 0 else s.prompt_length + p for p in asked], np.int64) for s in samples]
+    return [np.array([p if p >= 0 else s.prompt_length + p for p in several], np.int64) for s in samples]

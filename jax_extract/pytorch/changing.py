@@ -26,9 +26,14 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 def changed(model: Any, modules: Mapping[str, Module], interventions: Sequence[Intervention]) -> Iterator[None]:
     """Inside, they are made."""
     with contextlib.ExitStack() as hooks:
-        for intervention in reversed(interventions):  # each before those that are there, and all before what looks
+        # Each before those that are there, and all before what looks; but what is changed behind attention is a change
+        # of what attention adds, behind all others and behind what looks at that.
+        behind = [each for each in interventions if each.hook == "after_attention"]
+        before = [each for each in reversed(interventions) if each.hook != "after_attention"]
+        for intervention in (*before, *behind):
             for layer in layers_of(intervention, model.config.num_hidden_layers):
-                hook(model, modules, intervention.hook, layer, _change(intervention, layer), hooks, prepend=True)
+                change, first = _change(intervention, layer), intervention.hook != "after_attention"
+                hook(model, modules, intervention.hook, layer, change, hooks, prepend=first)
         yield
 
 

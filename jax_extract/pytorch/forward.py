@@ -8,7 +8,7 @@ has a row of its own, padded on the right.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from jax_extract.forward.edits import Edits
 from jax_extract.forward.metrics import Function, MetricInputs
 from jax_extract.forward.program import Inputs, Outputs, Wanted
 from jax_extract.forward.suffix import Interventions, Rows
-from jax_extract.pytorch.changing import changed, hook
+from jax_extract.pytorch.changing import Change, changed, hook
 from jax_extract.pytorch.loading import forget_lengths
 from jax_extract.pytorch.program import Selection, TorchProgram, rotated_alike
 from models.capture_plan import CapturePlan
@@ -74,9 +74,8 @@ class TorchForward:
             selection = Selection.of_rows(wanted.plan.positions, lengths[:, 0], columns, self.device)
             found: dict[tuple[str, int | None], torch.Tensor] = {}
             with torch.inference_mode(), contextlib.ExitStack() as hooks:
-                hooks.enter_context(changed(self.base, self.modules, [i.of_rows(rows) for i in interventions]))
-                for hooked, layer in wanted.plan.sites():
-                    hook(self.base, self.modules, hooked, layer, _keeping(found, (hooked, layer), selection), hooks)
+                looks = [(*site, _keeping(found, site, selection)) for site in wanted.plan.sites()]
+                self._hook(looks, [i.of_rows(rows) for i in interventions], hooks)
                 x = self._last_rows(tokens, lengths)
                 if wanted.logits:
                     some = self.logits(_taken(x, inputs.logits_at[rows])).float().cpu().numpy()
@@ -138,13 +137,14 @@ class TorchForward:
         if self._same_to is not None:
             tokens = tokens[:, : int(lengths.max())]
         with contextlib.ExitStack() as hooks:
-            hooks.enter_context(changed(self.base, self.modules, interventions))
+            looks: list[tuple[str, int | None, Change]] = []
             if probing is not None:
                 layers, probes = probing
                 for hooked, chosen in layers.items():
                     for i, layer in enumerate(chosen):
                         at = None if hooked in ("embeddings", "final_norm") else int(layer)
-                        hook(self.base, self.modules, hooked, at, _probing(probes, (hooked, i)), hooks)
+                        looks.append((hooked, at, _probing(probes, (hooked, i))))
+            self._hook(looks, interventions, hooks)
             x = self._last_rows(tokens, lengths[:, None])
             if kind == "answer":
                 each = self._answers(x, metric.columns, metric.tokens)
@@ -158,6 +158,24 @@ class TorchForward:
                     assert callable(kind)
                     return _by_jax(kind, logits, wants_gradient=probing is not None)
         return values.detach().float().cpu().numpy(), values.sum()
+
+    def _hook(
+        self,
+        looks: Sequence[tuple[str, int | None, Change]],
+        interventions: Sequence[Intervention],
+        hooks: contextlib.ExitStack,
+    ) -> None:
+        """Makes interventions, and looks at what they leave.
+
+        What lies behind attention is made of what attention adds, and so is looked at behind all that is there.
+        """
+        for name, layer, look in looks:
+            if name != "after_attention":
+                hook(self.base, self.modules, name, layer, look, hooks)
+        hooks.enter_context(changed(self.base, self.modules, interventions))
+        for name, layer, look in looks:
+            if name == "after_attention":
+                hook(self.base, self.modules, name, layer, look, hooks)
 
     def _last_rows(self, tokens: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
         """What the head is given, [b, t, d]."""

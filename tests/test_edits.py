@@ -18,6 +18,7 @@ from tiny_models import random_ids, row_errors, run_rows, tiny_folder, tiny_mode
 from torch_hooks import TorchChange, truth_of
 
 from jax_extract import Edit, Model, UserError, load_model, logit_difference
+from jax_extract.forward.edits import Edits
 from models.capture_plan import PATTERN_TOKENS
 from models.hooks import HOOK_POINTS
 from models.ports import hook_width
@@ -344,6 +345,20 @@ def test_a_source_counts_positions_from_its_own_end_and_gives_a_mean_of_its_rows
         expected = source.sample("other").get(layer, "ffn_out").mean(axis=0, dtype=np.float64).astype(np.float32)
         got = mean.run.sample("0").get(layer, "ffn_out")
         np.testing.assert_array_equal(got, np.broadcast_to(expected, got.shape))
+
+
+def test_edits_are_known_by_the_rows_of_their_source(refusing: Model) -> None:
+    """So that a run begun with those of one source does not go on with those of another."""
+    [text] = random_ids([9])
+    once, again, other = (
+        refusing.run(text, capture={"after_block": [1]}, edits=edits).run
+        for edits in ([], [], [Edit("ffn_out", "zero", layer=0)])
+    )
+    digests = [
+        Edits.of(Edit("after_block", "patch", layer=1, source=source, positions=[-1]), refusing._opened).digest
+        for source in (once, again, other)
+    ]
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_another_layer_position_sample_or_value_compiles_nothing(refusing: Model) -> None:

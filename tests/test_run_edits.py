@@ -83,6 +83,19 @@ def test_edits_of_one_stream_act_in_the_order_of_the_forward(model: Model) -> No
         np.testing.assert_allclose(values, [expected, expected], atol=1e-4)
 
 
+def test_torch_changes_what_lies_behind_attention_apart_from_what_attention_adds(model: Model) -> None:
+    vector = np.ones(model.config.hidden_size, np.float32)
+    edits = [Edit("after_attention", "add", layer=2, value=vector), Edit("attention_out", "zero", layer=2, positions=3)]
+    kept = {"attention_out": [2], "after_attention": [2], "after_block": [2]}
+    ours, theirs = (
+        one.run(TEXTS, capture=kept, edits=edits, logits="last")
+        for one in (model, load_model(tiny_folder("gemma2"), backend="torch"))
+    )
+    for hook in kept:
+        assert row_errors(ours.run.get(2, hook), theirs.run.get(2, hook)).max() <= 5e-5, hook
+    np.testing.assert_allclose(ours.logits[0], theirs.logits[0], atol=1e-4)
+
+
 def test_metrics_are_of_the_logits_behind_the_text(model: Model) -> None:
     """Also of texts that have no program in common."""
     sets, texts = edits_of(model)[:3], [TEXTS[0], TEXTS[1][:9]]
@@ -140,7 +153,7 @@ def test_edits_of_several_layers_and_functions_compile_once(model: Model) -> Non
         (
             [Edit("ffn_out", "zero", layer=1)],
             answer_log_probability(["a", "b", "c"]),
-            "3 answers or tokens for 2 texts",
+            "3 answers or tokens of the metric were given for 2 texts",
         ),
         ([Edit("ffn_out", "zero", layer=1, samples="2")], logit_difference(1, 2), "names sample '2'"),
         ([[Edit("ffn_out", "zero", layer=99)]], logit_difference(1, 2), "layer 99 does not exist"),
@@ -211,7 +224,8 @@ def test_a_gradient_is_the_slope_of_the_metric_under_edits(model: Model) -> None
     width, layer = model.config.hidden_size, 2
     metric = logit_difference(7, 8)
     fixed = Edit("ffn_out", "zero", layer=1, positions=[3])
-    here = Edit("after_block", "zero", layer=[layer, -1], positions=[5])
+    there = np.random.default_rng(7).standard_normal(width)
+    here = Edit("after_block", "replace", layer=[layer, -1], value=there, positions=[5])
     hooks = [hook for hook in ("after_block", "after_attention", "ffn_out") if hook in model.hook_points]
     grad = model.gradient(text, dict.fromkeys(hooks, layer), metric=metric, edits=[fixed])
     behind = model.gradient(text, {"after_block": [layer, -1]}, metric=metric, edits=[fixed, here])

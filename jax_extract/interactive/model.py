@@ -171,7 +171,7 @@ class Model:
         *,
         capture: Capture = None,
         positions: str = "all",
-        edits: Iterable[Edit] = (),
+        edits: Edit | Iterable[Edit] | None = (),
         logits: LogitPositions = None,
         answers: Sequence[Text] | Text | None = None,
         chat_template: bool = False,
@@ -274,7 +274,7 @@ class Model:
         layer: int | Iterable[int] | str | None = None,
         metric: Metric | Function | None = None,
         *,
-        edits: Iterable[Edit] = (),
+        edits: Edit | Iterable[Edit] | None = (),
         chat_template: bool = False,
         add_special_tokens: bool | None = None,
     ) -> Gradients:
@@ -343,7 +343,7 @@ class Model:
         layers: Layers | None = None,
         hook_points: Iterable[str] = (DEFAULT_HOOK_POINT,),
         positions: str = "last",
-        edits: Iterable[Edit] = (),
+        edits: Edit | Iterable[Edit] | None = (),
         progress: bool = False,
         **options: Any,
     ) -> Run:
@@ -391,7 +391,7 @@ class Model:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
-        edits: Iterable[Edit] = (),
+        edits: Edit | Iterable[Edit] | None = (),
         chat_template: bool = False,
         add_special_tokens: bool | None = None,
     ) -> list[Answer]:

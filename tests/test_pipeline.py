@@ -352,7 +352,7 @@ def test_a_failure_on_the_device_ends_the_run_with_its_cause_and_keeps_what_was_
 
 def test_a_program_that_cannot_be_started_ends_the_run_with_its_cause(tmp_path: Path) -> None:
     class Broken(MadeUpProgram):
-        def run(self, tokens: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
+        def run(self, tokens: np.ndarray, lengths: np.ndarray, placed: Iterable[Placed] = ()) -> dict[str, Any]:
             raise MemoryError("the device is full")
 
     ledger = _ledger(tmp_path)

@@ -42,7 +42,7 @@ from models.hooks import resolve_hook_points
         ("mlp.hook_post", "ffn_hidden"),
         ("ln_final", "final_norm"),
         ("blocks.3.resid_post", "blocks.{i}.hook_resid_post"),
-        ("blocks.3.hook_out", "blocks.{i}.hook_resid_post"),
+        ("blocks.3.hook_resid_psot", "blocks.{i}.hook_resid_post"),
     ],
 )
 def test_a_name_that_is_nearly_transformer_lenss_leads_to_the_hook_point_it_means(name: str, meant: str) -> None:

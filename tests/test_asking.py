@@ -69,7 +69,7 @@ def test_layers_are_written_as_in_flags_wherever_they_are_asked_for(model: Model
         (lambda m: m.run(TOKENS, answers=5), "answers are a list"),
         (
             lambda m: m.run_edits(TOKENS, [Edit("ffn_out", "zero", layer=1)], logit_difference(3.0, 1)),
-            "compares tokens",
+            "answers or tokens of the metric are a list",
         ),
         (lambda m: Edit("ffn_out", "zero", layer="deep"), "layer of the edit at 'ffn_out': 'deep' names no layer"),
         (lambda m: Edit("ffn_out", "zero", layer=[]), "names no layer"),

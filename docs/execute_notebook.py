@@ -37,7 +37,7 @@ def execute(source: str, names: dict[str, Any]) -> list[dict[str, Any]]:
     with contextlib.redirect_stdout(printed):
         exec(compile(tree, "notebook", "exec"), names)
         if last is not None:
-            value = eval(compile(ast.Expression(last.value), "notebook", "eval"), names)  # type: ignore[attr-defined]
+            value = eval(compile(ast.Expression(last.value), "notebook", "eval"), names)  # type: ignore[attr-defined] (an ast.Expr)
     outputs: list[dict[str, Any]] = []
     if printed.getvalue():
         outputs.append({"output_type": "stream", "name": "stdout", "text": printed.getvalue().splitlines(True)})

@@ -21,6 +21,7 @@ from jax_extract.errors import UserError
 from jax_extract.inputs.chat import NOT_VARIABLES
 from jax_extract.layer_words import ALIASES, OPTION, LayerWord, layer_words
 from jax_extract.store.storage.verbs import BUCKET_SCHEME
+from jax_extract.yaml_text import parsed
 from models.capture_plan import PATTERN_TOKENS
 from models.hooks import DEFAULT_HOOK_POINT
 from models.nearest import nearest
@@ -403,13 +404,12 @@ def from_mapping(values: Mapping[str, Any], defaults: ExtractConfig, origin: str
 def from_yaml(path: str, defaults: ExtractConfig) -> ExtractConfig:
     """`defaults` with what a YAML file says over them."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"configuration {path!r} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"configuration {path!r}{line} is not valid YAML; write one 'option: value' a line") from None
+    except UnicodeDecodeError:
+        raise UserError(f"configuration {path!r} is not valid YAML: it must be UTF-8; save it as such") from None
+    values = parsed(text, f"configuration {path!r}", "write one 'option: value' a line")
     if not isinstance(values, dict):
         raise UserError(f"configuration {path!r} must be a mapping; write one 'option: value' a line")
     return from_mapping(values, defaults, f"configuration {path!r}")

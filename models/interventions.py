@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from models.errors import UserError
@@ -89,12 +90,13 @@ class Intervention:
         def of_token(row: Array, operand: Any) -> Array:
             """A token by itself: nothing that a function does may depend on what else lies in the batch."""
             result = function(row[None], operand)
-            real = isinstance(result, jax.Array) and not jnp.iscomplexobj(result)
-            if not real or result.shape != (1, *row.shape):
+            is_array = isinstance(result, jax.Array | np.ndarray)
+            if not is_array or result.shape != (1, *row.shape) or jnp.iscomplexobj(result):
                 name = getattr(function, "__name__", "change")
+                given = f"{result.dtype} {list(result.shape)}" if is_array else type(result).__name__
                 raise UserError(
-                    f"the function {name!r} at {self.hook!r} is given rows [1, {len(row)}] and returns "
-                    f"{list(result.shape) if hasattr(result, 'shape') else type(result).__name__}; return rows alike"
+                    f"the function {name!r} at {self.hook!r} is given float32 [1, {len(row)}] and returns {given}; "
+                    "return rows alike"
                 )
             return result[0]
 

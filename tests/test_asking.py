@@ -71,6 +71,12 @@ def test_layers_are_written_as_in_flags_wherever_they_are_asked_for(model: Model
             lambda m: m.run_edits(TOKENS, [Edit("ffn_out", "zero", layer=1)], logit_difference(3.0, 1)),
             "answers or tokens of the metric are a list",
         ),
+        (lambda m: m.run(TOKENS, logits="last", add_special_tokens="yes"), "must be True, False or None"),
+        (lambda m: m.generate(TOKENS, max_new_tokens="3"), "must be a whole number of at least 1"),
+        (lambda m: m.generate(TOKENS, temperature="a"), "--temperature 'a' must be a number"),
+        (lambda m: m.generate(TOKENS, temperature=1.0, top_k=2.5), "--top_k 2.5 must be a whole number"),
+        (lambda m: m.run(TOKENS, capture={"ffn_out": 1}).run.get([1]), "neither a layer nor a hook point"),
+        (lambda m: m.logits_of("ab"), "rows are an array"),
         (lambda m: Edit("ffn_out", "zero", layer="deep"), "layer of the edit at 'ffn_out': 'deep' names no layer"),
         (lambda m: Edit("ffn_out", "zero", layer=[]), "names no layer"),
         (

@@ -104,7 +104,10 @@ def test_metrics_are_of_the_logits_behind_the_text(model: Model) -> None:
     expected = [[rows[3] - rows[0], more[5] - more[0]] for rows, more in logits]
     np.testing.assert_allclose(differences.values, expected, atol=1e-4)
     two = model.run_edits(texts, sets, first_two)
-    assert two.values.shape == (3, 2, 2)
+    assert two.values.shape == (3, 2, 2) and "3 edits of 2 texts" in repr(two)
+    several = model.run_edits(texts, sets, lambda logits: {"first": logits[0], "second": logits[1]})
+    np.testing.assert_allclose(several.effects["second"], two.effects[..., 1], atol=1e-5)
+    assert "3 edits of 2 texts" in repr(several)
     np.testing.assert_allclose(two.values, np.array(logits)[:, :, :2], atol=1e-4)
 
 
@@ -156,6 +159,8 @@ def test_edits_of_several_layers_and_functions_compile_once(model: Model) -> Non
             "3 answers or tokens of the metric were given for 2 texts",
         ),
         ([Edit("ffn_out", "zero", layer=1, samples="2")], logit_difference(1, 2), "names sample '2'"),
+        ([Edit("ffn_out", "zero", layer=1)], lambda _: None, "returns NoneType; return a number or an array"),
+        ([Edit("ffn_out", "zero", layer=1)], lambda logits, _: logits[0], "must take the logits"),
         ([[Edit("ffn_out", "zero", layer=99)]], logit_difference(1, 2), "layer 99 does not exist"),
     ],
 )
@@ -267,8 +272,9 @@ def test_gradients_of_long_rows_remember_no_tokens_by_tokens_values() -> None:
 
 
 def test_a_function_that_gives_no_single_number_has_no_gradient(model: Model) -> None:
-    with pytest.raises(UserError, match="one number"):
-        model.gradient(TEXTS, "after_block", 1, first_two)
+    for metric in (first_two, jnp.argmax):
+        with pytest.raises(UserError, match="one number"):
+            model.gradient(TEXTS, "after_block", 1, metric)
 
 
 def test_a_function_of_logits_has_a_gradient(model: Model) -> None:

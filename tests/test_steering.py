@@ -224,7 +224,19 @@ def test_the_documented_keys_are_read(folder: Path) -> None:
     [
         ("", "holds no list of edits"),
         ("edits: {hook: x}", "holds no list of edits"),
-        ("- [", "is no YAML (line"),
+        ("- [", "line 1, is not valid YAML"),
+        ("- {hook: ffn_out, change: zero, layer: 1, hook: after_block}", "line 1, names 'hook' twice"),
+        ("- {hook: ffn_out, change: zero, layer: 1, positions: 2001-13-45}", "cannot be read (ValueError"),
+        ("- {hook: ffn_out, change: zero, layer: !!int abc}", "cannot be read (ValueError"),
+        ("[" * 3_000, "cannot be read (RecursionError"),
+        (
+            "- {hook: ffn_out, change: zero, samples: [&a [x, x], "
+            + ", ".join(f"&{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]" for i in range(9))
+            + "]}",
+            "stands for over 1,000,000 values",
+        ),
+        ("- {hook: ffn_out, change: zero, layer: 1, samples: 3.5}", "must be ids, or places"),
+        ("- {hook: ffn_out, change: add, layer: 1, value: ~nosuchuser/a.npy}", "is not a usable path"),
         ("- 3", "edit 1 of"),
         ("- {hook: ffn_out}", "lacks 'change'"),
         ("- {hook: ffn_out, change: zero, layers: 3}", "has 'layers'"),

@@ -6,7 +6,6 @@ to be wrong without a model.
 
 from __future__ import annotations
 
-import inspect
 import math
 import operator
 from collections.abc import Callable, Iterable
@@ -18,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from jax_extract.errors import UserError
+from jax_extract.forward.functions import name_of, takes
 from jax_extract.layer_words import Layers, layer_words
 
 if TYPE_CHECKING:
@@ -87,10 +87,14 @@ class Edit:
             if not hasattr(self.source, "sample_ids"):
                 raise UserError(f"the source of the edit at {self.hook!r} is no run: {self.source!r:.60}")
         if callable(self.change):
-            _require_two_arguments(self.change, self.hook)
+            if not takes(self.change, 2):
+                raise UserError(
+                    f"the function {name_of(self.change)!r} at {self.hook!r} must take rows and an operand, as "
+                    "change(rows, operand)"
+                )
             if self.scale != 1.0 or self.source is not None:
                 raise UserError(
-                    f"the function {_name(self.change)!r} at {self.hook!r} takes neither scale nor source; give what "
+                    f"the function {name_of(self.change)!r} at {self.hook!r} takes neither scale nor source; give what "
                     "it needs as value="
                 )
         else:
@@ -126,7 +130,7 @@ class Edit:
                     raise UserError(f"the scale {scale:g} of {here} makes its value larger than float32 holds")
 
     def __repr__(self) -> str:
-        said = [repr(self.hook), repr(self.change) if isinstance(self.change, str) else _name(self.change)]
+        said = [repr(self.hook), repr(self.change) if isinstance(self.change, str) else name_of(self.change)]
         for name in ("layer", "positions", "samples"):
             if (given := getattr(self, name)) is not None:
                 said.append(f"{name}={given[0] if name == 'layer' and len(given) == 1 else list(given)!r}")
@@ -139,23 +143,8 @@ class Edit:
         return f"Edit({', '.join(said)})"
 
 
-def _require_two_arguments(change: Callable[..., Any], hook: str) -> None:
-    try:
-        inspect.signature(change).bind(None, None)
-    except TypeError:
-        raise UserError(
-            f"the function {_name(change)!r} at {hook!r} must take rows and an operand, as change(rows, operand)"
-        ) from None
-    except ValueError:
-        return  # of some callables nobody knows what they take
-
-
 def _set(edit: Edit, name: str, value: Any) -> None:
     object.__setattr__(edit, name, value)
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "__name__", type(function).__name__)
 
 
 def _whole_numbers(given: Any, what: str) -> tuple[int, ...] | None:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from jax_extract.errors import UserError, user_path
 from jax_extract.forward.edit import CHANGES, Edit
 from jax_extract.store.reader import Run, open_activations
+from jax_extract.yaml_text import parsed
 
 _KEYS = ("hook", "change", "layer", "value", "scale", "positions", "samples", "source")
 _MEND = "write a list of edits, such as `- {hook: ffn_out, change: zero, layer: 5}` (docs/interventions.md)"
@@ -26,15 +26,11 @@ def read_edits(path: str) -> list[Edit]:
     """UserError where the file is none, or one of its edits cannot be made."""
     file = user_path(path, "--edits")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise UserError(f"--edits {path} cannot be read ({reason}); give a YAML file with a list of edits") from None
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
-        raise UserError(f"--edits {path} is no YAML (line {line}); {_MEND}") from None
-    except (ValueError, KeyError, RecursionError) as error:  # of dates and numbers that are none, and of deep lists
-        raise UserError(f"--edits {path} cannot be read ({type(error).__name__}: {error!s:.60}); {_MEND}") from None
+    content = parsed(text, f"--edits {path}", _MEND)
     given = content.get("edits") if isinstance(content, Mapping) and set(content) == {"edits"} else content
     if not isinstance(given, list) or not given:
         raise UserError(f"--edits {path} holds no list of edits; {_MEND}")
@@ -68,7 +64,7 @@ def _array(given: Any, where: str, folder: Path) -> Any:
     file, name = named.get("file"), named.get("name")
     if not isinstance(file, str) or set(named) - {"file", "name"}:
         raise UserError(f"{where} has the value {given!r:.60}; expected {_FORMS}")
-    path = folder / _expanded(file)
+    path = folder / user_path(file, f"{where}: the file")
     try:
         if path.suffix == ".safetensors":
             from safetensors.numpy import load_file
@@ -88,20 +84,13 @@ def _named(arrays: Any, name: Any, where: str, path: Path) -> np.ndarray:
     if name is None and len(names) == 1:
         name = names[0]
     if name not in names:
-        raise UserError(f"{where} names the array {name!r:.60} of {path}, which holds {', '.join(names[:10])}")
+        raise UserError(
+            f"{where} names the array {name!r:.60} of {path}, which holds {', '.join(names[:10]) or 'none'}"
+        )
     return arrays[name]
 
 
 def _run(given: Any, where: str, folder: Path) -> Run:
     if not isinstance(given, str):
         raise UserError(f"{where} has the source {given!r:.60}; expected a run's directory or gs://bucket/run")
-    return open_activations(given if given.startswith("gs://") else folder / _expanded(given))
-
-
-def _expanded(file: str) -> Path:
-    """With the user's home for ~; as it is where there is no such user."""
-    path = Path(file)
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        return path
+    return open_activations(given if given.startswith("gs://") else folder / user_path(given, f"{where}: the source"))

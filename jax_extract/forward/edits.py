@@ -29,7 +29,7 @@ from models.interventions import UNCHANGED, Intervention, Kind
 from models.ports import hook_width
 
 if TYPE_CHECKING:
-    from jax_extract.store.reader import SampleActivations
+    from jax_extract.store.reader import Run, SampleActivations
 
 
 class Placed(NamedTuple):
@@ -225,9 +225,7 @@ class Edits:
             if one.rows is not None:
                 total.update(repr(one.rows.shape).encode() + one.rows.astype("<f4").tobytes())
             if edit.change == "patch" and edit.run is not None:
-                for sample in edit.run.samples():
-                    total.update(json.dumps([sample.sample_id, sample.positions.tolist()]).encode())
-                    total.update(sample.get(layer=one.layer, hook=one.hook).astype("<f4").tobytes())
+                total.update(_rows_digest(edit.run, one.hook, one.layer))
         return f"sha256:{total.hexdigest()}"
 
     @property
@@ -403,6 +401,17 @@ def _source_mean(edit: Edit, hook: str, layers: tuple[int, ...], width: int) -> 
     return (total / rows).astype(np.float32)[None]
 
 
+def _rows_digest(run: Run, hook: str, layer: int | None) -> bytes:
+    """Of all rows of a site, a part at a time; the same however they are divided into parts."""
+    each: dict[str, bytes] = {}
+    for batch in run.batches(layer=layer, hook=hook):
+        offsets = batch.row_offsets.tolist()
+        for sample, start, stop in zip(batch.sample_ids, offsets[:-1], offsets[1:], strict=True):
+            rows = batch.activations[start:stop].astype("<f4").tobytes()
+            each[sample] = hashlib.sha256(batch.positions[start:stop].astype("<i4").tobytes() + rows).digest()
+    return hashlib.sha256(b"".join(sample.encode() + each[sample] for sample in sorted(each))).digest()
+
+
 def _padded(given: Sequence[np.ndarray], size: int, width: int) -> np.ndarray:
     """[size, width]; a single row would be taken for all tokens alike."""
     rows = np.concatenate([np.zeros((0, width), np.float32), *given])
@@ -418,8 +427,10 @@ def _as_operand(leaf: Any) -> Any:
         return np.bool_(leaf)
     if isinstance(leaf, float):
         return np.float32(leaf)
-    if isinstance(leaf, jax.Array):
+    if isinstance(leaf, jax.Array) and not jax.numpy.issubdtype(leaf.dtype, jax.dtypes.extended):
         return leaf
+    if isinstance(leaf, jax.Array):
+        raise UserError("the value of a function of one's own holds a random key; give jax.random.key_data(key) of it")
     array = np.asarray(leaf)
     if array.dtype.kind not in "biuf" and array.dtype != jax.numpy.bfloat16:
         raise UserError(f"the value of a function of one's own holds {leaf!r:.60}; give arrays and numbers")

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jax_extract.errors import UserError
 from jax_extract.forward.batches import rounded
+from jax_extract.forward.functions import name_of
 from jax_extract.forward.program import answer_log_probabilities, taken
 from models.decoder import Decoder
 from models.ports import Parameters
@@ -93,5 +95,33 @@ def measured(kind: str | Function, decoder: Decoder, params: Parameters, x: Arra
         both = jnp.take_along_axis(logits, inputs.tokens, axis=1)
         return both[:, 0] - both[:, 1]
     assert callable(kind)
+    return of_each(kind, logits)
+
+
+def of_each(function: Function, logits: Array) -> Any:
+    """What a function makes of each of logits [b, vocabulary]; a caller's is written for JAX's own rules of promotion.
+
+    Raises:
+      UserError: it gives no array.
+    """
+
+    def checked(row: Array) -> Any:
+        found = function(row)
+        leaves = jax.tree.leaves(found)
+        if not leaves or not all(isinstance(leaf, jax.Array | np.ndarray | np.number | float | int) for leaf in leaves):
+            raise UserError(
+                f"the function {name_of(function)!r} of logits returns {type(found).__name__}; return a number or an "
+                "array, or several"
+            )
+        return jax.tree.map(jnp.asarray, found)
+
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return jax.vmap(kind)(logits)
+        return jax.vmap(checked)(logits)
+
+
+def require_one_number(function: Any, values: Any, count: int) -> None:
+    """UserError where there is no gradient of what a function gave for so many texts."""
+    if getattr(values, "shape", None) != (count,) or not jnp.issubdtype(values.dtype, jnp.floating):
+        raise UserError(
+            f"the function {name_of(function)!r} must return one number for a gradient; return a scalar in float32"
+        )

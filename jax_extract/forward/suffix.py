@@ -20,8 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_extract.devices.mesh import BATCH_AXES
 from jax_extract.devices.sharding import BATCH_SPEC, CAPTURE_SPEC
-from jax_extract.errors import UserError
-from jax_extract.forward.metrics import Function, MetricInputs, measured
+from jax_extract.forward.metrics import Function, MetricInputs, measured, require_one_number
 from jax_extract.forward.program import ForwardProgram, specs_of
 from models.capture_plan import CapturePlan
 from models.causal_rows import CausalRows
@@ -199,11 +198,7 @@ class SuffixProgram:
                 x, _, _ = decoder.blocks(params, x, taps, attention, first, probes=probes)
                 x, _ = decoder.final_norm(params, x, outside)
                 values = measured(kind, decoder, params, x, rows.metric)
-                if getattr(values, "shape", None) != (b,) or not jnp.issubdtype(values.dtype, jnp.floating):
-                    name = getattr(kind, "__name__", kind)
-                    raise UserError(
-                        f"the function {name!r} must return one number for a gradient; return a scalar in float32"
-                    )
+                require_one_number(kind, values, b)
                 return jnp.sum(values), values
 
             zeros = {hook: jnp.zeros((k, b, t, hook_width(decoder.config, hook)), jnp.float32) for hook, k in sites}

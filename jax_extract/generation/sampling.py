@@ -7,6 +7,7 @@ step alone: never on the batch, the mesh or the other samples.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,11 @@ class Sampling:
 
     def check(self) -> None:
         """UserError where a value makes no sense, or would be without effect."""
+        for name, kind in (("temperature", Real), ("top_k", Integral), ("top_p", Real), ("seed", Integral)):
+            value = getattr(self, name)
+            is_left_out = value is None and name in ("top_k", "top_p")
+            if not is_left_out and (isinstance(value, bool) or not isinstance(value, kind)):
+                raise UserError(f"--{name} {value!r:.60} must be a {'whole ' if kind is Integral else ''}number")
         if self.temperature != 0 and not _LEAST_TEMPERATURE <= self.temperature < float("inf"):
             raise UserError(
                 f"--temperature {self.temperature} must be 0 (the likeliest token) or at least {_LEAST_TEMPERATURE}"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jax_extract.errors import UserError
+from jax_extract.forward.functions import name_of, takes
 from jax_extract.forward.metrics import Function, Metric
 from jax_extract.forward.sweeps import Measured
 from jax_extract.inputs.token_table import TokenizedSample
@@ -28,6 +29,10 @@ def judged(
             raise UserError(
                 "a metric is answer_log_probability(…), logit_difference(…) or a function of logits, not "
                 f"{metric!r:.60}"
+            )
+        if not takes(metric, 1):
+            raise UserError(
+                f"the metric {name_of(metric)!r} must take the logits [vocabulary] behind a text, and no more"
             )
         metric = Metric(metric)
     if metric.kind == "answer":

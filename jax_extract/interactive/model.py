@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -411,12 +412,12 @@ class Model:
           UserError: as `run`.
         """
         prompts = self._prompts(texts, chat_template, add_special_tokens)
-        made = Edits.of(edits, self._opened, max_new_tokens)
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens!r:.60}; it must be a whole number of at least 1")
+        made = Edits.of(edits, self._opened, int(max_new_tokens))
         made.check(prompts)
         sampling = Sampling(temperature, top_k, top_p, seed)
         sampling.check()
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {max_new_tokens}; an answer has at least one token")
         longest = max(prompt.length for prompt in prompts)
         if (most := longest_sample(self._opened.config)) < max_new_tokens + longest:
             raise UserError(
@@ -435,6 +436,8 @@ class Model:
         return CompiledAnswers(self._opened, self._backend, self._program.params)
 
     def _prompts(self, texts: Texts, chat_template: bool, add_special_tokens: bool | None) -> list[TokenizedSample]:
+        if add_special_tokens not in (True, False, None):
+            raise UserError(f"add_special_tokens is {add_special_tokens!r:.60}; it must be True, False or None")
         wrapping = Wrapping(chat_template, add_special_tokens=add_special_tokens, kept=Kept.from_now_on())
         return tokenized(named_inputs(texts), self._opened, wrapping)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +22,38 @@ from models.ports import Module
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 
+class Hooked(NamedTuple):
+    """What flows through a hook point, [b, t, width], is passed through `change`, which gives None where it looks."""
+
+    hook: str
+    layer: int | None
+    change: Change
+
+    @property
+    def is_behind_attention(self) -> bool:
+        return self.hook == "after_attention"
+
+
 @contextlib.contextmanager
-def changed(model: Any, modules: Mapping[str, Module], interventions: Sequence[Intervention]) -> Iterator[None]:
-    """Inside, they are made."""
+def changed(
+    model: Any, modules: Mapping[str, Module], interventions: Sequence[Intervention], looks: Sequence[Hooked] = ()
+) -> Iterator[None]:
+    """Inside, they are made, before everything that looks: what is there already, and `looks`.
+
+    What lies behind attention is made of what attention adds. So it is changed, and looked at, behind all that changes
+    or looks at what attention adds.
+    """
+    blocks = model.config.num_hidden_layers
+    changes = [
+        Hooked(each.hook, layer, _change(each, layer)) for each in interventions for layer in layers_of(each, blocks)
+    ]
+    before = [(one, False) for one in looks if not one.is_behind_attention]
+    # Each goes before those that are there.
+    before += [(one, True) for one in reversed(changes) if not one.is_behind_attention]
+    behind = [(one, False) for one in (*changes, *looks) if one.is_behind_attention]
     with contextlib.ExitStack() as hooks:
-        # Each before those that are there, and all before what looks; but what is changed behind attention is a change
-        # of what attention adds, behind all others and behind what looks at that.
-        behind = [each for each in interventions if each.hook == "after_attention"]
-        before = [each for each in reversed(interventions) if each.hook != "after_attention"]
-        for intervention in (*before, *behind):
-            for layer in layers_of(intervention, model.config.num_hidden_layers):
-                change, first = _change(intervention, layer), intervention.hook != "after_attention"
-                hook(model, modules, intervention.hook, layer, change, hooks, prepend=first)
+        for one, first in (*before, *behind):
+            _hook(model, modules, one, hooks, prepend=first)
         yield
 
 
@@ -45,20 +65,13 @@ def layers_of(intervention: Intervention, blocks: int) -> list[int | None]:
     return [int(layer) for layer in np.flatnonzero(intervention.layers.any(axis=0)) if layer < last]
 
 
-def hook(
-    model: Any,
-    modules: Mapping[str, Module],
-    name: str,
-    layer: int | None,
-    change: Change,
-    hooks: contextlib.ExitStack,
-    prepend: bool = False,
-) -> None:
-    """Passes what flows through a hook point, [b, t, width], through `change`, until `hooks` are closed."""
+def _hook(model: Any, modules: Mapping[str, Module], one: Hooked, hooks: contextlib.ExitStack, prepend: bool) -> None:
+    """Until `hooks` are closed."""
+    name, layer, change = one
     blocks = model.config.num_hidden_layers
     if name == "residual_before" and layer is not None and layer >= blocks:
         name, layer = "after_block", layer - 1  # which is what enters a block that does not run
-    if name == "after_attention":
+    if one.is_behind_attention:
         name, change = "attention_out", _what_attention_adds(model, modules, layer, change, hooks)
     hooks.callback(listen(model, modules[name], layer, change, prepend=prepend).remove)
 

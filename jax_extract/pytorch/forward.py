@@ -7,8 +7,8 @@ has a row of its own, padded on the right.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,10 +18,10 @@ import torch
 
 from jax_extract.errors import UserError
 from jax_extract.forward.edits import Edits
-from jax_extract.forward.metrics import Function, MetricInputs
+from jax_extract.forward.metrics import Function, MetricInputs, of_each, require_one_number
 from jax_extract.forward.program import Inputs, Outputs, Wanted
 from jax_extract.forward.suffix import Interventions, Rows
-from jax_extract.pytorch.changing import Change, changed, hook
+from jax_extract.pytorch.changing import Hooked, changed
 from jax_extract.pytorch.loading import forget_lengths
 from jax_extract.pytorch.program import Selection, TorchProgram, rotated_alike
 from models.capture_plan import CapturePlan
@@ -73,9 +73,9 @@ class TorchForward:
             tokens, lengths = inputs.tokens[rows, :columns], inputs.lengths[rows]
             selection = Selection.of_rows(wanted.plan.positions, lengths[:, 0], columns, self.device)
             found: dict[tuple[str, int | None], torch.Tensor] = {}
-            with torch.inference_mode(), contextlib.ExitStack() as hooks:
-                looks = [(*site, _keeping(found, site, selection)) for site in wanted.plan.sites()]
-                self._hook(looks, [i.of_rows(rows) for i in interventions], hooks)
+            looks = [Hooked(*site, _keeping(found, site, selection)) for site in wanted.plan.sites()]
+            changes = [intervention.of_rows(rows) for intervention in interventions]
+            with torch.inference_mode(), changed(self.base, self.modules, changes, looks):
                 x = self._last_rows(tokens, lengths)
                 if wanted.logits:
                     some = self.logits(_taken(x, inputs.logits_at[rows])).float().cpu().numpy()
@@ -136,15 +136,14 @@ class TorchForward:
             )
         if self._same_to is not None:
             tokens = tokens[:, : int(lengths.max())]
-        with contextlib.ExitStack() as hooks:
-            looks: list[tuple[str, int | None, Change]] = []
-            if probing is not None:
-                layers, probes = probing
-                for hooked, chosen in layers.items():
-                    for i, layer in enumerate(chosen):
-                        at = None if hooked in ("embeddings", "final_norm") else int(layer)
-                        looks.append((hooked, at, _probing(probes, (hooked, i))))
-            self._hook(looks, interventions, hooks)
+        looks: list[Hooked] = []
+        if probing is not None:
+            layers, probes = probing
+            for hook, chosen in layers.items():
+                for i, layer in enumerate(chosen):
+                    at = None if hook in ("embeddings", "final_norm") else int(layer)
+                    looks.append(Hooked(hook, at, _probing(probes, (hook, i))))
+        with changed(self.base, self.modules, interventions, looks):
             x = self._last_rows(tokens, lengths[:, None])
             if kind == "answer":
                 each = self._answers(x, metric.columns, metric.tokens)
@@ -158,24 +157,6 @@ class TorchForward:
                     assert callable(kind)
                     return _by_jax(kind, logits, wants_gradient=probing is not None)
         return values.detach().float().cpu().numpy(), values.sum()
-
-    def _hook(
-        self,
-        looks: Sequence[tuple[str, int | None, Change]],
-        interventions: Sequence[Intervention],
-        hooks: contextlib.ExitStack,
-    ) -> None:
-        """Makes interventions, and looks at what they leave.
-
-        What lies behind attention is made of what attention adds, and so is looked at behind all that is there.
-        """
-        for name, layer, look in looks:
-            if name != "after_attention":
-                hook(self.base, self.modules, name, layer, look, hooks)
-        hooks.enter_context(changed(self.base, self.modules, interventions))
-        for name, layer, look in looks:
-            if name == "after_attention":
-                hook(self.base, self.modules, name, layer, look, hooks)
 
     def _last_rows(self, tokens: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
         """What the head is given, [b, t, d]."""
@@ -316,14 +297,11 @@ def _taken(x: torch.Tensor, columns: np.ndarray) -> torch.Tensor:
 
 def _by_jax(function: Function, logits: torch.Tensor, wants_gradient: bool) -> tuple[Any, torch.Tensor]:
     """What a function of JAX's makes of logits [b, v], and a tensor whose gradient is that of their sum."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        given = jnp.asarray(logits.detach().cpu().numpy())
-        if not wants_gradient:
-            return jax.tree.map(np.asarray, jax.vmap(function)(given)), logits.sum()
-        values, back = jax.vjp(jax.vmap(function), given)
-        if values.shape != given.shape[:1]:
-            name = getattr(function, "__name__", function)
-            raise UserError(f"the function {name!r} must return one number for a gradient; return a scalar")
-        (gradient,) = back(jnp.ones_like(values))
+    given = jnp.asarray(logits.detach().cpu().numpy())
+    if not wants_gradient:
+        return jax.tree.map(np.asarray, of_each(function, given)), logits.sum()
+    require_one_number(function, jax.eval_shape(partial(of_each, function), given), len(given))
+    values, back = jax.vjp(partial(of_each, function), given)
+    (gradient,) = back(jnp.ones_like(values))
     weights = torch.from_numpy(np.array(gradient)).to(logits.device)
     return np.asarray(values), (logits * weights).sum()

@@ -5,6 +5,7 @@ In: parts, and the sites that somebody asks for. Out: plain values; a sample rea
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,11 +33,14 @@ def asked(where: int | str | None, hook: int | str | None, layer: int | None) ->
     given = [value for value in (where, hook, layer) if value is not None]
     names = [value for value in given if isinstance(value, str)]
     layers = [value for value in given if not isinstance(value, str)]
+    for one in layers:
+        if isinstance(one, bool) or not hasattr(one, "__index__") or getattr(one, "ndim", 0):
+            raise UserError(f"{one!r:.60} is neither a layer nor a hook point; name one, as in get(12, 'ffn_out')")
     if len(names) > 1 or len(layers) > 1:
         raise UserError(
             f"{given[0]!r} and {given[1]!r} are both given; name one layer and one hook point, as in get(12, 'ffn_out')"
         )
-    return (layers[0] if layers else None), (names[0] if names else DEFAULT_HOOK_POINT)
+    return (operator.index(layers[0]) if layers else None), (names[0] if names else DEFAULT_HOOK_POINT)
 
 
 @dataclass(frozen=True, repr=False, eq=False)

@@ -1,12 +1,12 @@
 # make demo   real activations of a real model on real ARC tasks, from nothing, in a few minutes
-# make test   the whole test suite
+# make test   the test suite; with EVERY_FAMILY=1, tests that need one model of each port take every family
 # make lint   ruff, pyright and shellcheck
 # make bench  the benchmark of docs/performance.md; BENCH="--help" for its options
 
 PYTHON ?= python3
 BIN := .venv/bin
 # Of tests: some wait for what they have started.
-PROCESSES = $$($(BIN)/python -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
+PROCESSES = $$($(BIN)/python -c 'import os; print(min(4, (os.cpu_count() or 1) + 2))')
 DEMO_OUTPUT := demo_output/activations
 
 .PHONY: demo test lint bench clean

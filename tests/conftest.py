@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # Before JAX is imported anywhere; subprocesses inherit them.
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+# Half of compiling a gradient is LLVM's optimising; test_parity.py, the gate on every port, compiles as users do.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads wait by spinning, and there are as many processes as cores
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _COMPILED = tempfile.TemporaryDirectory(prefix="jax_extract_tests_", ignore_cleanup_errors=True)
@@ -37,8 +39,9 @@ libtpu.silence()
 
 ROOT = Path(__file__).resolve().parent.parent
 # What takes longest begins first, so that no process works on alone at the end.
-LONGEST = """tpu_compiler kills parity processes finetuning post_training verify generation resume invariance gcs
-    training adapters estimate launch""".split()
+LONGEST = """tpu_compiler kills edits parity generation run_edits processes finetuning invariance training post_training
+    steering resume verify pages memory attention_hooks positions adapters run_objects estimate launch_stage02
+    """.split()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,7 +21,7 @@ import torch
 from small_run import Told, make_model, run_here, write_config, write_jsonl
 from test_edits import KINDS, Case, everything
 from test_parity import assert_parity
-from tiny_models import random_ids, reference, row_errors, run_rows, tiny_folder, tiny_model
+from tiny_models import families, random_ids, reference, row_errors, run_rows, tiny_folder, tiny_model
 from torch_hooks import TorchChange, base_of, modules_of, truth_of
 
 from jax_extract import UserError, extract, load_model, open_activations
@@ -351,7 +351,7 @@ def test_an_answer_has_the_pattern_of_the_whole_sample_and_changes_of_it_act(win
 # ---------------------------------------------------------------------------------------------- the door
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "gemma2"])
+@pytest.mark.parametrize("family", families("gemma2", "gpt_neox"))
 def test_every_change_of_what_attention_computes_with_is_the_same_on_torch(family: str) -> None:
     """Of those that tests/test_edits.py holds JAX to."""
     ours, theirs = (load_model(tiny_folder(family), backend=backend) for backend in ("jax", "torch"))

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from tiny_models import random_ids, row_errors, run_rows, tiny_folder, tiny_model
+from tiny_models import families, random_ids, row_errors, run_rows, tiny_folder, tiny_model
 from torch_hooks import TorchChange, truth_of
 
 from jax_extract import Edit, Model, UserError, load_model, logit_difference
@@ -37,7 +37,7 @@ KINDS = ("zero", "add", "mean", "replace", "rows", "patch", doubled)
 
 
 # Every architecture, and every way in which blocks are put together; what else differs is held by parity.
-EDITED = "qwen2_window qwen3 llama mistral gpt2 gpt_neox gpt_neox_sequential phi gemma gemma2 gemma3".split()
+EDITED = families("qwen2_window gpt2 gpt_neox phi gemma2", "qwen3 llama mistral gpt_neox_sequential gemma gemma3")
 
 
 @pytest.fixture(scope="module", params=EDITED)

@@ -18,7 +18,7 @@ import torch
 from gcs_server import running
 from small_run import make_model, run_cli, snapshot, write_arc, write_jsonl
 from test_processes import program
-from tiny_models import random_ids, reference, row_errors, text_of, tiny_folder, tiny_model
+from tiny_models import families, random_ids, reference, row_errors, text_of, tiny_folder, tiny_model
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from jax_extract import open_activations
@@ -44,7 +44,7 @@ LENGTHS = (3, 1, 40, 90, 17)
 # One a kind of attention and of head: windows at some layers, q/k norms, learned positions and scales by layer, a part
 # of a head rotated beside parallel blocks, norms with biases, two rotations. Capped logits, plain attention and tied
 # heads are those of the activations of answers.
-KINDS = ("qwen2_window", "qwen3", "gpt2_variant", "gpt_neox", "phi_variant", "gemma3")
+KINDS = families("qwen2_window gpt2_variant gpt_neox phi_variant gemma3", "qwen3")
 
 
 def write_texts(path: Path, sequences: Sequence[np.ndarray]) -> Path:

@@ -459,7 +459,7 @@ def test_a_run_uploaded_as_it_goes_and_killed_at_any_step_ends_whole_in_the_buck
         require_whole(there, expected)
         assert not {path.name for path in place.glob("layer_*")}
 
-    cloud_workers.each(tmp_path, _some(before_and_after(steps), uploading, 2), check)
+    cloud_workers.each(tmp_path, _some(before_and_after(steps), uploading, 3), check)
 
 
 def _some(points: Sequence[str], of: Sequence[str], every: int) -> list[str]:

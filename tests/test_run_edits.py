@@ -21,7 +21,7 @@ import pytest
 import torch
 from edits_worker import ANSWERS, TEXTS, asked, doubled, edits_of
 from test_edits import SOME, everything
-from tiny_models import random_ids, row_errors, tiny_folder, tiny_model
+from tiny_models import families, random_ids, row_errors, tiny_folder, tiny_model
 from torch_hooks import TorchChange, changed
 
 from jax_extract import Edit, Model, UserError, answer_log_probability, load_model, logit_difference
@@ -202,10 +202,12 @@ def torch_gradients(name: str, text: np.ndarray, answer: np.ndarray, sites: list
 
 
 # Every kind of block, norm and activation; others differ in numbers.
-_OF_GRADIENTS = "qwen2_window qwen3 llama_biases gpt2 gpt_neox gpt_neox_sequential phi_variant gemma gemma2 gemma3"
+_OF_GRADIENTS = families(
+    "qwen2_window gpt2 gpt_neox phi_variant gemma2", "qwen3 llama_biases gpt_neox_sequential gemma gemma3"
+)
 
 
-@pytest.mark.parametrize("name", _OF_GRADIENTS.split())
+@pytest.mark.parametrize("name", _OF_GRADIENTS)
 def test_gradients_at_every_hook_point_are_those_of_torch(name: str) -> None:
     """Several sites in one way back, two texts at once."""
     model = load_model(tiny_folder(name), mesh_shape="1,1")

@@ -18,7 +18,7 @@ import yaml
 from small_run import run_cli
 from test_edits import SOME, at_positions
 from test_processes import program
-from tiny_models import random_ids, text_of, tiny_folder, tiny_model
+from tiny_models import families, random_ids, text_of, tiny_folder, tiny_model
 from torch_hooks import TorchChange, changed
 
 from jax_extract import Edit, Model, UserError, load_model, open_activations
@@ -72,7 +72,7 @@ def greedy(name: str, prompt: np.ndarray, changes: list[TorchChange]) -> tuple[l
     return tokens[len(prompt) :], lead
 
 
-@pytest.fixture(scope="module", params=("qwen2_window", "gpt_neox", "mistral"))
+@pytest.fixture(scope="module", params=families("qwen2_window gpt_neox", "mistral"))
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 

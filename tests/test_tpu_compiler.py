@@ -1,10 +1,10 @@
 """The production program on a pod of 64 chips, as the pod's own compiler makes it: no TPU is needed for that.
 
 Guarded, for Qwen2.5 of 0.5 (layers 10-23) and 7 billion parameters (all layers) in bfloat16, 2,048 tokens,
-parameters gathered over `model`, and for a model of every other port: it fits a chip's 16 GB with a margin; nothing but
-parameters crosses chips, and as many bytes as were counted beforehand; no two chips hold the same captures; and all
-chips together do no more work than one would. The first of them has sixteen samples a row, and its captures travel:
-they cross chips too, and every chip holds all.
+parameters gathered over `model`, and for Gemma 2 (with EVERY_FAMILY, a model of every other port): it fits a chip's
+16 GB with a margin; nothing but parameters crosses chips, and as many bytes as were counted beforehand; no two chips
+hold the same captures; and all chips together do no more work than one would. The first of them has sixteen samples a
+row, and its captures travel: they cross chips too, and every chip holds all.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def programs() -> dict[str, dict[str, Any]]:
     assert done.returncode == 0, done.stderr[-4_000:]
     assert not done.stderr, "the compiler speaks"
     found = json.loads(done.stdout)
-    assert len(found) == 6
+    assert len(found) == (6 if os.environ.get("EVERY_FAMILY") else 3)
     assert [facts["slab"] for facts in found.values()] == [
         [facts["tokens"], 8, 16 if facts["travels"] else 1] for facts in found.values()
     ]

@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import functools
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -65,6 +66,11 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+
+
+def families(one_a_port: str, more: str) -> list[str]:
+    """Names between spaces; `more` only where EVERY_FAMILY is in the environment, because they take minutes."""
+    return [*one_a_port.split(), *(more.split() if os.environ.get("EVERY_FAMILY") else ())]
 
 
 def _sizes(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import numpy as np
 FEWEST_ROWS = 256  # a part with fewer keeps no sums: its rows are read as soon, and its sums would be as large
 _BLOCK_VALUES = 1 << 17  # fewer take longer to call than to sum, more leave the cache; the numbers depend on it
 _HALF_BYTES = 2
-SUMMING_BYTES = 2 * 8 * _BLOCK_VALUES  # that one `SummedRows` holds, about
+SUMMING_BYTES = 8 * _BLOCK_VALUES  # that one `SummedRows` holds, about
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,6 @@ class SummedRows:
         self._of_values, self._of_squares = np.zeros(width), np.zeros(width)
         summed_in = np.float32 if value_bytes == _HALF_BYTES else np.float64
         self._block = np.empty((max(1, _BLOCK_VALUES // width), width), summed_in)
-        self._squares = np.empty_like(self._block)
         self._filled = 0
 
     def add(self, rows: np.ndarray) -> None:
@@ -89,28 +88,31 @@ class SummedRows:
         return RowSums(self._rows, self._of_values, self._of_squares, self._norms, self._least, self._largest)
 
     def _close(self) -> None:
-        block, squares = self._block[: self._filled], self._squares[: self._filled]
+        block = self._block[: self._filled]
         self._filled = 0
         with np.errstate(over="ignore", invalid="ignore"):
-            np.multiply(block, block, out=squares)
-            of_rows = np.add.reduce(squares, axis=1)
+            of_rows = _products("ij,ij->i", block)
             if not math.isfinite(np.add.reduce(of_rows)):
                 block = block.astype(np.float64)  # in which no square of a finite value is infinite
-                squares = block * block
-                of_rows = np.add.reduce(squares, axis=1)
+                of_rows = _products("ij,ij->i", block)
         finite = np.isfinite(of_rows)
         if not finite.all():
             self.not_finite += int((~finite).sum())
-            block[~finite] = squares[~finite] = 0.0
+            block[~finite] = 0.0
             of_rows = of_rows[finite]
         if not len(of_rows):
             return
         norms = np.sqrt(of_rows, dtype=np.float64)
         self._rows += len(norms)
         self._of_values += np.add.reduce(block, axis=0)
-        self._of_squares += np.add.reduce(squares, axis=0)
+        self._of_squares += _products("ij,ij->j", block)
         self._norms += float(np.add.reduce(norms))
         self._least, self._largest = min(self._least, float(norms.min())), max(self._largest, float(norms.max()))
+
+
+def _products(what: str, block: np.ndarray) -> np.ndarray:
+    """Sums of squares, without an array of them: a block and its squares leave the processor's cache."""
+    return np.einsum(what, block, block)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -3,7 +3,8 @@
 `load_model(folder)` keeps a model and runs it with `Edit`s; `extract(model, texts)` gives activations in a notebook,
 `open_activations(directory)` reads a run that a command wrote, `load_shard(file)` reads one shard by itself,
 `__version__` is the installed version. `RepresentationExtractor` and `LoRARepresentationExtractor` make a row a text of
-models before and after training, `find_representations(folder)` finds what was made. Each is imported when it is asked
+models before and after training, `find_representations(folder)` finds what was made. `train_saes(run, folder)` trains
+sparse autoencoders, `SparseAutoencoder.open(folder)` reads one. Each is imported when it is asked
 for, so that a command starts at once and can be interrupted from its first moment.
 """
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from jax_extract.interactive.outcome import EditEffects, Gradients, Outcome, ScoredAnswer
     from jax_extract.post_training.extractors import LoRARepresentationExtractor, RepresentationExtractor
     from jax_extract.post_training.names import Representations, find_representations
+    from jax_extract.sae.autoencoder import SparseAutoencoder
+    from jax_extract.sae.notebook import train_saes
     from jax_extract.store.formats import load_shard
     from jax_extract.store.reader import Run, SampleActivations, open_activations
 
@@ -37,6 +40,7 @@ __all__ = [
     "Run",
     "SampleActivations",
     "ScoredAnswer",
+    "SparseAutoencoder",
     "UserError",
     "answer_log_probability",
     "extract",
@@ -45,6 +49,7 @@ __all__ = [
     "load_shard",
     "logit_difference",
     "open_activations",
+    "train_saes",
 ]
 
 _MODULES = {
@@ -63,10 +68,12 @@ _MODULES = {
     "find_representations": "post_training.names",
     "Run": "store.reader",
     "SampleActivations": "store.reader",
+    "SparseAutoencoder": "sae.autoencoder",
     "UserError": "errors",
     "extract": "interactive.notebook",
     "load_shard": "store.formats",
     "open_activations": "store.reader",
+    "train_saes": "sae.notebook",
 }
 
 

@@ -52,6 +52,7 @@ commands:
   sweep      remove what killed attempts have left behind; give up damaged parts
   walks      make a dataset of random walks on a graph
   train      train a small language model on walks
+  sae train  train sparse autoencoders on the activations of a run
   token-representations
              what a model makes of every token of its vocabulary
 
@@ -282,23 +283,46 @@ def _upload(argv: list[str]) -> int:
 
 def _walks(argv: list[str]) -> None:
     interruption.again = "give the same command again"
-    from jax_extract.training.walks import WalksConfig, walks_command
+    from jax_extract.walks.dataset import WalksConfig, walks_command
 
     walks_command(_parse(WalksConfig, argv, "jax-extract walks"))
 
 
 def _train(argv: list[str]) -> None:
     from jax_extract.devices import compilation_cache
-    from jax_extract.training.config import TrainConfig
+    from jax_extract.walks.config import TrainConfig
 
     config = _parse(TrainConfig, argv, "jax-extract train")
     config.check()
     if config.overwrite:
         interruption.again = "run the same command again without --overwrite to go on"
     compilation_cache.start()
-    from jax_extract.training.command import train
+    from jax_extract.walks.command import train
 
     train(config)
+
+
+def _sae(argv: list[str]) -> None:
+    """`sae train`, and what else is done with sparse autoencoders."""
+    if not argv or argv[0] not in _OF_SAES:
+        raise UserError(f"jax-extract sae needs one of {', '.join(_OF_SAES)}, as in jax-extract sae train --help")
+    _OF_SAES[argv[0]](argv[1:])
+
+
+def _sae_train(argv: list[str]) -> None:
+    from jax_extract.devices import compilation_cache
+    from jax_extract.sae.config import SaeTrainConfig
+
+    config = _parse(SaeTrainConfig, argv, "jax-extract sae train")
+    config.check()
+    if config.overwrite:
+        interruption.again = "run the same command again without --overwrite to go on"
+    if interruption.listening:
+        startup.leave_torch_out()
+    compilation_cache.start()
+    from jax_extract.sae.command import sae_train
+
+    sae_train(config)
 
 
 def _token_representations(argv: list[str]) -> None:
@@ -457,8 +481,12 @@ _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "upload": _upload,
     "walks": _walks,
     "train": _train,
+    "sae": _sae,
     "token-representations": _token_representations,
 }
+
+
+_OF_SAES: dict[str, Callable[[list[str]], None]] = {"train": _sae_train}
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def _import_everything() -> None:
     import jax_extract.extraction.command
     import jax_extract.generation.command
     import jax_extract.store.storage.gcs
-    import jax_extract.training.command  # noqa: F401 (forks have them then)
+    import jax_extract.walks.command  # noqa: F401 (forks have them then)
 
     with tempfile.TemporaryDirectory() as folder:
         small_run.make_model(Path(folder), layers=1)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from jax_extract.terminal import Terminal
-from jax_extract.training.command import train
-from jax_extract.training.config import TrainConfig
-from jax_extract.training.walks import WalksConfig, walks_command
+from jax_extract.walks.command import train
+from jax_extract.walks.config import TrainConfig
+from jax_extract.walks.dataset import WalksConfig, walks_command
 
 SILENT = Terminal(silent=True)
 

@@ -39,6 +39,7 @@ from jax_extract.representations.command import token_representations
 from jax_extract.representations.config import RepresentationsConfig
 from jax_extract.store.token_text import token_texts
 from jax_extract.training.checkpoints import read_state
+from jax_extract.walks.saved import KIND
 
 LAYERS, SAMPLES = 4, 12
 
@@ -294,7 +295,7 @@ def test_the_loss_is_that_of_the_log_beside_the_entropy(stage: Path) -> None:
     assert place is not None
     [picture] = StagePictures(place, PlotConfig(str(stage / "run"), pictures=("loss",))).draw()
     assert isinstance(picture, Drawn)
-    log = read_state(stage / "run" / "final_model", "").log_history
+    log = read_state(KIND, stage / "run" / "final_model", "").log_history
     left, right = picture.figure.axes
     said = lines(left)
     trained_losses = [entry["loss"] for entry in log if "loss" in entry]

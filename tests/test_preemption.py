@@ -28,7 +28,7 @@ NOTICED = "told "  # begins the line in which the process says that the test's m
 SCRIPT = f"""
 import ctypes, sys, threading, time
 from jax_extract import interruption
-from jax_extract.extraction import preemption
+from jax_extract import preemption
 from jax_extract.cli import main
 from jax_extract.extraction.program import CaptureProgram
 from jax_extract.store import writer

@@ -33,6 +33,10 @@ def far(positions: np.ndarray) -> np.ndarray:
     return positions >= 30
 
 
+def even(samples: np.ndarray) -> np.ndarray:
+    return samples % 2 == 0
+
+
 class Tokenizer:
     all_special_ids = (3_000, 3_005, 5_001)
 
@@ -47,6 +51,8 @@ CHOICES: dict[str, tuple[dict[str, Any], Choice]] = {
     "function": ({"positions": far}, lambda p, n, t: p >= 30),
     "tokens": ({"without_tokens": [2_000, 2_001, np.int64(9_003)]}, lambda p, n, t: t not in (2_000, 2_001, 9_003)),
     "tokenizer": ({"without_tokens": Tokenizer()}, lambda p, n, t: t not in Tokenizer.all_special_ids),
+    "samples": ({"samples": even}, lambda p, n, t: t // 1_000 % 2 == 0),
+    "samples and positions": ({"samples": even, "positions": "from:3"}, lambda p, n, t: t // 1_000 % 2 == 0 and p >= 3),
     "both": (
         {"positions": "from:2", "without_tokens": [2_010]},
         lambda p, n, t: p >= 2 and t != 2_010,

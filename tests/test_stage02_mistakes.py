@@ -16,7 +16,7 @@ from stage02 import make_walks, trained, write_preset
 from jax_extract import cli
 from jax_extract.inputs.walk_dataset import WalkDataset
 from jax_extract.training.checkpoints import STATE_FILE
-from jax_extract.training.step import TrainProgram
+from jax_extract.walks.step import TrainProgram
 
 Refused = Callable[..., str]
 

@@ -19,19 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from jax_extract.devices.mesh import make_mesh
 from jax_extract.errors import UserError
 from jax_extract.inputs.walk_dataset import Walks
-from jax_extract.training.batches import Batches
-from jax_extract.training.checkpoints import (
-    SavedModel,
-    TrainerState,
-    checkpoint_folder,
-    read_state,
-    save,
-    saved_steps,
-)
-from jax_extract.training.command import train
-from jax_extract.training.model import TrainedModel
+from jax_extract.training.checkpoints import TrainerState, checkpoint_folder, read_state, saved_steps
 from jax_extract.training.optimizer_state import save_optimizer
-from jax_extract.training.step import TrainProgram, linear_decay_adamw
+from jax_extract.walks.batches import Batches
+from jax_extract.walks.command import train
+from jax_extract.walks.model import TrainedModel
+from jax_extract.walks.saved import KIND, SavedModel
+from jax_extract.walks.step import TrainProgram, linear_decay_adamw
 from jax_extract.weights.folder import SafetensorsCheckpoint
 from jax_extract.weights.load import Weights
 from jax_extract.weights.save import hugging_face_tensors
@@ -204,7 +198,7 @@ def test_killed_by_sigkill_it_goes_on_to_the_same_weights_bit_by_bit(dataset: Pa
     for name in ("model.safetensors", "config.json", "tokenizer.json", "vocab.json"):
         assert (again["folder"] / name).read_bytes() == (whole["folder"] / name).read_bytes(), name
     assert again["loss"] == whole["loss"]
-    logs = [read_state(each["folder"], "").log_history for each in (again, whole)]
+    logs = [read_state(KIND, each["folder"], "").log_history for each in (again, whole)]
     assert logs[0] == logs[1] and len(logs[0]) == 5
     assert not list((tmp_path / "killed").glob(".unfinished*"))
 
@@ -221,7 +215,7 @@ def test_sigterm_saves_a_checkpoint_first(dataset: Path, tmp_path: Path) -> None
     (step,) = saved_steps(tmp_path / "run")
     assert step >= 5
     assert f"stopped by SIGTERM: the checkpoint of step {step} is there; run the same command again to go on" in told
-    read_state(checkpoint_folder(tmp_path / "run", step), "")  # whole
+    read_state(KIND, checkpoint_folder(tmp_path / "run", step), "")  # whole
 
 
 def _flags(**options: object) -> list[str]:
@@ -297,7 +291,7 @@ def test_a_full_disk_is_told_and_leaves_no_checkpoint(large: str, tmp_path: Path
     try:
         with pytest.raises(UserError, match=r"checkpoint-1 cannot be written \(.*\); what is whole stays"):
             saved = SavedModel({}, {"0": 0}, 9)
-            save(tmp_path / "checkpoint-1", saved, tensors, said, lambda to: save_optimizer(to, state))
+            saved.save(tmp_path / "checkpoint-1", tensors, said, lambda to: save_optimizer(to, state))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())

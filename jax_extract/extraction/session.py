@@ -23,11 +23,11 @@ from jax_extract.extraction.backend import Program, Say
 from jax_extract.extraction.kept_windows import Keeper, Planned
 from jax_extract.extraction.loop import LoopStatistics, run_parts
 from jax_extract.extraction.pending import Committed, Worker, parse_committed, pending_parts, plan_json
-from jax_extract.extraction.preemption import on_preemption
 from jax_extract.extraction.prepare import Job
 from jax_extract.inputs.planning.slabs import SlabShape
 from jax_extract.inputs.planning.windows import Part, Window
 from jax_extract.inputs.tokenize import InputCounts
+from jax_extract.preemption import on_preemption
 from jax_extract.progress import LOADING
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.ledger import COMMITS, Ledger, part_name

@@ -35,7 +35,6 @@ from jax_extract.extraction.command import (
 from jax_extract.extraction.jax_backend import JaxBackend, numerics_fingerprint
 from jax_extract.extraction.model_fields import MODEL_FIELDS, refuse_changed_meaning, understood_fields
 from jax_extract.extraction.place import Place, kept_by, local_time
-from jax_extract.extraction.preemption import on_preemption
 from jax_extract.extraction.prepare import Job, wrapping_of
 from jax_extract.extraction.requirements import require_samples
 from jax_extract.extraction.summary import tell_input, tell_model, tell_request
@@ -68,6 +67,7 @@ from jax_extract.inputs.sources import Source
 from jax_extract.inputs.token_table import PROMPT_TOKENS, TokenizedSample
 from jax_extract.inputs.tokenize import InputCounts, tokenizer_digest
 from jax_extract.inputs.wrapping import Kept
+from jax_extract.preemption import on_preemption
 from jax_extract.progress import COMPILING, LOADING, Progress
 from jax_extract.terminal import Terminal, plural, share_text
 from jax_extract.weights.load import Weights

@@ -24,7 +24,8 @@ from jax_extract.plotting.loss import LossCurve, draw_loss
 from jax_extract.plotting.nodes import NodeMap, draw_nodes
 from jax_extract.plotting.pictures import Drawn, LeftOut
 from jax_extract.terminal import plural, ranges_text
-from jax_extract.training.checkpoints import FINAL_MODEL, STATE_FILE, checkpoint_folder, read_state, saved_steps
+from jax_extract.training.checkpoints import STATE_FILE, checkpoint_folder, read_state, saved_steps
+from jax_extract.walks.saved import FINAL_MODEL, KIND
 
 PICTURES: tuple[Picture, ...] = ("loss", "nodes")
 ARRAYS, INFO = "token_representations.npz", "representation_info.json"
@@ -71,7 +72,7 @@ class StagePictures:
                 yield draw(folder)
 
     def _loss(self, folder: Path) -> Drawn:
-        state = read_state(folder, "give the folder of another training")
+        state = read_state(KIND, folder, "give the folder of another training")
         curve = LossCurve.of(state.log_history, int(state.settings["model_config"]["vocab_size"]))
         if not len(curve.steps):
             raise UserError(f"{folder / STATE_FILE} has logged no loss yet; draw it after --logging_steps steps")

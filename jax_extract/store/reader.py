@@ -26,7 +26,7 @@ from jax_extract.store.row_sums import RowStatistics, RowSums, SummedRows
 from jax_extract.store.sample import DEFAULT_HOOK_POINT, ActivationBatch, RunRows, SampleActivations, asked
 from jax_extract.store.saving import Provenance, save
 from jax_extract.store.shuffled.rows import ShuffledRows, ShuffleSettings
-from jax_extract.store.shuffled.rows_wanted import PositionFilter, RowsWanted
+from jax_extract.store.shuffled.rows_wanted import PositionFilter, RowsWanted, SampleFilter
 from jax_extract.store.storage.opening import open_storage
 from jax_extract.store.storage.verbs import Storage
 from jax_extract.store.torch_tensors import require_torch, tensor_of
@@ -252,6 +252,7 @@ class Run:
         *,
         positions: str | PositionFilter | None = None,
         without_tokens: Any = None,
+        samples: SampleFilter | None = None,
         epochs: int | None = None,
         drop_remainder: bool = True,
         shard: tuple[int, int] = (0, 1),
@@ -271,6 +272,8 @@ class Run:
             tokens out), or a function that is given positions, int32 [rows], and says which are wanted, bool [rows].
           without_tokens: no rows of these tokens: token ids, or a tokenizer for all its special tokens. With this or
             `positions` the sidecar of every part is read at once, to know how many rows there are.
+          samples: only rows of some samples: a function that is given sample indices, int64 [samples], and says which
+            are wanted, bool [samples]; so that what is held out shares no sample with what is trained on.
           epochs: how many times through the run; without end where left out.
           drop_remainder: leave out what is too little for a batch at the end of an epoch.
           shard: (index, count): of `count` readers each gets its own rows, together all.
@@ -291,7 +294,7 @@ class Run:
             shard,
             buffer_bytes,
             read_bytes,
-            RowsWanted.of(positions, without_tokens),
+            RowsWanted.of(positions, without_tokens, samples),
         )
         return ShuffledRows(self._parts, settings, torch)
 

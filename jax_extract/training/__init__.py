@@ -1,1 +1,1 @@
-"""Training of small language models in JAX: a dataset of walks in, Hugging Face folders out."""
+"""What every training here shares: when it logs, evaluates and saves; whole checkpoints; going on from them."""

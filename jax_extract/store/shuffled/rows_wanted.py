@@ -21,6 +21,7 @@ _SPELT = re.compile(r"all|last|(first|from|every):(\d{1,9})|at:(\d{1,9}(?:,\d{1,
 _KINDS = "all, last, first:n, from:k, every:k, at:i,j,… (counted from 0), or a function of positions"
 
 PositionFilter = Callable[[np.ndarray], np.ndarray]  # int32 [rows] -> bool [rows]
+SampleFilter = Callable[[np.ndarray], np.ndarray]  # int64 [samples] -> bool [samples]
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,15 @@ class RowsWanted:
     positions: as `--positions` spells them, or a function that is given positions, int32 [rows], and says which are
       wanted, bool [rows]; None for all.
     without_tokens: rows of these tokens are left out.
+    samples: a function that is given sample indices, int64 [samples], and says which are wanted, bool [samples].
     """
 
     positions: str | PositionFilter | None = None
     without_tokens: tuple[int, ...] = ()
+    samples: SampleFilter | None = None
 
     @classmethod
-    def of(cls, positions: Any, without_tokens: Any) -> RowsWanted | None:
+    def of(cls, positions: Any, without_tokens: Any, samples: Any = None) -> RowsWanted | None:
         """The choice that these words make, None for all rows; UserError where they make none.
 
         Args:
@@ -56,10 +59,13 @@ class RowsWanted:
                 raise UserError(
                     f"without_tokens holds {token!r:.60}, which is no token id; give whole numbers from 0 on"
                 )
-        if positions in (None, "all") and not ids:
+        if samples is not None and not callable(samples):
+            raise UserError(f"samples={samples!r:.60} must be a function of sample indices, or left out")
+        if positions in (None, "all") and not ids and samples is None:
             return None
         choice: Any = None if positions == "all" else positions
-        return cls(choice, tuple(sorted({int(token) for token in ids})))
+        of_samples: Any = samples
+        return cls(choice, tuple(sorted({int(token) for token in ids})), of_samples)
 
     def kept(self, content: PartContent) -> np.ndarray:
         """bool [rows] of a part.
@@ -76,6 +82,8 @@ class RowsWanted:
                     "their samples; leave it out"
                 )
             kept &= self._of_positions(positions, content)
+        if self.samples is not None:
+            kept &= np.repeat(_answer(self.samples, content.sample_indices, "samples"), np.diff(content.row_offsets))
         if self.without_tokens:
             kept &= ~np.isin(content.row_token_ids, np.array(self.without_tokens))
         return kept
@@ -83,13 +91,7 @@ class RowsWanted:
     def _of_positions(self, positions: np.ndarray, content: PartContent) -> np.ndarray:
         if not isinstance(self.positions, str):
             assert self.positions is not None
-            answer = np.asarray(self.positions(positions))
-            if answer.shape != positions.shape or answer.dtype != bool:
-                raise UserError(
-                    f"positions must give one truth value for each of {len(positions)} positions; the function gave "
-                    f"{answer.dtype} of shape {list(answer.shape)}"
-                )
-            return answer
+            return _answer(self.positions, positions, "positions")
         kind, _, number = self.positions.partition(":")
         if kind == "last":
             lengths = np.array([len(tokens) for tokens in content.token_ids])
@@ -103,7 +105,19 @@ class RowsWanted:
     def to_state(self) -> dict[str, Any]:
         """As JSON; what a function chooses shows in the rows that are kept."""
         positions = self.positions if isinstance(self.positions, str | None) else "a function"
-        return {"positions": positions, "without_tokens": list(self.without_tokens)}
+        said: dict[str, Any] = {"positions": positions, "without_tokens": list(self.without_tokens)}
+        return said if self.samples is None else {**said, "samples": "a function"}
+
+
+def _answer(function: Callable[[np.ndarray], np.ndarray], asked: np.ndarray, what: str) -> np.ndarray:
+    """bool, one for each of what was asked; UserError where the function gives something else."""
+    answer = np.asarray(function(asked))
+    if answer.shape != asked.shape or answer.dtype != bool:
+        raise UserError(
+            f"{what} must give one truth value for each of {len(asked)} {what}; the function gave "
+            f"{answer.dtype} of shape {list(answer.shape)}"
+        )
+    return answer
 
 
 class KeptRows:

@@ -24,22 +24,16 @@ from jax_extract.errors import user_path
 from jax_extract.inputs.walk_dataset import WalkDataset
 from jax_extract.store.folders import require_usable
 from jax_extract.terminal import Terminal, duration_text, plural
-from jax_extract.training.batches import Batches
-from jax_extract.training.checkpoints import (
-    ANEW,
-    FINAL_MODEL,
-    OPTIMIZER_FOLDER,
-    SavedModel,
-    TrainerState,
-    checkpoint_folder,
-    save,
-)
-from jax_extract.training.config import TrainConfig
-from jax_extract.training.loop import Every, Log, TrainLoop, above_text, diverged
-from jax_extract.training.model import TrainedModel
+from jax_extract.training.checkpoints import OPTIMIZER_FOLDER, TrainerState, checkpoint_folder
 from jax_extract.training.optimizer_state import load_optimizer, save_optimizer
 from jax_extract.training.place import Found, find, held
-from jax_extract.training.step import TrainProgram, TrainState, linear_decay_adamw
+from jax_extract.training.rhythm import Every, Log, Rhythm, diverged
+from jax_extract.walks.batches import Batches
+from jax_extract.walks.config import TrainConfig
+from jax_extract.walks.model import TrainedModel
+from jax_extract.walks.saved import FINAL_MODEL, KIND, SavedModel
+from jax_extract.walks.step import TrainProgram, TrainState, linear_decay_adamw
+from jax_extract.walks.training import WalkTraining, above_text
 from jax_extract.weights.folder import SafetensorsCheckpoint
 from jax_extract.weights.load import Weights
 from jax_extract.weights.save import hugging_face_tensors
@@ -65,7 +59,7 @@ def train(config: TrainConfig, terminal: Terminal | None = None) -> dict[str, An
     mesh = make_mesh(parse_mesh_shape(config.mesh_shape) if config.mesh_shape else None)
     training = _Training(config, output, dataset, model, mesh, terminal or Terminal())
     _ = dataset.train, dataset.validation  # read, and refused, before anything is written
-    with held(output, config.overwrite):
+    with held(KIND, output, config.overwrite):
         return training.run()
 
 
@@ -91,7 +85,7 @@ class _Training:
 
     def run(self) -> dict[str, Any]:
         numerics = None if self.config.allow_numeric_change else self._numerics()
-        found = find(self.output, self._settings(), numerics)
+        found = find(KIND, self.output, self._settings(), numerics)
         batches = self._batches()
         validation = self.dataset.validation.predicted().cut(self.config.max_length)
         entropy, of_what = self.dataset.entropy(validation)
@@ -104,23 +98,13 @@ class _Training:
         before = found.state if found else None
         done, log, pending = (before.global_step, before.log_history, before.pending_losses) if before else (0, [], [])
         every = Every(self.config.logging_steps, self.config.eval_steps, self.config.save_steps)
-        loop = TrainLoop(
-            program,
-            batches,
-            validation,
-            entropy,
-            self.config.learning_rate,
-            every,
-            self._save,
-            self.terminal,
-            log,
-            pending,
-        )
+        rate = self.config.learning_rate
+        training = WalkTraining(program, batches, validation, entropy, rate, self._save, self.terminal, log)
         state = self._state(program, found)
         started = time.perf_counter()
-        state, _ = loop.run(state, done)
-        self._save(batches.steps, state, loop.log, [], final=True)
-        return self._conclude(batches.steps, loop.log, entropy, time.perf_counter() - started)
+        state = Rhythm(training, every, self.terminal, [*pending]).run(state, done)
+        self._save(batches.steps, state, training.log, [], final=True)
+        return self._conclude(batches.steps, training.log, entropy, time.perf_counter() - started)
 
     # --------------------------------------------------------------------------- what decides what
 
@@ -150,7 +134,7 @@ class _Training:
     def _state(self, program: TrainProgram, found: Found | None) -> TrainState:
         if found is None:
             return program.start(self.model.first_parameters(self.config.seed))
-        mend = f"remove {found.folder} to go on from the checkpoint before it, {ANEW}"
+        mend = f"remove {found.folder} to go on from the checkpoint before it, {KIND.anew}"
         checkpoint = SafetensorsCheckpoint(found.folder, str(found.folder))
         layers = self.model.config.num_hidden_layers
         weights = Weights(checkpoint, self.model.port, self.model.config, layers, head=True)
@@ -169,10 +153,10 @@ class _Training:
         most = self.model.config.max_position_embeddings
         saved = SavedModel(self.model.said, self.dataset.vocabulary, most)
         if final:
-            save(self.output / FINAL_MODEL, saved, tensors, said)
+            saved.save(self.output / FINAL_MODEL, tensors, said)
         else:
             folder = checkpoint_folder(self.output, step)
-            save(folder, saved, tensors, said, lambda to: save_optimizer(to, state.optimizer))
+            saved.save(folder, tensors, said, lambda to: save_optimizer(to, state.optimizer))
 
     # ------------------------------------------------------------------------------- what is told
 

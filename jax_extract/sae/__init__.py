@@ -1,0 +1,1 @@
+"""Sparse autoencoders: trained on activations, measured, exported to what SAELens loads, and looked at."""

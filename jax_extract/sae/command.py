@@ -1,0 +1,265 @@
+"""`jax-extract sae train`: a run of activations in, sparse autoencoders out that SAELens loads.
+
+In: `SaeTrainConfig`. Out: checkpoint-STEP/, a folder of each SAE, sae_training_summary.json. Everything that can be
+refused is refused before a device computes; what is saved is whole; the same command goes on from it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jax_extract.devices.choice import use_devices
+from jax_extract.devices.mesh import make_mesh, parse_mesh_shape
+from jax_extract.devices.platform import device_kind
+from jax_extract.errors import UserError, user_path
+from jax_extract.layer_words import layer_words, layers_of
+from jax_extract.sae.config import SaeTrainConfig
+from jax_extract.sae.jobs import Job, grouped, jobs_of
+from jax_extract.sae.rows import Rows, Scales
+from jax_extract.sae.saved import KIND, SUMMARY_FILE, SavedSweep, save_checkpoint, save_end
+from jax_extract.sae.sources import ArraySource, HeldOut, RunSource, Source, is_array_file, read_array
+from jax_extract.sae.step import Schedule
+from jax_extract.sae.training import SaeTraining, States, SweepProgram
+from jax_extract.store.folders import require_usable
+from jax_extract.store.parts import Site
+from jax_extract.store.reader import Run, open_activations
+from jax_extract.terminal import Terminal, duration_text, plural, ranges_text
+from jax_extract.training.checkpoints import OPTIMIZER_FOLDER, TrainerState, checkpoint_folder
+from jax_extract.training.optimizer_state import load_optimizer, save_optimizer
+from jax_extract.training.place import Found, find, held
+from jax_extract.training.rhythm import Every, Log, Rhythm
+
+_PACKAGES = ("jax", "jaxlib", "numpy")
+
+
+def sae_train(
+    config: SaeTrainConfig, terminal: Terminal | None = None, held_in_memory: Run | np.ndarray | None = None
+) -> dict[str, Any]:
+    """Trains, or goes on; returns what sae_training_summary.json says.
+
+    Args:
+      held_in_memory: what is trained on instead of what `config.activations` names.
+
+    Raises:
+      UserError: anything the user can mend; no checkpoint is lost.
+    """
+    config.check()
+    output = user_path(config.output_dir, "--output_dir")
+    source = source_of(config, held_in_memory)
+    jobs = jobs_of(config, source.sites)
+    require_usable(output, "--output_dir")
+    use_devices(config.device)
+    mesh = make_mesh(parse_mesh_shape(config.mesh_shape) if config.mesh_shape else None)
+    if config.batch_size % mesh.size:
+        raise UserError(
+            f"--batch_size {config.batch_size} cannot be shared between {mesh.size} devices; give a multiple of that"
+        )
+    training = _Sweep(config, output, jobs, Rows(source, config.batch_size), mesh, terminal or Terminal())
+    with held(KIND, output, config.overwrite):
+        return training.run_all()
+
+
+def source_of(config: SaeTrainConfig, held_in_memory: Run | np.ndarray | None = None) -> Source:
+    """Where the rows come from; UserError where there are none such."""
+    held_out, seed = HeldOut(config.held_out, config.seed[0]), config.seed[0]
+    if isinstance(held_in_memory, np.ndarray) or (held_in_memory is None and is_array_file(config.activations)):
+        if config.layers is not None:
+            raise UserError(
+                f"--layers {config.layers} is about a run, and {config.activations} is a file; leave it out"
+            )
+        array = read_array(config.activations) if held_in_memory is None else held_in_memory
+        return ArraySource(array, config.batch_size, seed, held_out, config.activations)
+    run = open_activations(config.activations) if held_in_memory is None else held_in_memory
+    return RunSource(run, _sites(run, config), config.batch_size, seed, config.positions, held_out)
+
+
+def _sites(run: Run, config: SaeTrainConfig) -> list[Site]:
+    """The layers of the run that are trained on."""
+    if config.layers is None:
+        first = run.site(run.layers[0] if run.layers else None, config.hook)
+        return [site for site in run.sites if site.hook == first.hook]
+    blocks = run.metadata.get("num_hidden_layers") or max(run.layers, default=0) + 1
+    layers = layers_of(layer_words(config.layers, "--layers") or (), blocks)
+    return [run.site(layer, config.hook) for layer in layers]
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    config: SaeTrainConfig
+    output: Path
+    jobs: Sequence[Job]
+    rows: Rows
+    mesh: Mesh
+    terminal: Terminal
+
+    def run_all(self) -> dict[str, Any]:
+        config = self.config
+        found = find(KIND, self.output, self._settings(), None if config.allow_numeric_change else self._numerics())
+        if found is not None and found.is_final:
+            self.terminal.line("done", f"it was there already: {self.output / SUMMARY_FILE}")
+            return _read_summary(self.output)
+        with self.terminal.waiting("reading rows"):
+            known = self.rows.measured()
+            scales = Scales.of(known, config.largest_norm)
+            aside, samples = self.rows.held_out()
+            aside = aside[scales.keeps(aside)]
+        schedule = self._schedule()
+        self._tell(schedule, scales, len(aside), len(set(samples.tolist())))
+        program = SweepProgram(grouped(self.jobs), schedule, scales, self.mesh)
+        before = found.state if found else None
+        log, pending = (before.log_history, before.pending_losses) if before else ([], [])
+        kept = known[scales.keeps(known)]
+        training = SaeTraining(
+            program, self.rows, scales, aside, kept, config.batch_size, self._save, self.terminal, log
+        )
+        states = self._states(program, found)
+        every = Every(config.logging_steps, config.eval_steps, config.save_steps)
+        started = time.perf_counter()
+        states = Rhythm(training, every, self.terminal, [*pending]).run(states, before.global_step if before else 0)
+        fills = self._fills(training, states, schedule.steps)
+        summary = save_end(self.output, self._state(schedule.steps, training.log, []), fills)
+        self._conclude(summary, time.perf_counter() - started)
+        return summary
+
+    # --------------------------------------------------------------------------- what decides what
+
+    def _schedule(self) -> Schedule:
+        config = self.config
+        steps = (config.training_rows or self.rows.source.rows) // config.batch_size
+        return Schedule(
+            steps,
+            warm_up=round(config.learning_rate_warm_up * steps),
+            decay=round(config.learning_rate_decay * steps),
+            sparsity_warm_up=round(config.sparsity_warm_up * steps),
+            dead_after=max(1, config.dead_after_rows // config.batch_size),
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides the weights, in JSON."""
+        source = self.rows.source
+        names = "batch_size held_out positions largest_norm learning_rate_warm_up learning_rate_decay".split()
+        names += "sparsity_warm_up dead_after_rows".split()
+        return {
+            "data": {"digest": source.digest, "sites": [[site.hook, site.layer] for site in source.sites]},
+            "saes": [job.name for job in self.jobs],
+            "steps": self._schedule().steps,
+            **{name: getattr(self.config, name) for name in names},
+            "learning_rate": list(self.config.learning_rate),
+            "seed": list(self.config.seed),
+        }
+
+    def _numerics(self) -> dict[str, Any]:
+        """What decides their last bits."""
+        versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+        return {"device_kind": device_kind(), "devices": self.mesh.size, **versions}
+
+    def _about(self, scales: Scales) -> dict[str, Any]:
+        """What is said in every SAE's metadata of what it was trained on."""
+        config, source = self.config, self.rows.source
+        return {
+            **source.about,
+            "activations": config.activations,
+            "digest": source.digest,
+            "rows": self._schedule().steps * config.batch_size,
+            "largest_norm": {"times_median": config.largest_norm, "norms": _finite(scales.largest.tolist())},
+            "held_out": {"share": config.held_out, "seed": config.seed[0]},
+        }
+
+    # ------------------------------------------------------------------------------ state, and back
+
+    def _states(self, program: SweepProgram, found: Found | None) -> States:
+        if found is None:
+            return program.start()
+        mend = f"remove {found.folder} to go on from the checkpoint before it, {KIND.anew}"
+        states = load_optimizer(found.folder / OPTIMIZER_FOLDER, program.start(), mend)
+        if found.state.data is None:
+            raise UserError(f"{found.folder} does not say where in the rows it was; {mend}")
+        self.rows.state = found.state.data
+        self.terminal.line("resume", f"goes on from step {found.state.global_step:,} of {found.folder}/")
+        return states
+
+    def _state(self, step: int, log: Log, pending: list[Any]) -> TrainerState:
+        steps = self._schedule().steps
+        epoch = step * self.config.batch_size / self.rows.source.rows
+        return TrainerState(
+            step, steps, epoch, list(log), self._settings(), self._numerics(), pending, dict(self.rows.state)
+        )
+
+    def _fills(self, training: SaeTraining, states: States, step: int) -> dict[str, Any]:
+        scales = dict(enumerate(training.scales.factor.tolist()))
+        return SavedSweep(self._about(training.scales)).fills(training.stored(states), scales, step)
+
+    def _save(self, training: SaeTraining, step: int, states: States, pending: list[Any]) -> None:
+        state = self._state(step, training.log, pending)
+        fills = self._fills(training, states, step)
+        save_checkpoint(
+            checkpoint_folder(self.output, step), state, fills, lambda to: save_optimizer(to, jax.tree.leaves(states))
+        )
+
+    # ------------------------------------------------------------------------------- what is told
+
+    def _tell(self, schedule: Schedule, scales: Scales, held_out: int, samples: int) -> None:
+        sites = self.rows.source.sites
+        layers = [site.layer for site in sites if site.layer is not None]
+        where = f"{sites[0].hook}" + (f" at layer {ranges_text(layers)}" if layers else "")
+        self.terminal.line(
+            "rows",
+            f"{self.config.activations}: {self.rows.source.rows:,} rows of {where} to train on, positions "
+            f"{self.config.positions}; {held_out:,} of {plural(samples, 'sample')} held out",
+        )
+        trained = sum(job.baseline is None for job in self.jobs)
+        widths = ", ".join(dict.fromkeys(f"{job.architecture.d_in} to {job.architecture.d_sae}" for job in self.jobs))
+        self.terminal.line(
+            "saes",
+            f"{plural(trained, 'SAE')} ({widths}) and {plural(len(self.jobs) - trained, 'baseline')} in one pass on "
+            f"{plural(self.mesh.size, self.mesh.devices.flat[0].device_kind + ' device')}",
+        )
+        self.terminal.line(
+            "plan",
+            f"{plural(schedule.steps, 'step')} of {self.config.batch_size:,} rows, {_epochs(self, schedule):.2g} "
+            f"epochs; a checkpoint every {self.config.save_steps:,}",
+        )
+
+    def _conclude(self, summary: dict[str, Any], seconds: float) -> None:
+        rows = self._schedule().steps * self.config.batch_size
+        left_out = self.rows.left_out
+        self.terminal.line(
+            "done",
+            f"{rows:,} rows in {duration_text(seconds)}; {plural(left_out, 'row')} of a norm above "
+            f"{self.config.largest_norm:g} times the median left out",
+        )
+        for said in summary["saes"]:
+            metrics = said["metrics"]
+            self.terminal.line(
+                "sae",
+                f"{said['name']}: explained variance {metrics['explained_variance']:.4f}, L0 {metrics['l0']:.1f}, "
+                f"dead {metrics['dead']:.1%}",
+            )
+        self.terminal.line("output", f"{self.output}/")
+
+
+def _epochs(sweep: _Sweep, schedule: Schedule) -> float:
+    return schedule.steps * sweep.config.batch_size / sweep.rows.source.rows
+
+
+def _finite(values: list[float]) -> list[float | None]:
+    """JSON has no infinity."""
+    return [value if value < float("inf") else None for value in values]
+
+
+def _read_summary(output: Path) -> dict[str, Any]:
+    import json
+
+    from jax_extract.errors import damage_is_told
+
+    with damage_is_told(str(output / SUMMARY_FILE), f"remove {output} to train again"):
+        return json.loads((output / SUMMARY_FILE).read_text(encoding="utf-8"))

@@ -1,0 +1,44 @@
+"""The weights of a sparse autoencoder, as they begin.
+
+In: an architecture, a seed, the mean of the rows. Out: float32 arrays under SAELens' names: W_enc [d_in, d_sae],
+W_dec [d_sae, d_out], b_dec [d_out]; b_enc [d_sae], of a gated one b_gate, b_mag and r_mag [d_sae] instead; threshold
+[d_sae] of a JumpReLU SAE. Directions of the decoder are uniformly random rows of one small norm, the encoder is its
+transpose (Anthropic, circuits update of April 2024), and the bias of the decoder is the mean of the rows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jax_extract.sae.architecture import Architecture
+
+Parameters = dict[str, np.ndarray]
+DECODER_NORM = 0.1
+FIRST_THRESHOLD = 0.01  # of a JumpReLU SAE, in units of scaled rows
+
+
+def first_parameters(
+    architecture: Architecture, seed: int, mean: np.ndarray | None = None, decoder_norm: float = DECODER_NORM
+) -> Parameters:
+    """float32 arrays on the host.
+
+    Args:
+      mean: float [d_out], of scaled rows; zeros where left out.
+    """
+    d_in, d_out, d_sae = architecture.d_in, architecture.d_out, architecture.d_sae
+    random = np.random.default_rng([seed, d_out, d_sae])
+    decoder = random.uniform(-1.0, 1.0, (d_sae, d_out)).astype(np.float32)
+    decoder *= decoder_norm / np.linalg.norm(decoder, axis=1, keepdims=True)
+    if d_in == d_out:
+        encoder = decoder.T.copy()
+    else:
+        encoder = random.uniform(-1.0, 1.0, (d_sae, d_in)).astype(np.float32)
+        encoder = (encoder * (decoder_norm / np.linalg.norm(encoder, axis=1, keepdims=True))).T.copy()
+    bias = np.zeros(d_out, np.float32) if mean is None else np.asarray(mean, np.float32)
+    found = {"W_enc": encoder, "W_dec": decoder, "b_dec": bias}
+    zeros = lambda: np.zeros(d_sae, np.float32)  # noqa: E731
+    if architecture.name == "gated":
+        return {**found, "b_gate": zeros(), "b_mag": zeros(), "r_mag": zeros()}
+    if architecture.name == "jumprelu":
+        return {**found, "b_enc": zeros(), "threshold": np.full(d_sae, FIRST_THRESHOLD, np.float32)}
+    return {**found, "b_enc": zeros()}

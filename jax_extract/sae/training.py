@@ -1,0 +1,183 @@
+"""A sweep of SAEs, as the rhythm of a training sees it.
+
+In: jobs grouped by what is compiled, rows, scales. Out: steps of all SAEs on each batch, lines and metrics, checkpoints
+of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jax_extract.devices.mesh import BATCH_AXES
+from jax_extract.devices.sharding import named
+from jax_extract.sae.architecture import Architecture
+from jax_extract.sae.jobs import Job, choices_of
+from jax_extract.sae.metrics import Metrics, calibrated, measure
+from jax_extract.sae.parameters import first_parameters
+from jax_extract.sae.rows import Rows, Scales
+from jax_extract.sae.step import Schedule, State, train_steps
+from jax_extract.terminal import Terminal
+from jax_extract.training.rhythm import Log, Measured, diverged
+
+States = tuple[State, ...]  # of each group, stacked over its jobs
+_TOLD = ("loss", "mse", "l0", "variance", "dead")  # of a job and step
+
+
+class SweepProgram:
+    """Steps of all groups; compiles each once."""
+
+    def __init__(self, groups: dict[Architecture, list[Job]], schedule: Schedule, scales: Scales, mesh: Mesh) -> None:
+        self.groups, self.schedule, self.mesh = groups, schedule, mesh
+        self._scales = scales
+        whole, batch = named(mesh, P()), named(mesh, P(BATCH_AXES))
+        self._batch = batch
+        factors = scales.factor.tolist()
+        self._choices = [jax.device_put(choices_of(jobs, factors), whole) for jobs in groups.values()]
+        self._steps = [
+            jax.jit(
+                partial(_steps_of, architecture, schedule),
+                donate_argnums=0,
+                in_shardings=(whole, whole, batch),
+                out_shardings=(whole, whole),
+            )
+            for architecture in groups
+        ]
+
+    def start(self) -> States:
+        """Before the first step."""
+        return tuple(self.place(self._first(jobs)) for jobs in self.groups.values())
+
+    def place(self, state: State) -> State:
+        return jax.device_put(state, named(self.mesh, P()))
+
+    def step(self, states: States, rows: np.ndarray) -> tuple[States, Array]:
+        """A step of every SAE on rows [b, layers, width]; and float32 [jobs, 5], `_TOLD` of each."""
+        placed = jax.device_put(rows, self._batch)
+        done = [step(*given, placed) for step, *given in zip(self._steps, states, self._choices, strict=True)]
+        told = [found for _, found in done]
+        return tuple(state for state, _ in done), told[0] if len(told) == 1 else jnp.concatenate(told)
+
+    def _first(self, jobs: Sequence[Job]) -> State:
+        drawn = []
+        for job in jobs:
+            mean = self._scales.mean[job.place] * self._scales.factor[job.place]
+            drawn.append(State.start(first_parameters(job.architecture, job.seed, mean)))
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *drawn)
+
+
+def _steps_of(
+    architecture: Architecture, schedule: Schedule, states: State, choices: Any, rows: Array
+) -> tuple[State, Array]:
+    states, found = train_steps(architecture, schedule, states, choices, rows)
+    return states, jnp.stack([getattr(found, name).astype(jnp.float32) for name in _TOLD], axis=1)
+
+
+@dataclass
+class SaeTraining:
+    """Attributes:
+    checkpoint: writes one of this training, a step and its states, and what no line has told yet.
+    held_out: [n, layers, width] rows that are not trained on.
+    calibration: [n, layers, width] rows that are, for thresholds.
+    """
+
+    program: SweepProgram
+    rows: Rows
+    scales: Scales
+    held_out: np.ndarray
+    calibration: np.ndarray
+    batch_size: int
+    checkpoint: Callable[[SaeTraining, int, States, list[Any]], None]
+    terminal: Terminal
+    log: Log = field(default_factory=list)
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [job for jobs in self.program.groups.values() for job in jobs]
+
+    @property
+    def steps(self) -> int:
+        return self.program.schedule.steps
+
+    @property
+    def units(self) -> int:
+        return self.steps * self.batch_size
+
+    @property
+    def unit(self) -> str:
+        return " rows"
+
+    def batches(self, done: int) -> Iterator[np.ndarray]:
+        for _, rows in zip(range(self.steps - done), self.rows.batches(self.scales), strict=False):
+            yield rows
+
+    def units_of(self, batch: np.ndarray) -> int:
+        return len(batch)
+
+    def step(self, state: States, batch: np.ndarray) -> tuple[States, Array]:
+        return self.program.step(state, batch)
+
+    def tell(self, step: int, measured: Measured) -> None:
+        means: dict[str, np.ndarray] = dict(zip(_TOLD, np.mean(_finite(measured, step), axis=0).T, strict=True))
+        means["explained_variance"] = 1 - means["mse"] / means["variance"]
+        self._say("train", step, means)
+
+    def evaluate(self, step: int, state: States) -> None:
+        found = [metrics for _, metrics, _ in self.stored(state)]
+        names = ("explained_variance", "l0", "dead")
+        self._say("evaluate", step, {name: np.array([getattr(each, name) for each in found]) for name in names})
+
+    def save(self, step: int, state: States, measured: Measured) -> None:
+        self.checkpoint(self, step, state, _finite(measured, step).tolist())
+
+    def stored(self, states: States) -> Iterator[tuple[Job, Metrics, dict[str, Any]]]:
+        """Each SAE as it is stored: its metrics on held-out rows, and its weights and threshold as they are trained."""
+        for state, jobs in zip(states, self.program.groups.values(), strict=True):
+            for i, job in enumerate(jobs):
+                params = {name: np.asarray(value[i]) for name, value in state.params.items()}
+                scale = float(self.scales.factor[job.place])
+                known = self.calibration[:, job.place]
+                threshold = calibrated(job.architecture, params, known, scale, job.sparsity, float(state.guess[i]))
+                metrics = measure(job.architecture, params, self.held_out[:, job.place], scale, threshold)
+                averaged = float(state.threshold[i]) + float(state.rest[i])
+                yield job, metrics, {"params": params, "threshold": threshold, "averaged_threshold": averaged}
+
+    def _say(self, word: str, step: int, values: dict[str, np.ndarray]) -> None:
+        jobs = self.jobs
+        prefix = "" if word == "train" else "eval_"
+        entry: dict[str, Any] = {"step": step}
+        for i, job in enumerate(jobs):
+            entry |= {f"{job.name}/{prefix}{name}": float(value[i]) for name, value in values.items()}
+        self.log.append(entry)
+        trained = np.array([job.baseline is None for job in jobs])
+        dead = values["dead"] if word == "evaluate" else values["dead"] / [job.architecture.d_sae for job in jobs]
+        texts = [
+            f"explained variance {_spread(values['explained_variance'][trained], '.4f')}",
+            f"L0 {_spread(values['l0'][trained], '.1f')}",
+            f"dead {_spread(dead[trained], '.1%')}",
+        ]
+        self.terminal.line(word, f"step {step:,} of {self.steps:,}: {', '.join(texts)}")
+
+
+def _spread(values: np.ndarray, form: str) -> str:
+    """One value, or from the least to the largest."""
+    least, largest = (format(value, form) for value in (values.min(), values.max()))
+    return least if least == largest else f"{least} to {largest}"
+
+
+def _finite(measured: Measured, last: int) -> np.ndarray:
+    """[steps, jobs, 5] of the steps up to `last`; UserError where a loss is no number any more."""
+    found = np.array([np.asarray(each) for each in measured], np.float64)
+    for step, of_step in enumerate(found, last - len(found) + 1):
+        if not np.isfinite(of_step[:, 0]).all():
+            raise diverged(f"the loss is {of_step[:, 0][~np.isfinite(of_step[:, 0])][0]}", step)
+    return found

@@ -1,0 +1,1 @@
+"""Walks on graphs, and small language models that are trained on them."""

@@ -194,7 +194,7 @@ def saelens(job: dict[str, Any]) -> Commands:
         "matryoshka_batchtopk": {"k": K, "matryoshka_widths": [latents >> shift for shift in (4, 3, 2, 1, 0)]},
     }.get(name, {"k": K})
     if job["sparse"]:
-        options["use_sparse_activations"] = True
+        options |= {"use_sparse_activations": True, "rescale_acts_by_decoder_norm": False}  # with both it fails
     kind, config = get_sae_training_class(name)
     torch.manual_seed(0)
     trainer = SAETrainer(

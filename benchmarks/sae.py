@@ -159,12 +159,9 @@ def ours(job: dict[str, Any]) -> Commands:
     name, width, latents = job["architecture"], job["width"], job["latents"]
     nested = tuple(latents >> shift for shift in (4, 3, 2, 1, 0)) if name == "matryoshka_batchtopk" else ()
     architecture = Architecture(name, width, width, latents, k=K if name == "topk" else None, widths=nested)
-    one = lambda value, kind=np.float32: np.array([value], kind)  # noqa: E731
-    sparsity = L0 if name == "jumprelu" else L1
-    choice = Choice(
-        *(one(0, np.int32), one(0, np.int32), one(1), one(1), one(K), one(sparsity), one(1e-3)),
-        *(one(FREE, np.int32), one(FREE, np.int32)),
-    )
+    layer, free, unscaled = np.zeros(1, np.int32), np.full(1, FREE, np.int32), np.ones(1, np.float32)
+    sparsity = unscaled * (L0 if name == "jumprelu" else L1)
+    choice = Choice(layer, layer, unscaled, unscaled, K * unscaled, sparsity, 1e-3 * unscaled, free, free)
     state = jax.tree.map(lambda leaf: leaf[None], State.start(first_parameters(architecture, 0)))
     step = jax.jit(partial(train_steps, architecture, Schedule(1_000)), donate_argnums=0)
     rows = [batch[:, None] for batch in batches(job)]

@@ -304,6 +304,9 @@ def _train(argv: list[str]) -> None:
 
 def _sae(argv: list[str]) -> None:
     """`sae train`, and what else is done with sparse autoencoders."""
+    if argv[:1] in (["-h"], ["--help"]):
+        print(f"usage: jax-extract sae COMMAND …\n\ncommands: {', '.join(_OF_SAES)}; COMMAND --help lists the options")
+        return
     if not argv or argv[0] not in _OF_SAES:
         raise UserError(f"jax-extract sae needs one of {', '.join(_OF_SAES)}, as in jax-extract sae train --help")
     _OF_SAES[argv[0]](argv[1:])

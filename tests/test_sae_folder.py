@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -15,8 +15,7 @@ from sae_cases import CASES, D_IN, D_SAE, SaeCase, rows
 from jax_extract.errors import UserError
 from jax_extract.sae.architecture import Architecture
 from jax_extract.sae.autoencoder import SparseAutoencoder
-from jax_extract.sae.folder import CONFIG_FILE, WEIGHTS_FILE, config_of, folded, write
-from jax_extract.sae.metrics import latents
+from jax_extract.sae.folder import CONFIG_FILE, WEIGHTS_FILE, config_of, folded, with_threshold, write
 from jax_extract.sae.parameters import first_parameters
 
 SCALE, THRESHOLD = 0.37, 0.11
@@ -37,12 +36,32 @@ def stored(case: SaeCase, folder: Path) -> tuple[SparseAutoencoder, np.ndarray, 
     params = trained_like(architecture)
     folder.mkdir()
     metadata = {"model_name": "a model", "hook_name": "blocks.12.hook_resid_post"}
-    write(folder, config_of(architecture, metadata), folded(architecture, params, THRESHOLD, SCALE, SCALE))
+    write(folder, config_of(architecture, metadata), for_rows_as_they_are(architecture, params, SCALE))
     x = rows(1)[0] / np.float32(SCALE)
-    arrays = {name: jnp.asarray(value) for name, value in params.items()}
-    f = np.asarray(latents(architecture, arrays, jnp.asarray(x * np.float32(SCALE)), jnp.float32(THRESHOLD)))
+    f = by_hand(architecture, params, x * SCALE)
     out = (f @ params["W_dec"] + params["b_dec"]) / SCALE
     return SparseAutoencoder.open(folder), x, out
+
+
+def for_rows_as_they_are(architecture: Architecture, params: dict[str, np.ndarray], scale_out: float) -> Any:
+    tensors = folded(architecture, params, SCALE, scale_out)
+    over_batch = architecture.name in ("batchtopk", "matryoshka_batchtopk")
+    return with_threshold(tensors, THRESHOLD / scale_out) if over_batch else tensors
+
+
+def by_hand(architecture: Architecture, params: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+    """The latents that trained weights have of scaled rows, in float64."""
+    p = {name: value.astype(np.float64) for name, value in params.items()}
+    z = (x - p["b_dec"] * architecture.centred if architecture.centred else x) @ p["W_enc"]
+    if architecture.name == "gated":
+        return (z + p["b_gate"] > 0) * np.maximum(z * np.exp(p["r_mag"]) + p["b_mag"], 0)
+    pre, norms = z + p["b_enc"], np.linalg.norm(p["W_dec"], axis=1)
+    if architecture.name == "jumprelu":
+        return pre * (pre > np.maximum(p["threshold"], 0))
+    if architecture.name == "topk":
+        kth = np.sort(pre * norms, axis=1)[:, -architecture.k]
+        return np.maximum(pre, 0) * (pre * norms >= kth[:, None])
+    return np.maximum(pre, 0) * (pre * norms > THRESHOLD if "batchtopk" in architecture.name else 1)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
@@ -71,10 +90,9 @@ def test_saelens_loads_it_and_finds_the_same_latents_and_reconstruction(case: Sa
 def test_a_transcoder_is_one_of_saelens_too(tmp_path: Path) -> None:
     architecture = Architecture("batchtopk", D_IN, 10, D_SAE, centred=False)
     params = trained_like(architecture)
-    write(tmp_path, config_of(architecture, {}), folded(architecture, params, THRESHOLD, SCALE, 2.0))
+    write(tmp_path, config_of(architecture, {}), for_rows_as_they_are(architecture, params, 2.0))
     sae, [x] = SparseAutoencoder.open(tmp_path), rows(1)
-    arrays = {name: jnp.asarray(value) for name, value in params.items()}
-    f = np.asarray(latents(architecture, arrays, jnp.asarray(x * np.float32(SCALE)), jnp.float32(THRESHOLD)))
+    f = by_hand(architecture, params, x * SCALE)
     expected = (f @ params["W_dec"] + params["b_dec"]) / 2.0
     assert np.linalg.norm(np.asarray(sae(x)) - expected) <= 1e-5 * np.linalg.norm(expected)
     with warnings.catch_warnings():

@@ -2,7 +2,7 @@
 
 Guarded: each loss, every updated tensor by its Frobenius norm, which latents are dead, the auxiliary loss of dead
 latents, the averaged threshold, schedules; that several SAEs of one compiled step are each trained alone; that
-baselines keep what they are to keep; that a batch shared between devices is the same batch.
+baselines keep what they are to keep. What devices make of a shared batch is in test_sae_training.py.
 """
 
 from __future__ import annotations

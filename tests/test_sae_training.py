@@ -301,6 +301,8 @@ def test_a_file_that_holds_no_rows_is_refused(content: np.ndarray, said: str, tm
         ({"held_out": 1.0}, "--held_out 1.0 must be a share of the samples"),
         ({"baselines": ("random",)}, "--baselines 'random' is none of frozen_decoder, frozen_random, none"),
         ({"positions": "first:0"}, "positions='first:0' is no choice of positions"),
+        ({"held_out": 1e-6}, "--held_out 1e-06 of the 200 samples of this run holds out no row"),
+        ({"layers": None, "hook": "blocks.2.hook_resid_post"}, "this run holds no layer 2 of 'after_block'"),
         ({"seed": (-1,)}, "--seed -1 must be from 0"),
         ({"learning_rate": (float("nan"),)}, "--learning_rate nan must be a positive number"),
     ],
@@ -317,6 +319,38 @@ def test_mistakes_are_told_before_anything_is_written(
 def test_a_rate_that_diverges_is_told(activations: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"so training does not converge; give a smaller --learning_rate"):
         trained(activations, tmp_path / "saes", learning_rate=(1e20,), architecture=("standard",))
+
+
+def test_a_name_of_transformer_lens_says_the_layer(activations: Path, tmp_path: Path) -> None:
+    options = {"layers": None, "training_rows": 2 * BATCH, "baselines": ("none",)}
+    said = trained(activations, tmp_path / "saes", hook="blocks.3.hook_resid_post", **options)
+    assert [sae["layer"] for sae in said["saes"]] == [3]
+
+
+@pytest.mark.parametrize("shape", ["4,1", "2,2"])
+def test_devices_share_a_batch_and_come_to_the_same_losses(
+    shape: str, activations: Path, whole: Path, tmp_path: Path
+) -> None:
+    flags: list[object] = ["sae", "train", "--activations", activations, "--output_dir", tmp_path / "mesh"]
+    for name, value in SMALL.items():
+        flags += [f"--{name}", *(value if isinstance(value, tuple) else (value,))]
+    env = {"JAX_NUM_CPU_DEVICES": "4"}
+    done = run_cli(*flags, "--mesh_shape", shape, script=None, cwd=tmp_path, env=env, fresh=True)
+    assert done.returncode == 0, done.stderr
+    logs = [
+        json.loads((place / "trainer_state.json").read_text())["log_history"] for place in (tmp_path / "mesh", whole)
+    ]
+    assert len(logs[0]) == len(logs[1])
+    for ours, theirs in zip(*logs, strict=True):
+        for name, value in theirs.items():
+            if name.endswith("/loss"):
+                assert ours[name] == pytest.approx(value, rel=1e-4), (name, ours["step"])
+
+
+def test_help_lists_what_there_is(tmp_path: Path) -> None:
+    done = run_cli("sae", "--help", script=None, cwd=tmp_path)
+    assert done.returncode == 0 and "train" in done.stdout
+    assert "--expansion_factor" in run_cli("sae", "train", "--help", script=None, cwd=tmp_path).stdout
 
 
 def test_what_is_no_run_is_refused_by_the_command_in_one_line(tmp_path: Path) -> None:

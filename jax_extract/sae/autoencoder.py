@@ -6,9 +6,10 @@ differentiated and used in an edit.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -31,6 +32,58 @@ _NEEDS = {
     "topk": ("b_enc",),
     "gated": ("b_gate", "b_mag", "r_mag"),
 }
+
+Params = Mapping[str, Any]
+
+
+class Form(NamedTuple):
+    """What of cfg.json decides the computation; static where that is compiled.
+
+    Attributes:
+      kind: relu, jumprelu, topk or gated.
+      centred: whether b_dec is taken from the rows first.
+      k: latents of a row, of topk.
+      by_norm: whether topk chooses by activations times the norms of the decoder.
+    """
+
+    kind: str
+    centred: bool = True
+    k: int = 0
+    by_norm: bool = False
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Form:
+        kind = _ENCODED_BY[config["architecture"]]
+        by_norm = kind == "topk" and bool(config.get("rescale_acts_by_decoder_norm"))
+        return cls(kind, bool(config.get("apply_b_dec_to_input", True)), int(config.get("k", 0)), by_norm)
+
+
+def encode(form: Form, params: Params, x: Array) -> Array:
+    """float32 [rows, d_sae], the latents of float32 rows [rows, d_in]."""
+    if form.centred:
+        x = x - params["b_dec"][None]
+    z = jnp.matmul(x, params["W_enc"], precision=lax.Precision.HIGHEST)
+    if form.kind == "gated":
+        magnitude = z * jnp.exp(params["r_mag"])[None] + params["b_mag"][None]
+        return jnp.where(z + params["b_gate"][None] > 0, jnp.maximum(magnitude, 0), 0)
+    pre = z + params["b_enc"][None]
+    if form.kind == "jumprelu":
+        return jnp.where(pre > params["threshold"][None], jnp.maximum(pre, 0), 0)
+    if form.kind == "topk":
+        pre = pre * _norms(params)[None] if form.by_norm else pre
+        chosen = active(pre, jnp.ones(pre.shape[1]), kth_largest_of_rows(pre, form.k))
+        return jnp.where(chosen, pre, 0)
+    return jnp.maximum(pre, 0)
+
+
+def decode(form: Form, params: Params, latents: Array) -> Array:
+    """float32 [rows, d_out], what latents [rows, d_sae] reconstruct."""
+    f = latents / _norms(params)[None] if form.by_norm else latents
+    return jnp.matmul(f, params["W_dec"], precision=lax.Precision.HIGHEST) + params["b_dec"][None]
+
+
+def _norms(params: Params) -> Array:
+    return jnp.linalg.norm(params["W_dec"], axis=1)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -84,37 +137,22 @@ class SparseAutoencoder:
     def metadata(self) -> dict[str, Any]:
         return self.config.get("metadata") or {}
 
+    @property
+    def form(self) -> Form:
+        return Form.of(self.config)
+
     def encode(self, rows: Any) -> Array:
-        """float32 [rows, d_sae], the latents of rows [rows, d_in]."""
+        """float32 [rows, d_sae], the latents of rows [rows, d_in]; UserError where they have another width."""
         x = jnp.asarray(rows).astype(jnp.float32)
-        if x.ndim != 2 or x.shape[1] != self.d_in:  # noqa: PLR2004
+        if x.shape[1:] != (self.d_in,):
             raise UserError(
                 f"rows of shape {list(x.shape)} are not those of this SAE, which encodes [rows, {self.d_in}]"
             )
-        params, kind = self.params, _ENCODED_BY[self.config["architecture"]]
-        if self.config.get("apply_b_dec_to_input", True):
-            x = x - params["b_dec"][None]
-        z = jnp.matmul(x, params["W_enc"], precision=lax.Precision.HIGHEST)
-        if kind == "gated":
-            magnitude = z * jnp.exp(params["r_mag"])[None] + params["b_mag"][None]
-            return jnp.where(z + params["b_gate"][None] > 0, jnp.maximum(magnitude, 0), 0)
-        pre = z + params["b_enc"][None]
-        if kind == "jumprelu":
-            return jnp.where(pre > params["threshold"][None], jnp.maximum(pre, 0), 0)
-        if kind == "topk":
-            if self.config.get("rescale_acts_by_decoder_norm"):
-                pre = pre * jnp.linalg.norm(params["W_dec"], axis=1)[None]
-            chosen = active(pre, jnp.ones(self.d_sae), kth_largest_of_rows(pre, int(self.config["k"])))
-            return jnp.where(chosen, pre, 0)
-        return jnp.maximum(pre, 0)
+        return encode(self.form, self.params, x)
 
     def decode(self, latents: Array) -> Array:
         """float32 [rows, d_out], what latents [rows, d_sae] reconstruct."""
-        f = latents
-        if self.config.get("rescale_acts_by_decoder_norm"):
-            f = f / jnp.linalg.norm(self.params["W_dec"], axis=1)[None]
-        out = jnp.matmul(f, self.params["W_dec"], precision=lax.Precision.HIGHEST)
-        return out + self.params["b_dec"][None]
+        return decode(self.form, self.params, latents)
 
     def __call__(self, rows: Any) -> Array:
         return self.decode(self.encode(rows))

@@ -25,7 +25,7 @@ from jax_extract.layer_words import layer_words, layers_of
 from jax_extract.sae.config import SaeTrainConfig
 from jax_extract.sae.jobs import Job, grouped, jobs_of
 from jax_extract.sae.rows import Rows, Scales
-from jax_extract.sae.saved import KIND, SUMMARY_FILE, SavedSweep, save_checkpoint, save_end
+from jax_extract.sae.saved import KIND, SUMMARY_FILE, SavedSweep, StoredSae, read_summary
 from jax_extract.sae.sources import ArraySource, HeldOut, RunSource, Source, is_array_file, read_array
 from jax_extract.sae.step import Schedule
 from jax_extract.sae.training import SaeTraining, States, SweepProgram
@@ -85,8 +85,11 @@ def source_of(config: SaeTrainConfig, held_in_memory: Run | np.ndarray | None = 
 def _sites(run: Run, config: SaeTrainConfig) -> list[Site]:
     """The layers of the run that are trained on."""
     if config.layers is None:
-        first = run.site(run.layers[0] if run.layers else None, config.hook)
-        return [site for site in run.sites if site.hook == first.hook]
+        hook, named = run.hook_point(config.hook)
+        if named is not None:
+            return [run.site(layer, hook) for layer in sorted(named)]
+        there = [site for site in run.sites if site.hook == hook]
+        return there or [run.site(None, hook)]  # which refuses it by name
     blocks = run.metadata.get("num_hidden_layers") or max(run.layers, default=0) + 1
     layers = layers_of(layer_words(config.layers, "--layers") or (), blocks)
     return [run.site(layer, config.hook) for layer in layers]
@@ -106,7 +109,7 @@ class _Sweep:
         found = find(KIND, self.output, self._settings(), None if config.allow_numeric_change else self._numerics())
         if found is not None and found.is_final:
             self.terminal.line("done", f"it was there already: {self.output / SUMMARY_FILE}")
-            return _read_summary(self.output)
+            return read_summary(self.output)
         with self.terminal.waiting("reading rows"):
             known = self.rows.measured()
             scales = Scales.of(known, config.largest_norm)
@@ -125,10 +128,10 @@ class _Sweep:
         every = Every(config.logging_steps, config.eval_steps, config.save_steps)
         started = time.perf_counter()
         states = Rhythm(training, every, self.terminal, [*pending]).run(states, before.global_step if before else 0)
-        fills = self._fills(training, states, schedule.steps)
-        summary = save_end(self.output, self._state(schedule.steps, training.log, []), fills)
-        self._conclude(summary, time.perf_counter() - started)
-        return summary
+        sweep = self._saved(training, schedule.steps, states, [])
+        sweep.save_end(self.output)
+        self._conclude(sweep.saes, time.perf_counter() - started)
+        return sweep.summary
 
     # --------------------------------------------------------------------------- what decides what
 
@@ -194,15 +197,14 @@ class _Sweep:
             step, steps, epoch, list(log), self._settings(), self._numerics(), pending, dict(self.rows.state)
         )
 
-    def _fills(self, training: SaeTraining, states: States, step: int) -> dict[str, Any]:
-        scales = dict(enumerate(training.scales.factor.tolist()))
-        return SavedSweep(self._about(training.scales)).fills(training.stored(states), scales, step)
+    def _saved(self, training: SaeTraining, step: int, states: States, pending: list[Any]) -> SavedSweep:
+        state = self._state(step, training.log, pending)
+        return SavedSweep(training.stored(states), self._about(training.scales), state)
 
     def _save(self, training: SaeTraining, step: int, states: States, pending: list[Any]) -> None:
-        state = self._state(step, training.log, pending)
-        fills = self._fills(training, states, step)
-        save_checkpoint(
-            checkpoint_folder(self.output, step), state, fills, lambda to: save_optimizer(to, jax.tree.leaves(states))
+        folder = checkpoint_folder(self.output, step)
+        self._saved(training, step, states, pending).save_checkpoint(
+            folder, lambda to: save_optimizer(to, jax.tree.leaves(states))
         )
 
     # ------------------------------------------------------------------------------- what is told
@@ -210,11 +212,13 @@ class _Sweep:
     def _tell(self, schedule: Schedule, scales: Scales, held_out: int, samples: int) -> None:
         sites = self.rows.source.sites
         layers = [site.layer for site in sites if site.layer is not None]
-        where = f"{sites[0].hook}" + (f" at layer {ranges_text(layers)}" if layers else "")
+        where = f"{sites[0].hook}" + (
+            f" at {'layer' if len(layers) == 1 else 'layers'} {ranges_text(layers)}" if layers else ""
+        )
         self.terminal.line(
             "rows",
             f"{self.config.activations}: {self.rows.source.rows:,} rows of {where} to train on, positions "
-            f"{self.config.positions}; {held_out:,} of {plural(samples, 'sample')} held out",
+            f"{self.config.positions}; {held_out:,} of {plural(samples, 'other sample')} held out",
         )
         trained = sum(job.baseline is None for job in self.jobs)
         widths = ", ".join(dict.fromkeys(f"{job.architecture.d_in} to {job.architecture.d_sae}" for job in self.jobs))
@@ -229,22 +233,29 @@ class _Sweep:
             f"epochs; a checkpoint every {self.config.save_steps:,}",
         )
 
-    def _conclude(self, summary: dict[str, Any], seconds: float) -> None:
-        rows = self._schedule().steps * self.config.batch_size
-        left_out = self.rows.left_out
-        self.terminal.line(
-            "done",
-            f"{rows:,} rows in {duration_text(seconds)}; {plural(left_out, 'row')} of a norm above "
-            f"{self.config.largest_norm:g} times the median left out",
-        )
-        for said in summary["saes"]:
-            metrics = said["metrics"]
-            self.terminal.line(
-                "sae",
-                f"{said['name']}: explained variance {metrics['explained_variance']:.4f}, L0 {metrics['l0']:.1f}, "
-                f"dead {metrics['dead']:.1%}",
-            )
+    def _conclude(self, saes: Sequence[StoredSae], seconds: float) -> None:
+        rows, left_out = self._schedule().steps * self.config.batch_size, self.rows.left_out
+        why = f"; {plural(left_out, 'row')} left out, of a norm above {self.config.largest_norm:g} times the median"
+        self.terminal.line("done", f"{rows:,} rows in {duration_text(seconds)}{why if left_out else ''}")
+        for sae in saes:
+            if sae.job.baseline is None:
+                self.terminal.line("sae", _told(sae, saes))
         self.terminal.line("output", f"{self.output}/")
+
+
+def _told(sae: StoredSae, saes: Sequence[StoredSae]) -> str:
+    """One SAE and the baselines beside it."""
+    beside = [
+        f"{other.job.baseline} {other.metrics.explained_variance:.4f}"
+        for other in saes
+        if other.job.baseline is not None and other.job.name == f"{sae.job.name}_{other.job.baseline}"
+    ]
+    metrics = sae.metrics
+    return (
+        f"{sae.job.name}: explained variance {metrics.explained_variance:.4f}"
+        + (f" ({', '.join(beside)})" if beside else "")
+        + f", L0 {metrics.l0:.1f}, dead {metrics.dead:.1%}"
+    )
 
 
 def _epochs(sweep: _Sweep, schedule: Schedule) -> float:
@@ -254,12 +265,3 @@ def _epochs(sweep: _Sweep, schedule: Schedule) -> float:
 def _finite(values: list[float]) -> list[float | None]:
     """JSON has no infinity."""
     return [value if value < float("inf") else None for value in values]
-
-
-def _read_summary(output: Path) -> dict[str, Any]:
-    import json
-
-    from jax_extract.errors import damage_is_told
-
-    with damage_is_told(str(output / SUMMARY_FILE), f"remove {output} to train again"):
-        return json.loads((output / SUMMARY_FILE).read_text(encoding="utf-8"))

@@ -40,14 +40,8 @@ def stored_name(architecture: Architecture) -> str:
     return _AS_TRANSCODER[name]
 
 
-def folded(
-    architecture: Architecture, params: Mapping[str, Any], threshold: float, scale_in: float, scale_out: float
-) -> Parameters:
-    """float32 arrays by name, for rows as they are; computed in float64.
-
-    Args:
-      threshold: of a BatchTopK SAE, in units of its activations times the norms of its decoder.
-    """
+def folded(architecture: Architecture, params: Mapping[str, Any], scale_in: float, scale_out: float) -> Parameters:
+    """float32 arrays by name, for rows as they are, computed in float64; BatchTopK wants `with_threshold` besides."""
     found = {name: np.asarray(value, np.float64) for name, value in params.items()}
     found["W_enc"] = found["W_enc"] * scale_in
     found["W_dec"] = found["W_dec"] / scale_out
@@ -57,11 +51,14 @@ def folded(
         found["W_enc"] = found["W_enc"] * norms
         found["b_enc"] = found["b_enc"] * norms
         found["W_dec"] = found["W_dec"] / norms[:, None]
-    if architecture.name in OVER_BATCH:
-        found["threshold"] = np.full(architecture.d_sae, threshold / scale_out)
     if architecture.name == "jumprelu":
         found["threshold"] = np.maximum(found["threshold"], 0)
     return {name: np.ascontiguousarray(value, np.float32) for name, value in found.items()}
+
+
+def with_threshold(tensors: Parameters, threshold: float) -> Parameters:
+    """The same with one threshold for all latents, in units of the folded activations."""
+    return {**tensors, "threshold": np.full_like(tensors["b_enc"], threshold)}
 
 
 def config_of(architecture: Architecture, metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -123,13 +123,7 @@ class _Batch:
         df = _product("bo,fo->bf", error, self.params["W_dec"]) + per_row * self.norms[None]
         dh = lax.optimization_barrier(jnp.where(f > 0, df, 0))
         decoder = _product("bf,bo->fo", f, error) + self._of_norms(per_row * sums)
-        encoder, from_input = self._encoder(dh)
-        gradients = {
-            "W_enc": encoder,
-            "W_dec": decoder,
-            "b_enc": jnp.sum(dh, axis=0),
-            "b_dec": jnp.sum(error, axis=0) + from_input,
-        }
+        gradients = {**self._shared(dh, decoder, error), "b_enc": jnp.sum(dh, axis=0)}
         return self._step(gradients, {"mse_loss": mse, "l1_loss": l1}, f > 0, mse)
 
     def gated(self) -> Step:
@@ -155,15 +149,12 @@ class _Batch:
         d_magnitude = jnp.where(f > 0, df, 0)
         d_gate = jnp.where(opened, dq, 0)
         dz = lax.optimization_barrier(d_magnitude * rescale[None] + d_gate)
-        encoder, from_input = self._encoder(dz)
-        decoder = _product("bf,bo->fo", f, error) + _product("bf,bo->fo", q, of_gate)
+        decoder = _product("bf,bo->fo", f, error) + _product("bf,bo->fo", q, of_gate) + self._of_norms(per_row * sums)
         gradients = {
-            "W_enc": encoder,
-            "W_dec": decoder + self._of_norms(per_row * sums),
+            **self._shared(dz, decoder, error + of_gate),
             "b_gate": jnp.sum(d_gate, axis=0),
             "b_mag": jnp.sum(d_magnitude, axis=0),
             "r_mag": jnp.sum(d_magnitude * z, axis=0) * rescale,
-            "b_dec": jnp.sum(error, axis=0) + jnp.sum(of_gate, axis=0) + from_input,
         }
         losses = {"mse_loss": mse, "l1_loss": l1, "auxiliary_reconstruction_loss": aux}
         return self._step(gradients, losses, f > 0, mse)
@@ -206,14 +197,7 @@ class _Batch:
             share = jnp.sum(jnp.maximum(below, 0), axis=0) * (a.pre_act_coefficient / self.rows)
             decoder = decoder + self._of_norms(share)
         dh = lax.optimization_barrier(dh)
-        encoder, from_input = self._encoder(dh)
-        gradients = {
-            "W_enc": encoder,
-            "W_dec": decoder,
-            "b_enc": jnp.sum(dh, axis=0),
-            "b_dec": jnp.sum(error, axis=0) + from_input,
-            "threshold": d_threshold,
-        }
+        gradients = {**self._shared(dh, decoder, error), "b_enc": jnp.sum(dh, axis=0), "threshold": d_threshold}
         return self._step(gradients, losses, on, mse)
 
     def of_largest(self, guess: Array) -> Step:
@@ -242,13 +226,7 @@ class _Batch:
             aux, dh, decoder = self._aux(pre, residual, dh, decoder)
             losses["auxiliary_reconstruction_loss"] = aux
         dh = lax.optimization_barrier(dh)
-        encoder, from_input = self._encoder(dh)
-        gradients = {
-            "W_enc": encoder,
-            "W_dec": decoder,
-            "b_enc": jnp.sum(dh, axis=0),
-            "b_dec": jnp.sum(error, axis=0) + from_input,
-        }
+        gradients = {**self._shared(dh, decoder, error), "b_enc": jnp.sum(dh, axis=0)}
         return self._step(gradients, losses, on, mse, chosen)
 
     def _nested(self, f: Array) -> tuple[Array, Array, dict[str, Array], Array, Array]:
@@ -312,13 +290,20 @@ class _Batch:
         wrong = _product("bf,fo->bo", f, self.params["W_dec"]) + self.params["b_dec"][None] - self.y
         return lax.optimization_barrier(wrong * (2 / self.rows)), jnp.sum(jnp.square(wrong)) / self.rows
 
-    def _encoder(self, dz: Array) -> tuple[Array, Array]:
-        """Gradients by W_enc, and by b_dec through what is taken from the input."""
-        encoder = _product("bd,bf->df", self.x, dz)
-        if not self.architecture.centred:
-            return encoder, jnp.zeros_like(self.params["b_dec"])
-        sums = jnp.sum(dz, axis=0)
-        return encoder - jnp.outer(self.params["b_dec"], sums), -_product("df,f->d", self.params["W_enc"], sums)
+    def _shared(self, dz: Array, decoder: Array, error: Array) -> dict[str, Array]:
+        """The gradients by what every architecture has.
+
+        Args:
+          dz: [b, f], by what the encoder makes of the rows.
+          decoder: [f, o], by W_dec.
+          error: [b, o], by the reconstruction.
+        """
+        encoder, bias = _product("bd,bf->df", self.x, dz), jnp.sum(error, axis=0)
+        if self.architecture.centred:
+            sums = jnp.sum(dz, axis=0)
+            encoder = encoder - jnp.outer(self.params["b_dec"], sums)
+            bias = bias - _product("df,f->d", self.params["W_enc"], sums)
+        return {"W_enc": encoder, "W_dec": decoder, "b_dec": bias}
 
     def _of_norms(self, gradient: Array) -> Array:
         """The gradient by W_dec [f, o] of what has the gradient [f] by its norms."""

@@ -1,12 +1,12 @@
 """How well an SAE does on rows that it was not trained on.
 
-In: an SAE as it is used after training, held-out rows and their samples. Out: `Metrics`. Sums are made a part of the
+In: an SAE as it is stored, held-out rows. Out: `Metrics`. Sums are made a part of the
 rows at a time, on the device, and added in float64. Formulas: docs/sae.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
-from jax_extract.sae.architecture import OVER_BATCH, Architecture
-from jax_extract.sae.selection import active, kth_largest_of_all, kth_largest_of_rows
+from jax_extract.sae.autoencoder import Form, Params, SparseAutoencoder, decode, encode
+from jax_extract.sae.selection import kth_largest_of_all
 
 ROWS_AT_ONCE = 2_048
 
@@ -49,44 +49,11 @@ class Metrics:
         return asdict(self)
 
 
-def pre_activations(architecture: Architecture, params: Mapping[str, Array], x: Array) -> Array:
-    """float32 [b, f] of scaled rows, without the encoder's biases."""
-    if architecture.centred:
-        x = x - params["b_dec"][None]
-    return jnp.matmul(x, params["W_enc"], precision=lax.Precision.HIGHEST)
-
-
-def latents(architecture: Architecture, params: Mapping[str, Array], x: Array, threshold: Array) -> Array:
-    """float32 [b, f] of scaled rows [b, d], as the stored SAE has them.
-
-    Args:
-      threshold: float32 [], of a BatchTopK SAE.
-    """
-    z = pre_activations(architecture, params, x)
-    if architecture.name == "gated":
-        magnitude = z * jnp.exp(params["r_mag"])[None] + params["b_mag"][None]
-        return jnp.where(z + params["b_gate"][None] > 0, jnp.maximum(magnitude, 0), 0)
-    pre = z + params["b_enc"][None]
-    if architecture.name == "standard":
-        return jnp.maximum(pre, 0)
-    if architecture.name == "jumprelu":
-        return jnp.where(pre > jnp.maximum(params["threshold"], 0)[None], pre, 0)
-    norms = jnp.linalg.norm(params["W_dec"], axis=1)
-    scaled = pre * norms[None]
-    if architecture.name == "topk":
-        assert architecture.k is not None
-        return jnp.where(active(pre, norms, kth_largest_of_rows(scaled, architecture.k)), pre, 0)
-    return jnp.where(scaled > threshold, jnp.maximum(pre, 0), 0)
-
-
 @partial(jax.jit, static_argnums=0)
-def _sums(
-    architecture: Architecture, params: Mapping[str, Array], x: Array, scale: Array, threshold: Array, shift: Array
-) -> dict[str, Array]:
-    """Of rows [b, d] as they are; `shift` [d] is near their mean, so that float32 sums lose nothing."""
-    f = latents(architecture, params, x * scale, threshold)
-    out = jnp.matmul(f, params["W_dec"], precision=lax.Precision.HIGHEST) + params["b_dec"][None]
-    out = out / scale
+def _sums(form: Form, params: Params, x: Array, shift: Array) -> dict[str, Array]:
+    """Of rows [b, d]; `shift` [d] is near their mean, so that float32 sums lose nothing."""
+    f = encode(form, params, x)
+    out = decode(form, params, f)
     from_mean = x - shift[None]
     norm, of_out = jnp.linalg.norm(x, axis=1), jnp.linalg.norm(out, axis=1)
     dot = jnp.sum(x * out, axis=1)
@@ -104,22 +71,16 @@ def _sums(
     }
 
 
-def measure(
-    architecture: Architecture, params: Mapping[str, Any], rows: np.ndarray, scale: float, threshold: float
-) -> Metrics:
-    """Of rows [n, d] as they are."""
+def measure(sae: SparseAutoencoder, rows: np.ndarray) -> Metrics:
+    """Of rows [n, d_in], which it reconstructs."""
     shift = rows.astype(np.float64).mean(axis=0)
     sums: dict[str, Any] = {}
-    fired = np.zeros(architecture.d_sae, bool)
+    fired = np.zeros(sae.d_sae, bool)
     for part in _parts(rows):
-        found = _sums(
-            architecture, params, part, jnp.float32(scale), jnp.float32(threshold), jnp.asarray(shift, jnp.float32)
-        )
+        found = _sums(sae.form, sae.params, part, jnp.asarray(shift, jnp.float32))
+        fired |= np.asarray(found.pop("fired"))
         for name, value in found.items():
-            if name == "fired":
-                fired |= np.asarray(value)
-            else:
-                sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64).sum(axis=0)
+            sums[name] = sums.get(name, 0.0) + _added(value, name == "shifted")
     n = len(rows)
     variance = sums["square"] - (sums["shifted"] ** 2).sum() / n
     return Metrics(
@@ -134,29 +95,27 @@ def measure(
     )
 
 
+def _added(value: Array, by_dimension: bool) -> Any:
+    """float64: what is [d] already, as it is; what is of each row, over all of them."""
+    found = np.asarray(value, np.float64)
+    return found if by_dimension else found.sum()
+
+
 @partial(jax.jit, static_argnums=0)
-def _kth(architecture: Architecture, params: Mapping[str, Array], x: Array, k: Array, guess: Array) -> Array:
-    pre = pre_activations(architecture, params, x) + params["b_enc"][None]
-    return kth_largest_of_all(
-        pre, jnp.linalg.norm(params["W_dec"], axis=1), jnp.floor(k * x.shape[0]).astype(jnp.int32), guess
-    )
+def _kth(form: Form, params: Params, x: Array, k: Array, guess: Array) -> Array:
+    activations = encode(form, params, x)
+    count = jnp.floor(k * x.shape[0]).astype(jnp.int32)
+    return kth_largest_of_all(activations, jnp.ones(activations.shape[1]), count, guess)
 
 
-def calibrated(
-    architecture: Architecture, params: Mapping[str, Any], rows: np.ndarray, scale: float, k: float, guess: float
-) -> float:
-    """The threshold with which rows have k active latents on average; `guess` of what has no such threshold.
+def calibrated(params: Params, rows: np.ndarray, k: float, guess: float) -> float:
+    """The threshold with which rows have k active latents on average, of a folded BatchTopK SAE.
 
     It is the mean of those of parts of the rows: the moving average of training lags behind a short one.
     """
-    if architecture.name not in OVER_BATCH:
-        return guess
-    found = [
-        float(_kth(architecture, params, part * np.float32(scale), jnp.float32(k), jnp.float32(guess)))
-        for part in _parts(rows)
-        if len(part) == ROWS_AT_ONCE or len(rows) < ROWS_AT_ONCE
-    ]
-    return float(np.mean(found))
+    whole = [part for part in _parts(rows) if len(part) == ROWS_AT_ONCE] or [rows.astype(np.float32)]
+    found = [_kth(Form("relu"), params, part, jnp.float32(k), jnp.float32(guess)) for part in whole]
+    return float(np.mean([float(each) for each in found]))
 
 
 def _parts(rows: np.ndarray) -> Iterator[np.ndarray]:

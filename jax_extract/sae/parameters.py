@@ -36,9 +36,8 @@ def first_parameters(
         encoder = (encoder * (decoder_norm / np.linalg.norm(encoder, axis=1, keepdims=True))).T.copy()
     bias = np.zeros(d_out, np.float32) if mean is None else np.asarray(mean, np.float32)
     found = {"W_enc": encoder, "W_dec": decoder, "b_dec": bias}
-    zeros = lambda: np.zeros(d_sae, np.float32)  # noqa: E731
-    if architecture.name == "gated":
-        return {**found, "b_gate": zeros(), "b_mag": zeros(), "r_mag": zeros()}
+    biases = ("b_gate", "b_mag", "r_mag") if architecture.name == "gated" else ("b_enc",)
+    found |= {name: np.zeros(d_sae, np.float32) for name in biases}
     if architecture.name == "jumprelu":
-        return {**found, "b_enc": zeros(), "threshold": np.full(d_sae, FIRST_THRESHOLD, np.float32)}
-    return {**found, "b_enc": zeros()}
+        found["threshold"] = np.full(d_sae, FIRST_THRESHOLD, np.float32)
+    return found

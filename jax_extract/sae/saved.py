@@ -7,20 +7,23 @@ with sae_training_summary.json.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jax_extract.sae.folder import CONFIG_FILE, WEIGHTS_FILE, config_of, folded, write
+from jax_extract.errors import damage_is_told
+from jax_extract.sae.folder import CONFIG_FILE, WEIGHTS_FILE, config_of, write
 from jax_extract.sae.jobs import Job
 from jax_extract.sae.metrics import Metrics
+from jax_extract.sae.parameters import Parameters
+from jax_extract.store.folders import write_file
 from jax_extract.training.checkpoints import HERE, Kind, TrainerState, save, save_here
 from jax_extract.training.place import first_other
 
 SUMMARY_FILE = "sae_training_summary.json"
 COMMAND = "jax-extract sae train"
-
-Stored = tuple[Job, Metrics, Mapping[str, Any]]  # as `SaeTraining.stored` gives it
 
 
 def _other(name: str, before: Any, asked: Any) -> str:
@@ -47,37 +50,27 @@ KIND = Kind(
 )
 
 
-class SavedSweep:
-    """What is said of every SAE of a sweep.
+@dataclass(frozen=True, eq=False)
+class StoredSae:
+    """One SAE for rows as they are, at some step.
 
     Attributes:
-      about: of all: the run, filters, schedule, in JSON.
+      tensors: by SAELens' names.
+      metrics: of rows that are held out.
+      scale: of its input, which is folded in.
+      averaged_threshold: of a BatchTopK SAE, the moving average of training, in units of the stored activations.
     """
 
-    def __init__(self, about: Mapping[str, Any]) -> None:
-        self.about = dict(about)
+    job: Job
+    tensors: Parameters
+    metrics: Metrics
+    scale: float
+    averaged_threshold: float | None
 
-    def fills(self, stored: Iterable[Stored], scales: Mapping[int, float], step: int) -> dict[str, Any]:
-        """What writes each SAE's folder, by its name, and what the summary says of it."""
-        found: dict[str, Any] = {}
-        for job, metrics, trained in stored:
-            scale = scales[job.place]
-            tensors = folded(job.architecture, trained["params"], trained["threshold"], scale, scale)
-            said = self._metadata(job, metrics, trained, scale, step)
-            config = config_of(job.architecture, said)
-
-            def fill(folder: Path, config: Any = config, tensors: Any = tensors) -> None:
-                folder.mkdir(exist_ok=True)
-                write(folder, config, tensors)
-
-            found[job.name] = fill, {**said["jax_extract"], "metrics": metrics.to_json()}
-        return found
-
-    def _metadata(
-        self, job: Job, metrics: Metrics, trained: Mapping[str, Any], scale: float, step: int
-    ) -> dict[str, Any]:
-        about = self.about
-        own: dict[str, Any] = {
+    def described(self, about: Mapping[str, Any], step: int) -> dict[str, Any]:
+        """What the summary and cfg.json say of it; `about` is said of all of a sweep."""
+        job = self.job
+        said: dict[str, Any] = {
             "name": job.name,
             "architecture": job.architecture.name,
             "layer": job.site.layer,
@@ -88,63 +81,80 @@ class SavedSweep:
             "learning_rate": job.learning_rate,
             "seed": job.seed,
             "baseline": job.baseline,
-            "input_scale": scale,
+            "input_scale": self.scale,
             "step": step,
-            "trained_on": about,
+            "trained_on": dict(about),
+            "metrics": self.metrics.to_json(),
         }
         if job.architecture.widths:
-            own["matryoshka_widths"] = list(job.architecture.widths)
-        if trained["threshold"] and "batchtopk" in job.architecture.name:
-            own["threshold"] = {
+            said["matryoshka_widths"] = list(job.architecture.widths)
+        if self.averaged_threshold is not None:
+            said["threshold"] = {
                 "stored": "calibrated on rows of the training, to the mean L0 that was asked for",
-                "calibrated": trained["threshold"] / scale,
-                "moving_average": trained["averaged_threshold"] / scale,
+                "calibrated": float(self.tensors["threshold"][0]),
+                "moving_average": self.averaged_threshold,
             }
-        return {
+        return said
+
+    def write(self, folder: Path, about: Mapping[str, Any], step: int) -> None:
+        """Makes the folder that SAELens loads."""
+        metadata = {
             "model_name": about.get("model_name"),
-            "hook_name": about["hook_names"].get(str(job.site.layer)),
-            "l0": metrics.l0,
-            "jax_extract": own,
+            "hook_name": about["hook_names"].get(str(self.job.site.layer)),
+            "l0": self.metrics.l0,
+            "jax_extract": self.described(about, step),
+        }
+        folder.mkdir(exist_ok=True)
+        write(folder, config_of(self.job.architecture, metadata), self.tensors)
+
+
+@dataclass(frozen=True)
+class SavedSweep:
+    """All SAEs of a step, and what is said of all of them."""
+
+    saes: Sequence[StoredSae]
+    about: Mapping[str, Any]
+    state: TrainerState
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What sae_training_summary.json says."""
+        return {
+            "step": self.state.global_step,
+            "steps": self.state.max_steps,
+            "epoch": self.state.epoch,
+            "loss": {
+                "reconstruction": "mean over rows of the summed squared error, rows multiplied by input_scale",
+                "sparsity": "mean over rows of the sum over latents, weighted by decoder norms (L1 and tanh L0)",
+                "decoder": "norms are free; BatchTopK and TopK choose by activation times norm",
+                "input_scale": "square root of the width by the mean norm of the rows that are trained on",
+            },
+            "saes": [sae.described(self.about, self.state.global_step) for sae in self.saes],
         }
 
+    def save_checkpoint(self, target: Path, save_optimizer: Callable[[Path], None]) -> None:
+        """All SAEs in one folder, with what resuming needs."""
 
-def save_checkpoint(
-    target: Path, state: TrainerState, fills: Mapping[str, Any], save_optimizer: Callable[[Path], None]
-) -> None:
-    """All SAEs of a step in one folder, with what resuming needs."""
+        def fill(folder: Path) -> None:
+            for sae in self.saes:
+                self._write(sae, folder / sae.job.name)
+            self._write_summary(folder / SUMMARY_FILE)
 
-    def fill(folder: Path) -> None:
-        for name, (fill_one, _) in fills.items():
-            fill_one(folder / name)
-        _write_summary(folder / SUMMARY_FILE, state, fills)
+        save(target, self.state, fill, save_optimizer)
 
-    save(target, state, fill, save_optimizer)
+    def save_end(self, output: Path) -> None:
+        """A folder of each SAE beside the summary, and the state that says that all is there."""
+        write_file(output / SUMMARY_FILE, self._write_summary)
+        save_here(output, self.state, {sae.job.name: partial(self._write, sae) for sae in self.saes})
 
+    def _write(self, sae: StoredSae, folder: Path) -> None:
+        sae.write(folder, self.about, self.state.global_step)
 
-def save_end(output: Path, state: TrainerState, fills: Mapping[str, Any]) -> dict[str, Any]:
-    """A folder of each SAE, and the summary; which is returned."""
-    from jax_extract.store.folders import write_file
-
-    write_file(output / SUMMARY_FILE, lambda path: _write_summary(path, state, fills))
-    save_here(output, state, {name: fill for name, (fill, _) in fills.items()})
-    return summary_of(state, fills)
-
-
-def summary_of(state: TrainerState, fills: Mapping[str, Any]) -> dict[str, Any]:
-    """What sae_training_summary.json says."""
-    return {
-        "step": state.global_step,
-        "steps": state.max_steps,
-        "epoch": state.epoch,
-        "loss": {
-            "reconstruction": "mean over rows of the summed squared error, rows scaled by input_scale",
-            "sparsity": "mean over rows of the sum over latents, weighted by decoder norms (L1 and tanh L0)",
-            "decoder": "norms are free; BatchTopK and TopK choose by activation times norm",
-            "input_scale": "square root of the width by the mean norm of the rows that are trained on",
-        },
-        "saes": [said for _, said in fills.values()],
-    }
+    def _write_summary(self, path: Path) -> None:
+        path.write_text(json.dumps(self.summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _write_summary(path: Path, state: TrainerState, fills: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(summary_of(state, fills), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+def read_summary(output: Path) -> dict[str, Any]:
+    """UserError where it is damaged."""
+    with damage_is_told(str(output / SUMMARY_FILE), f"remove {output} to train again"):
+        return json.loads((output / SUMMARY_FILE).read_text(encoding="utf-8"))

@@ -104,19 +104,24 @@ def smallest_chosen(values: Array, weights: Array, chosen: Array) -> Array:
 
 
 def counted(chosen: Array) -> Array:
-    """int32 [f]: in how many rows of [b, f] each latent is chosen.
+    """int32 [f]: in how many rows of [b, f] each latent is chosen."""
+    if chosen.shape[0] % _ROWS_AT_ONCE:
+        return _counted_at_once(chosen)
+    return lax.platform_dependent(chosen, cpu=_counted_by_blocks, default=_counted_at_once)
 
-    Some rows at a time, so that on CPUs the comparisons stay in the cache.
-    """
-    rows, latents = chosen.shape
-    if rows % _ROWS_AT_ONCE:
-        return jnp.sum(chosen, axis=0, dtype=jnp.int32)
+
+def _counted_at_once(chosen: Array) -> Array:
+    return jnp.sum(chosen, axis=0, dtype=jnp.int32)
+
+
+def _counted_by_blocks(chosen: Array) -> Array:
+    """Some rows at a time, so that the comparisons stay in a processor's cache."""
 
     def more(so_far: Array, some: Array) -> tuple[Array, None]:
-        return so_far + jnp.sum(some.astype(jnp.int32), axis=0), None
+        return so_far + jnp.sum(some, axis=0, dtype=jnp.int32), None
 
-    blocks = chosen.reshape(rows // _ROWS_AT_ONCE, _ROWS_AT_ONCE, latents)
-    return lax.scan(more, jnp.zeros(latents, jnp.int32), blocks)[0]
+    blocks = chosen.reshape(-1, _ROWS_AT_ONCE, chosen.shape[1])
+    return lax.scan(more, jnp.zeros(chosen.shape[1], jnp.int32), blocks)[0]
 
 
 def kth_largest_of_rows(values: Array, k: int) -> Array:

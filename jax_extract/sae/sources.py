@@ -105,6 +105,13 @@ class RunSource:
         self._run, self._batch, self._seed = run, batch, seed
         self._positions, self._held_out = positions, held_out
         self._first = self._open(held_out.trained_on, batch)
+        try:
+            self._open(held_out, 1, drop_remainder=False)
+        except UserError:
+            raise UserError(
+                f"--held_out {held_out.share} of the {len(run)} samples of this run holds out no row; give a larger "
+                "share, another --seed, or more samples"
+            ) from None
 
     @property
     def rows(self) -> int:

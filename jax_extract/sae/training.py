@@ -20,11 +20,14 @@ from jax.sharding import PartitionSpec as P
 
 from jax_extract.devices.mesh import BATCH_AXES
 from jax_extract.devices.sharding import named
-from jax_extract.sae.architecture import Architecture
+from jax_extract.sae.architecture import OVER_BATCH, Architecture
+from jax_extract.sae.autoencoder import SparseAutoencoder
+from jax_extract.sae.folder import config_of, folded, with_threshold
 from jax_extract.sae.jobs import Job, choices_of
-from jax_extract.sae.metrics import Metrics, calibrated, measure
+from jax_extract.sae.metrics import calibrated, measure
 from jax_extract.sae.parameters import first_parameters
 from jax_extract.sae.rows import Rows, Scales
+from jax_extract.sae.saved import StoredSae
 from jax_extract.sae.step import Schedule, State, train_steps
 from jax_extract.terminal import Terminal
 from jax_extract.training.rhythm import Log, Measured, diverged
@@ -132,24 +135,30 @@ class SaeTraining:
         self._say("train", step, means)
 
     def evaluate(self, step: int, state: States) -> None:
-        found = [metrics for _, metrics, _ in self.stored(state)]
+        found = [sae.metrics for sae in self.stored(state)]
         names = ("explained_variance", "l0", "dead")
         self._say("evaluate", step, {name: np.array([getattr(each, name) for each in found]) for name in names})
 
     def save(self, step: int, state: States, measured: Measured) -> None:
         self.checkpoint(self, step, state, _finite(measured, step).tolist())
 
-    def stored(self, states: States) -> Iterator[tuple[Job, Metrics, dict[str, Any]]]:
-        """Each SAE as it is stored: its metrics on held-out rows, and its weights and threshold as they are trained."""
-        for state, jobs in zip(states, self.program.groups.values(), strict=True):
-            for i, job in enumerate(jobs):
-                params = {name: np.asarray(value[i]) for name, value in state.params.items()}
-                scale = float(self.scales.factor[job.place])
-                known = self.calibration[:, job.place]
-                threshold = calibrated(job.architecture, params, known, scale, job.sparsity, float(state.guess[i]))
-                metrics = measure(job.architecture, params, self.held_out[:, job.place], scale, threshold)
-                averaged = float(state.threshold[i]) + float(state.rest[i])
-                yield job, metrics, {"params": params, "threshold": threshold, "averaged_threshold": averaged}
+    def stored(self, states: States) -> list[StoredSae]:
+        """Each SAE as it would be stored now."""
+        pairs = zip(states, self.program.groups.values(), strict=True)
+        return [self._stored(state, i, job) for state, jobs in pairs for i, job in enumerate(jobs)]
+
+    def _stored(self, state: State, i: int, job: Job) -> StoredSae:
+        params = {name: np.asarray(value[i]) for name, value in state.params.items()}
+        scale, averaged = float(self.scales.factor[job.place]), None
+        tensors = folded(job.architecture, params, scale, scale)
+        if job.architecture.name in OVER_BATCH:
+            guess = float(state.guess[i]) / scale
+            tensors = with_threshold(tensors, calibrated(tensors, self.calibration[:, job.place], job.sparsity, guess))
+            averaged = (float(state.threshold[i]) + float(state.rest[i])) / scale
+        sae = SparseAutoencoder(
+            config_of(job.architecture, {}), {n: jnp.asarray(value) for n, value in tensors.items()}
+        )
+        return StoredSae(job, tensors, measure(sae, self.held_out[:, job.place]), scale, averaged)
 
     def _say(self, word: str, step: int, values: dict[str, np.ndarray]) -> None:
         jobs = self.jobs

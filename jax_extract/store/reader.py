@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -116,9 +116,7 @@ class Run:
 
         The layer can be left out where the hook point has none, or where only one was captured.
         """
-        (hook, named), *others = resolve_hook_points([hook], self.metadata.get("model_hook_points", GATED)).items()
-        if others:
-            raise UserError(f"{hook!r} and {others[0][0]!r} are both meant; name one hook point")
+        hook, named = self.hook_point(hook)
         if named and layer not in (None, *named):
             raise UserError(f"a hook point of layer {next(iter(named))} is named, and layer={layer}; give one of both")
         layer = next(iter(named)) if named else self._from_start(layer)
@@ -132,6 +130,13 @@ class Run:
         if layer is None:
             raise UserError(f"say which layer of {hook!r}, as in get(layer={layers[0]}); this run holds {layers}")
         raise UserError(f"this run holds no layer {layer} of {hook!r}; it holds the layers {layers}")
+
+    def hook_point(self, name: str) -> tuple[str, Set[int] | None]:
+        """What a name means, TransformerLens' or ours, and the layers that it says; UserError where that is several."""
+        (hook, named), *others = resolve_hook_points([name], self.metadata.get("model_hook_points", GATED)).items()
+        if others:
+            raise UserError(f"{hook!r} and {others[0][0]!r} are both meant; name one hook point")
+        return hook, named
 
     def _from_start(self, layer: int | None) -> int | None:
         """A layer counted from 0, where it was counted from the end of the model."""

@@ -26,7 +26,7 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
 from machine import describe, title
-from protocol import Commands, Side, SideFailed, serve
+from protocol import Commands, Side, in_turn, serve
 
 OURS, WHOLE, PEERS = "run_edits", "whole runs", ("nnsight", "transformer_lens")
 ANSWER_TOKENS = 4
@@ -86,15 +86,7 @@ def compare(args: argparse.Namespace, job: dict[str, Any], folder: Path) -> str:
         name: Side([python[name], str(HERE / "edits.py"), "serve", name, str(path)], folder / "log", env)
         for name in python
     }
-    told: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
-    for number in range(args.rounds):
-        for name in sorted(sides, reverse=bool(number % 2)):
-            try:
-                told[name].append(sides[name].ask("run"))
-            except SideFailed as failure:
-                raise SystemExit(f"{name} failed: {failure}") from None
-    for side in sides.values():
-        side.close()
+    told = in_turn(sides, args.rounds)
     seconds = {name: [answer["seconds"] for answer in answers] for name, answers in told.items()}
     lines = [f"{args.edits} edits of a prompt of {args.prompt_tokens} tokens and an answer of {ANSWER_TOKENS}"]
     for name, each in seconds.items():

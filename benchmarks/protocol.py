@@ -66,6 +66,23 @@ class Side:
         return lines[-1].strip() if lines else f"it ended with exit code {self._process.returncode}"
 
 
+def in_turn(sides: Mapping[str, Side], rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """The answers of every side, which all are asked once a round, forwards and backwards; they are closed then.
+
+    A machine that grows slower meanwhile does so for all of them.
+    """
+    told: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    for number in range(rounds):
+        for name in sorted(sides, reverse=bool(number % 2)):
+            try:
+                told[name].append(sides[name].ask("run"))
+            except SideFailed as failure:
+                raise SystemExit(f"{name} failed: {failure}") from None
+    for side in sides.values():
+        side.close()
+    return told
+
+
 def serve(prepare: Callable[[], Commands]) -> int:
     """The answering end. Libraries may print what they like: it goes to standard error.
 

@@ -26,7 +26,7 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
 from machine import describe, title
-from protocol import Commands, Side, SideFailed, serve
+from protocol import Commands, Side, in_turn, serve
 
 ARCHITECTURES = ("standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka_batchtopk")
 PRODUCTS, OURS, AS_IT_COMES, AT_ITS_BEST = "five products", "ours", "SAELens", "SAELens at its best"
@@ -72,15 +72,7 @@ def compare(args: argparse.Namespace, architecture: str, folder: Path) -> str:
         python = str(args.peers_python) if name in peers else sys.executable
         command = [python, str(HERE / "sae.py"), "serve", name, str(path)]
         sides[name] = Side(command, folder / "log", {**env, **(HUGE_PAGES if name == AT_ITS_BEST else {})})
-    told: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
-    for number in range(args.rounds):
-        for name in sorted(sides, reverse=bool(number % 2)):
-            try:
-                told[name].append(sides[name].ask("run"))
-            except SideFailed as failure:
-                raise SystemExit(f"{name} failed: {failure}") from None
-    for side in sides.values():
-        side.close()
+    told = in_turn(sides, args.rounds)
     seconds = {name: [answer["seconds"] for answer in answers] for name, answers in told.items()}
     lines = [f"{args.rows:,} rows of {args.width} values to {args.latents:,} latents, {args.steps} steps a round"]
     for name, each in seconds.items():

@@ -5,6 +5,7 @@
     python benchmarks/writer.py --only disk         the share of the raw disk's bandwidth
     python benchmarks/writer.py --only null         what the writer could take at most, per format
     python benchmarks/writer.py --only uploads      one upload against several at once
+    python benchmarks/writer.py --without_sums      what sums over rows cost: the same without them
 
 The producer hands over what the extraction loop would: blocks [8, 512, 896] of 14 layers, samples a little
 shorter than the block, within the loop's bound on host memory. Everything a run does to a part is timed:
@@ -51,6 +52,7 @@ from jax_extract.store import writer as writer_module
 from jax_extract.store.budget import ByteBudget
 from jax_extract.store.ledger import Ledger
 from jax_extract.store.parts import PartContent, Site
+from jax_extract.store.row_sums import SummedRows
 from jax_extract.store.storage.local import Directory
 from jax_extract.store.storage.verbs import Chunk, Published, Storage, crc32c
 from jax_extract.store.writer import PartWriter, RowPiece
@@ -69,11 +71,13 @@ def main() -> int:
     parser.add_argument("--only", choices=["disk", "null", "uploads"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--directory", help="on the disk to be measured; by default the system's temporary directory")
+    parser.add_argument("--without_sums", action="store_true", help="no sums over rows, which every run makes")
     parser.add_argument("--json", help="also write the figures here")
     args = parser.parse_args()
     figures: dict[str, Any] = {"machine": describe()}
     print(f"{title(figures['machine'])}; load of the machine before: {figures['machine']['load_before']:.1f}\n")
-    with tempfile.TemporaryDirectory(dir=args.directory) as scratch:
+    sums = mock.patch.object(SummedRows, "add", lambda *_: None) if args.without_sums else contextlib.nullcontext()
+    with sums, tempfile.TemporaryDirectory(dir=args.directory) as scratch:
         for name, benchmark in {"disk": disk, "null": null, "uploads": uploads}.items():
             if args.only in (None, name):
                 figures[name] = benchmark(Path(scratch), args.rounds)

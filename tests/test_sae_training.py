@@ -8,6 +8,7 @@ devices come to the same losses; mistakes in one sentence, before anything is wr
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from collections import Counter
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_run import make_model, run_cli, run_here, write_jsonl
+from small_run import Told, make_model, run_cli, run_here, write_jsonl
 
 from jax_extract import train_saes
 from jax_extract.errors import UserError
@@ -216,6 +217,18 @@ def test_an_epoch_has_every_row_once_and_rows_of_large_norm_are_left_out(activat
     np.testing.assert_allclose(scales.factor, np.sqrt(WIDTH) / norms[~too_large].mean(axis=0), rtol=1e-5)
 
 
+def test_rows_that_are_not_finite_are_left_out_and_told(tmp_path: Path) -> None:
+    array = np.random.default_rng(0).standard_normal((6_000, 8)).astype(np.float32)
+    array[[7, 77, 777]], array[4_000, 3] = np.nan, np.inf
+    np.save(tmp_path / "rows.npy", array)
+    told = Told()
+    options = {**SMALL, "layers": None, "training_rows": 21 * BATCH, "baselines": ("none",)}
+    config = SaeTrainConfig(str(tmp_path / "rows.npy"), str(tmp_path / "saes"), **options)
+    said = sae_train(config, told)
+    assert np.isfinite(said["saes"][0]["metrics"]["mse"])
+    assert re.search(r"[1-4] rows? left out, with a value that is no finite number", " ".join(told.lines))
+
+
 def test_every_batch_is_the_next_one_from_every_state(activations: Path) -> None:
     run = open_activations(activations)
     rows, scales = rows_of(run, 64), Scales.of(rows_of(run).measured(), 1.1)
@@ -273,7 +286,7 @@ def test_a_file_of_rows_is_trained_on_too(suffix: str, activations: Path, tmp_pa
         (np.zeros((300, 4), np.int64), "and the dtype int64; expected floating-point rows"),
         (np.ones((200, 4), np.float32), "makes no batch of 256"),
         (np.zeros((3_000, 4), np.float32), "all rows of a layer are zeros"),
-        (np.full((3_000, 4), np.nan, np.float32), "a row holds a value that is no finite number"),
+        (np.full((3_000, 4), np.nan, np.float32), "no row is finite"),
         (np.array([{}], object), "was not read"),
     ],
 )

@@ -79,7 +79,8 @@ def source_of(config: SaeTrainConfig, held_in_memory: Run | np.ndarray | None = 
         array = read_array(config.activations) if held_in_memory is None else held_in_memory
         return ArraySource(array, config.batch_size, seed, held_out, config.activations)
     run = open_activations(config.activations) if held_in_memory is None else held_in_memory
-    return RunSource(run, _sites(run, config), config.batch_size, seed, config.positions, held_out)
+    positions = config.positions or ("all" if str(run.metadata.get("positions")).startswith("mean") else "from:1")
+    return RunSource(run, _sites(run, config), config.batch_size, seed, positions, held_out)
 
 
 def _sites(run: Run, config: SaeTrainConfig) -> list[Site]:
@@ -115,6 +116,10 @@ class _Sweep:
             scales = Scales.of(known, config.largest_norm)
             aside, samples = self.rows.held_out()
             aside = aside[scales.keeps(aside)]
+        if not len(aside):
+            raise UserError(
+                f"all rows that --held_out {config.held_out} holds out are left out by their norms; give a larger share"
+            )
         schedule = self._schedule()
         self._tell(schedule, scales, len(aside), len(set(samples.tolist())))
         program = SweepProgram(grouped(self.jobs), schedule, scales, self.mesh)
@@ -217,8 +222,9 @@ class _Sweep:
         )
         self.terminal.line(
             "rows",
-            f"{self.config.activations}: {self.rows.source.rows:,} rows of {where} to train on, positions "
-            f"{self.config.positions}; {held_out:,} of {plural(samples, 'other sample')} held out",
+            f"{self.config.activations}: {self.rows.source.rows:,} rows of {where} to train on"
+            + (f", positions {positions}" if (positions := self.rows.source.about["positions"]) else "")
+            + f"; {held_out:,} of {plural(samples, 'other sample')} held out",
         )
         trained = sum(job.baseline is None for job in self.jobs)
         widths = ", ".join(dict.fromkeys(f"{job.architecture.d_in} to {job.architecture.d_sae}" for job in self.jobs))
@@ -234,9 +240,14 @@ class _Sweep:
         )
 
     def _conclude(self, saes: Sequence[StoredSae], seconds: float) -> None:
-        rows, left_out = self._schedule().steps * self.config.batch_size, self.rows.left_out
-        why = f"; {plural(left_out, 'row')} left out, of a norm above {self.config.largest_norm:g} times the median"
-        self.terminal.line("done", f"{rows:,} rows in {duration_text(seconds)}{why if left_out else ''}")
+        count = self._schedule().steps * self.config.batch_size
+        said = [f"{count:,} rows in {duration_text(seconds)}"]
+        if self.rows.left_out:
+            above = f"of a norm above {self.config.largest_norm:g} times the median"
+            said.append(f"{plural(self.rows.left_out, 'row')} left out, {above}")
+        if self.rows.not_finite:
+            said.append(f"{plural(self.rows.not_finite, 'row')} left out, with a value that is no finite number")
+        self.terminal.line("done", "; ".join(said))
         for sae in saes:
             if sae.job.baseline is None:
                 self.terminal.line("sae", _told(sae, saes))

@@ -47,8 +47,8 @@ class SaeTrainConfig:
       baselines: SAEs that are trained beside each other one for comparison: frozen_decoder (the decoder stays random),
         frozen_random (all directions do, and lengths and biases are trained); none for neither.
       held_out: share of the samples that no row is trained on and every metric is of.
-      positions: rows of which positions, as of extract; from:1 leaves out first tokens, on which norms are many times
-        larger.
+      positions: rows of which positions, as of extract; by default from:1, which leaves out first tokens, whose norms
+        are many times larger, and all of a run of means.
       largest_norm: rows whose norm is more than so many times the median are left out; 0 keeps all.
       dead_after_rows: a latent that was not active for so many rows is dead.
       save_steps: a checkpoint every so many steps.
@@ -80,7 +80,7 @@ class SaeTrainConfig:
     seed: tuple[int, ...] = (0,)
     baselines: tuple[str, ...] = BASELINES
     held_out: float = 0.05
-    positions: str = "from:1"
+    positions: str | None = None
     largest_norm: float = 10.0
     dead_after_rows: int = 200_000
     save_steps: int = 1_000

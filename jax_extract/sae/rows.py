@@ -26,39 +26,47 @@ class Scales:
     """What is known of rows before training, by layer.
 
     Attributes:
-      rows: that this was measured on.
       factor: float32 [layers], by which rows are multiplied, so that their mean norm is the square root of their width
         (Anthropic, April 2024; SAELens' `expected_average_only_in`).
       mean: float32 [layers, width], of rows as they are.
       largest: float32 [layers], the norm above which a row is left out; infinity keeps all.
     """
 
-    rows: int
     factor: np.ndarray
     mean: np.ndarray
     largest: np.ndarray
 
     @classmethod
     def of(cls, rows: np.ndarray, times_median: float) -> Scales:
-        """From rows [n, layers, width]; UserError where they are all zeros or one is no number."""
-        x = rows.astype(np.float64)
+        """From rows [n, layers, width]; UserError where they are all zeros, or none is finite."""
+        x = rows[is_finite(rows)].astype(np.float64)
+        if not len(x):
+            raise UserError("no row is finite: each holds an infinite or undefined value; extract them again")
         norms = np.linalg.norm(x, axis=2)
-        if not np.isfinite(norms).all():
-            raise UserError("a row holds a value that is no finite number; extract it again, or leave its sample out")
         largest = np.median(norms, axis=0) * times_median if times_median else np.full(x.shape[1], np.inf)
         kept = (norms <= largest).all(axis=1)
         if not kept.any() or not norms[kept].any(axis=0).all():
             raise UserError("all rows of a layer are zeros, of which nothing can be learned; give another layer")
         factor = np.sqrt(x.shape[2]) / norms[kept].mean(axis=0)
         mean = x[kept].mean(axis=0)
-        return cls(len(x), factor.astype(np.float32), mean.astype(np.float32), largest.astype(np.float32))
+        return cls(factor.astype(np.float32), mean.astype(np.float32), largest.astype(np.float32))
 
     def keeps(self, rows: np.ndarray) -> np.ndarray:
-        """bool [n]: rows [n, layers, width] that are not left out."""
-        if np.isinf(self.largest).all():
-            return np.ones(len(rows), bool)
-        x = rows.astype(np.float32)
-        return (np.einsum("nlw,nlw->nl", x, x) <= np.square(self.largest)[None]).all(axis=1)
+        """bool [n]: rows [n, layers, width] that are finite, and not larger than that."""
+        squares = _squares(rows)
+        return np.all(np.isfinite(squares) & (squares <= np.square(self.largest)[None]), axis=1)
+
+
+def is_finite(rows: np.ndarray) -> np.ndarray:
+    """bool [n]: rows [n, layers, width] whose norms are finite numbers."""
+    return np.all(np.isfinite(_squares(rows)), axis=1)
+
+
+def _squares(rows: np.ndarray) -> np.ndarray:
+    """float32 [n, layers], squared norms."""
+    x = rows.astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.einsum("nlw,nlw->nl", x, x)
 
 
 @dataclass
@@ -83,14 +91,15 @@ class Rows:
     """Attributes:
     source: where they come from.
     state: in JSON, behind the last batch that came out.
-    read, left_out: rows that were read in this session, and how many of them had too large a norm.
+    read, left_out, not_finite: rows that were read in this session, and how many of them had too large a norm, or held
+      an infinite or undefined value.
     """
 
     def __init__(self, source: Source, batch: int) -> None:
         self.source, self._batch = source, batch
         self._reader = source.reader()
         self.state: dict[str, Any] = {"reader": self._reader.get_state(), "used": 0}
-        self.read = self.left_out = 0
+        self.read = self.left_out = self.not_finite = 0
 
     def measured(self) -> np.ndarray:
         """[n, layers, width], some rows that are trained on, the same ones for the same seed."""
@@ -125,5 +134,9 @@ class Rows:
         rows = self._reader.read()
         kept = scales.keeps(rows)
         self.read += len(rows)
-        self.left_out += len(rows) - int(kept.sum())
-        return rows if kept.all() else rows[kept]
+        if kept.all():
+            return rows
+        infinite = int((~is_finite(rows)).sum())
+        self.not_finite += infinite
+        self.left_out += len(rows) - int(kept.sum()) - infinite
+        return rows[kept]

@@ -152,8 +152,9 @@ def ours(job: dict[str, Any]) -> Commands:
     nested = tuple(latents >> shift for shift in (4, 3, 2, 1, 0)) if name == "matryoshka_batchtopk" else ()
     architecture = Architecture(name, width, width, latents, k=K if name == "topk" else None, widths=nested)
     layer, free, unscaled = np.zeros(1, np.int32), np.full(1, FREE, np.int32), np.ones(1, np.float32)
+    scales = np.ones((1, 1), np.float32)
     sparsity = unscaled * (L0 if name == "jumprelu" else L1)
-    choice = Choice(layer, layer, unscaled, unscaled, K * unscaled, sparsity, 1e-3 * unscaled, free, free)
+    choice = Choice(layer, layer, scales, K * unscaled, sparsity, 1e-3 * unscaled, free, free)
     state = jax.tree.map(lambda leaf: leaf[None], State.start(first_parameters(architecture, 0)))
     step = jax.jit(partial(train_steps, architecture, Schedule(1_000)), donate_argnums=0)
     rows = [batch[:, None] for batch in batches(job)]

@@ -41,7 +41,14 @@ ONE_STEP, MANY_STEPS = 1e-5, 1e-3  # relative
 def choice(k: float = 0.0, sparsity: float = 0.0, scale: float = 1.0, **changes: Any) -> Choice:
     f = jnp.float32
     found = Choice(
-        jnp.int32(0), jnp.int32(0), f(scale), f(scale), f(k), f(sparsity), f(RATE), jnp.int32(FREE), jnp.int32(FREE)
+        jnp.int32(0),
+        jnp.int32(0),
+        jnp.array([scale] * 2, f),
+        f(k),
+        f(sparsity),
+        f(RATE),
+        jnp.int32(FREE),
+        jnp.int32(FREE),
     )
     return found._replace(**changes)
 
@@ -89,7 +96,7 @@ def test_saes_of_one_compiled_step_are_each_trained_alone() -> None:
     data = np.stack([rows(4), rows(4, seed=1)], axis=2)  # [batches, rows, layers, width]
     choices = [
         choice(4.0),
-        choice(9.0, source=jnp.int32(1), scale_in=jnp.float32(0.5)),
+        choice(9.0, source=jnp.int32(1), scales=jnp.array([1.0, 0.5], jnp.float32)),
         choice(4.0, learning_rate=jnp.float32(1e-2)),
         choice(4.0, decoder=jnp.int32(HELD)),
     ]

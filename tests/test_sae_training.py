@@ -26,7 +26,9 @@ from jax_extract.sae.command import sae_train
 from jax_extract.sae.config import SaeTrainConfig
 from jax_extract.sae.rows import Rows, Scales
 from jax_extract.sae.saved import SUMMARY_FILE
-from jax_extract.sae.sources import ArraySource, HeldOut, RunSource
+from jax_extract.sae.sources import HeldOut
+from jax_extract.sae.sources_array import ArraySource
+from jax_extract.sae.sources_run import RunSource
 from jax_extract.store.reader import Run, open_activations
 from jax_extract.terminal import Terminal
 from jax_extract.training.checkpoints import saved_steps
@@ -386,5 +388,5 @@ def test_a_notebook_trains_on_a_run_or_an_array_and_gets_saes_by_name(activation
     assert name == "layer_0_rows_batchtopk_d48_k4_seed0" and sae(rows[:5]).shape == (5, WIDTH)
     with pytest.raises(UserError, match="there is no option 'expansion'; did you mean 'expansion_factor'"):
         train_saes(rows, tmp_path / "other", expansion=8)
-    with pytest.raises(UserError, match="is neither a run nor an array of rows"):
-        train_saes([1, 2], tmp_path / "other")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="7 is no run, array of rows or iterable of such"):
+        train_saes(7, tmp_path / "other")  # type: ignore[arg-type]

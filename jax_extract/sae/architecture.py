@@ -38,7 +38,9 @@ class Architecture:
     ste_to_input: whether that estimator reaches the pre-activations too (Anthropic) or the thresholds alone (DeepMind).
     pre_act_coefficient: of Anthropic's loss against dead latents of a JumpReLU SAE; 0 leaves it out.
     aux_coefficient: of the loss in which dead latents reconstruct what is left (Gao et al. 2024, 2406.04093, A.2).
-    centred: whether the decoder's bias is taken from what is encoded; not of a transcoder.
+    centred: whether the decoder's bias is taken from what is encoded; not of a transcoder or a crosscoder.
+    layers: of a crosscoder, whose rows stand side by side in what is encoded and what is reconstructed; 1 of the
+    others.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Architecture:
     pre_act_coefficient: float = 0.0
     aux_coefficient: float = 1.0
     centred: bool = True
+    layers: int = 1
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
@@ -73,6 +76,13 @@ class Architecture:
             raise UserError("widths are those of a Matryoshka SAE, which has some")
         if self.widths and (list(self.widths) != sorted(set(self.widths)) or self.widths[-1] != self.d_sae):
             raise UserError(f"the widths {list(self.widths)} must ascend to the {self.d_sae} latents")
+
+        if self.d_out % self.layers or (self.layers > 1 and self.d_in != self.d_out):
+            raise UserError(f"{self.d_in} and {self.d_out} values are not those of {self.layers} layers of one width")
+
+    @property
+    def is_transcoder(self) -> bool:
+        return not self.centred and self.layers == 1
 
     @property
     def has_aux(self) -> bool:

@@ -6,6 +6,7 @@ differentiated and used in an edit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,13 +143,17 @@ class SparseAutoencoder:
         return Form.of(self.config)
 
     def encode(self, rows: Any) -> Array:
-        """float32 [rows, d_sae], the latents of rows [rows, d_in]; UserError where they have another width."""
+        """float32 [rows, d_sae], the latents of rows [rows, d_in], of a crosscoder also [rows, layers, width].
+
+        Raises:
+          UserError: they have another width.
+        """
         x = jnp.asarray(rows).astype(jnp.float32)
-        if x.shape[1:] != (self.d_in,):
+        if math.prod(x.shape[1:]) != self.d_in or not x.shape[1:]:
             raise UserError(
                 f"rows of shape {list(x.shape)} are not those of this SAE, which encodes [rows, {self.d_in}]"
             )
-        return encode(self.form, self.params, x)
+        return encode(self.form, self.params, x.reshape(len(x), -1))
 
     def decode(self, latents: Array) -> Array:
         """float32 [rows, d_out], what latents [rows, d_sae] reconstruct."""

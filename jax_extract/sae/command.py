@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,10 @@ from jax_extract.sae.config import SaeTrainConfig
 from jax_extract.sae.jobs import Job, grouped, jobs_of
 from jax_extract.sae.rows import Rows, Scales
 from jax_extract.sae.saved import KIND, SUMMARY_FILE, SavedSweep, StoredSae, read_summary
-from jax_extract.sae.sources import ArraySource, HeldOut, RunSource, Source, is_array_file, read_array
+from jax_extract.sae.sources import HeldOut, Source
+from jax_extract.sae.sources_array import ArraySource, is_array_file, read_array
+from jax_extract.sae.sources_iterator import IteratorSource
+from jax_extract.sae.sources_run import RunSource
 from jax_extract.sae.step import Schedule
 from jax_extract.sae.training import SaeTraining, States, SweepProgram
 from jax_extract.store.folders import require_usable
@@ -38,11 +41,12 @@ from jax_extract.training.optimizer_state import load_optimizer, save_optimizer
 from jax_extract.training.place import Found, find, held
 from jax_extract.training.rhythm import Every, Log, Rhythm
 
+InMemory = Run | np.ndarray | Iterable[Any]
 _PACKAGES = ("jax", "jaxlib", "numpy")
 
 
 def sae_train(
-    config: SaeTrainConfig, terminal: Terminal | None = None, held_in_memory: Run | np.ndarray | None = None
+    config: SaeTrainConfig, terminal: Terminal | None = None, held_in_memory: InMemory | None = None
 ) -> dict[str, Any]:
     """Trains, or goes on; returns what sae_training_summary.json says.
 
@@ -68,13 +72,23 @@ def sae_train(
         return training.run_all()
 
 
-def source_of(config: SaeTrainConfig, held_in_memory: Run | np.ndarray | None = None) -> Source:
+def source_of(config: SaeTrainConfig, held_in_memory: InMemory | None = None) -> Source:
     """Where the rows come from; UserError where there are none such."""
     held_out, seed = HeldOut(config.held_out, config.seed[0]), config.seed[0]
+    if isinstance(held_in_memory, Iterable) and not isinstance(held_in_memory, Run | np.ndarray):
+        if config.training_rows is None:
+            raise UserError(
+                "training_rows is not given; how many rows an iterator has cannot be known, so say how many"
+            )
+        return IteratorSource(held_in_memory, config.batch_size, held_out, config.training_rows)
     if isinstance(held_in_memory, np.ndarray) or (held_in_memory is None and is_array_file(config.activations)):
         if config.layers is not None:
             raise UserError(
                 f"--layers {config.layers} is about a run, and {config.activations} is a file; leave it out"
+            )
+        if config.target_hook is not None:
+            raise UserError(
+                f"--target_hook {config.target_hook} is about a run, and {config.activations} is a file; leave it out"
             )
         array = read_array(config.activations) if held_in_memory is None else held_in_memory
         return ArraySource(array, config.batch_size, seed, held_out, config.activations)
@@ -84,7 +98,14 @@ def source_of(config: SaeTrainConfig, held_in_memory: Run | np.ndarray | None = 
 
 
 def _sites(run: Run, config: SaeTrainConfig) -> list[Site]:
-    """The layers of the run that are trained on."""
+    """The layers of the run that are trained on; those of transcoders, and then what they reconstruct."""
+    sites = _encoded(run, config)
+    if config.target_hook is None:
+        return sites
+    return sites + [run.site(site.layer, config.target_hook) for site in sites]
+
+
+def _encoded(run: Run, config: SaeTrainConfig) -> list[Site]:
     if config.layers is None:
         hook, named = run.hook_point(config.hook)
         if named is not None:
@@ -216,8 +237,8 @@ class _Sweep:
 
     def _tell(self, schedule: Schedule, scales: Scales, held_out: int, samples: int) -> None:
         sites = self.rows.source.sites
-        layers = [site.layer for site in sites if site.layer is not None]
-        where = f"{sites[0].hook}" + (
+        layers = list(dict.fromkeys(site.layer for site in sites if site.layer is not None))
+        where = " and ".join(dict.fromkeys(site.hook for site in sites)) + (
             f" at {'layer' if len(layers) == 1 else 'layers'} {ranges_text(layers)}" if layers else ""
         )
         self.terminal.line(
@@ -230,14 +251,19 @@ class _Sweep:
         widths = ", ".join(dict.fromkeys(f"{job.architecture.d_in} to {job.architecture.d_sae}" for job in self.jobs))
         self.terminal.line(
             "saes",
-            f"{plural(trained, 'SAE')} ({widths}) and {plural(len(self.jobs) - trained, 'baseline')} in one pass on "
-            f"{plural(self.mesh.size, self.mesh.devices.flat[0].device_kind + ' device')}",
+            f"{plural(trained, self._noun())} ({widths}) and {plural(len(self.jobs) - trained, 'baseline')} in one "
+            f"pass on {plural(self.mesh.size, self.mesh.devices.flat[0].device_kind + ' device')}",
         )
         self.terminal.line(
             "plan",
             f"{plural(schedule.steps, 'step')} of {self.config.batch_size:,} rows, {_epochs(self, schedule):.2g} "
             f"epochs; a checkpoint every {self.config.save_steps:,}",
         )
+
+    def _noun(self) -> str:
+        if self.config.crosscoder:
+            return "crosscoder"
+        return "SAE" if self.config.target_hook is None else "transcoder"
 
     def _conclude(self, saes: Sequence[StoredSae], seconds: float) -> None:
         count = self._schedule().steps * self.config.batch_size

@@ -30,6 +30,9 @@ class SaeTrainConfig:
         sae_training_summary.json.
       layers: of the run, as 12, 10-12 or all; each gets SAEs of its own. All of the run by default.
       hook: hook point, by its name or TransformerLens' name.
+      target_hook: hook point that is reconstructed from the rows of hook at the same layer, of the same width; makes
+        transcoders.
+      crosscoder: one SAE of all layers, which encodes and reconstructs them together, instead of one of each.
       architecture: batchtopk, topk, standard (ReLU with L1), jumprelu, gated or matryoshka_batchtopk.
       d_sae: latents; by default expansion_factor times the width of the rows.
       expansion_factor: latents for each dimension of the rows.
@@ -64,6 +67,8 @@ class SaeTrainConfig:
     output_dir: str
     layers: str | None = None
     hook: str = "after_block"
+    target_hook: str | None = None
+    crosscoder: bool = False
     architecture: tuple[str, ...] = ("batchtopk",)
     d_sae: tuple[int, ...] | None = None
     expansion_factor: tuple[float, ...] = (8.0,)
@@ -108,6 +113,11 @@ class SaeTrainConfig:
                     raise UserError(f"--{name} {value} must be a positive number")
 
     def _check_names(self) -> None:
+        if self.crosscoder and self.target_hook is not None:
+            raise UserError(
+                f"--crosscoder and --target_hook {self.target_hook} are both given; a crosscoder reconstructs what it "
+                "encodes, so leave one out"
+            )
         for name in self.architecture:
             if canonical(name) not in NAMES:
                 near = nearest(name, list(NAMES))

@@ -4,7 +4,7 @@ In: weights as they are trained, on scaled rows. Out: weights for rows as they a
 and `SparseAutoencoder` load; and such a folder read again, whoever wrote it. The scale s of the input and t of the
 output (the same of an autoencoder) are folded in: W_enc * s, W_dec / t, b_dec / t. TopK and BatchTopK choose by
 activations scaled with the decoder's norms, which are folded in too, so that every direction of theirs has norm 1;
-BatchTopK is stored as JumpReLU, with its averaged threshold.
+BatchTopK is stored as JumpReLU, with one threshold. A crosscoder is stored as an SAE of its layers' rows side by side.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import numpy as np
 
 from jax_extract.errors import UserError, damage_is_told
 from jax_extract.sae.architecture import OVER_BATCH, WITH_K, Architecture
-from jax_extract.sae.parameters import Parameters
+from jax_extract.sae.parameters import Parameters, norms_by_layer
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 SAELENS_VERSION = "6.54.12"  # whose format this is; its loader takes what has none, or one before 6, for an older one
+Scale = float | np.ndarray
 _SMALLEST_NORM = 1e-8  # as SAELens clamps norms that it folds in
 _AS_TRANSCODER = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}
 
@@ -30,7 +31,7 @@ _AS_TRANSCODER = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}
 def stored_name(architecture: Architecture) -> str:
     """SAELens' name of the architecture of which the folder is; UserError where it has none."""
     name = "jumprelu" if architecture.name in OVER_BATCH else architecture.name
-    if architecture.centred:
+    if not architecture.is_transcoder:
         return name
     if name not in _AS_TRANSCODER:
         raise UserError(
@@ -40,20 +41,34 @@ def stored_name(architecture: Architecture) -> str:
     return _AS_TRANSCODER[name]
 
 
-def folded(architecture: Architecture, params: Mapping[str, Any], scale_in: float, scale_out: float) -> Parameters:
-    """float32 arrays by name, for rows as they are, computed in float64; BatchTopK wants `with_threshold` besides."""
+def folded(architecture: Architecture, params: Mapping[str, Any], scale_in: Scale, scale_out: Scale) -> Parameters:
+    """float32 arrays by name, for rows as they are, computed in float64; BatchTopK wants `with_threshold` besides.
+
+    Args:
+      scale_in, scale_out: of the input and of the output; of a crosscoder one of each layer.
+    """
     found = {name: np.asarray(value, np.float64) for name, value in params.items()}
-    found["W_enc"] = found["W_enc"] * scale_in
-    found["W_dec"] = found["W_dec"] / scale_out
-    found["b_dec"] = found["b_dec"] / scale_out
+    norms = norms_by_layer(found["W_dec"], architecture.layers).sum(axis=1)
+    of_in, of_out = (
+        _by_value(scale, width) for scale, width in ((scale_in, architecture.d_in), (scale_out, architecture.d_out))
+    )
+    found["W_enc"] = found["W_enc"] * of_in[:, None]
+    found["W_dec"] = found["W_dec"] / of_out
+    found["b_dec"] = found["b_dec"] / of_out
     if architecture.name in WITH_K:
-        norms = np.maximum(np.linalg.norm(found["W_dec"], axis=1), _SMALLEST_NORM)
+        norms = np.maximum(norms / of_out.mean(), _SMALLEST_NORM)
         found["W_enc"] = found["W_enc"] * norms
         found["b_enc"] = found["b_enc"] * norms
         found["W_dec"] = found["W_dec"] / norms[:, None]
     if architecture.name == "jumprelu":
         found["threshold"] = np.maximum(found["threshold"], 0)
     return {name: np.ascontiguousarray(value, np.float32) for name, value in found.items()}
+
+
+def _by_value(scale: Scale, width: int) -> np.ndarray:
+    """float64 [width]."""
+    of_layers = np.atleast_1d(np.asarray(scale, np.float64))
+    return np.repeat(of_layers, width // len(of_layers))
 
 
 def with_threshold(tensors: Parameters, threshold: float) -> Parameters:
@@ -85,7 +100,7 @@ def config_of(architecture: Architecture, metadata: Mapping[str, Any]) -> dict[s
     }
     if architecture.name == "topk":
         config |= {"k": architecture.k, "rescale_acts_by_decoder_norm": False}
-    if not architecture.centred:
+    if architecture.is_transcoder:
         config["d_out"] = architecture.d_out
     return config
 

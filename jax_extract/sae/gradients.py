@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jax_extract.sae.architecture import Architecture
+from jax_extract.sae.parameters import norms_by_layer
 from jax_extract.sae.selection import active, counted, kth_largest_of_all, kth_largest_of_rows, smallest_chosen
 
 Params = Mapping[str, Array]
@@ -72,11 +73,12 @@ def step_of(
       dead: bool [f], latents that have not fired for long.
       guess: float32 [], what `chosen` was in the step before.
     """
-    norms = jnp.sqrt(jnp.sum(jnp.square(params["W_dec"]), axis=1))
-    shift = jnp.zeros_like(norms)
+    by_layer = norms_by_layer(params["W_dec"], architecture.layers, jnp)
+    shift = jnp.zeros(architecture.d_sae, jnp.float32)
     if architecture.centred:
         shift = _product("d,df->f", params["b_dec"], params["W_enc"])
-    batch = _Batch(architecture, params, x, y, _product("bd,df->bf", x, params["W_enc"]), shift, norms, knobs, dead)
+    encoded = _product("bd,df->bf", x, params["W_enc"])
+    batch = _Batch(architecture, params, x, y, encoded, shift, by_layer, jnp.sum(by_layer, axis=1), knobs, dead)
     if architecture.name == "standard":
         return batch.standard()
     if architecture.name == "gated":
@@ -91,7 +93,7 @@ class _Batch:
     """Attributes:
     encoded: float32 [b, f], rows times W_enc.
     shift: float32 [f], the decoder's bias times W_enc, which is to be taken from that.
-    norms: float32 [f], of the decoder.
+    norms_by_layer: float32 [f, layers], of the decoder's parts; norms: float32 [f], their sums.
     """
 
     architecture: Architecture
@@ -100,6 +102,7 @@ class _Batch:
     y: Array
     encoded: Array
     shift: Array
+    norms_by_layer: Array
     norms: Array
     knobs: Knobs
     dead: Array
@@ -307,7 +310,9 @@ class _Batch:
 
     def _of_norms(self, gradient: Array) -> Array:
         """The gradient by W_dec [f, o] of what has the gradient [f] by its norms."""
-        return (gradient / jnp.maximum(self.norms, _TINY))[:, None] * self.params["W_dec"]
+        decoder, norms = self.params["W_dec"], jnp.maximum(self.norms_by_layer, _TINY)
+        parts = decoder.reshape(*norms.shape, -1) * (gradient[:, None] / norms)[:, :, None]
+        return parts.reshape(decoder.shape)
 
     def _step(
         self, gradients: dict[str, Array], losses: dict[str, Array], on: Array, mse: Array, chosen: Array | None = None

@@ -26,7 +26,7 @@ ROWS_AT_ONCE = 2_048
 class Metrics:
     """Attributes:
     rows: that these are of.
-    explained_variance: 1 - Σ |x - x̂|² / Σ |x - mean|².
+    explained_variance: 1 - Σ |x - x̂|² / Σ |x - mean|²; x is what is to be reconstructed.
     l0: mean number of active latents of a row.
     mse: mean squared error of a value, in units of the rows as they are.
     cosine: mean cosine of a row and its reconstruction.
@@ -34,6 +34,7 @@ class Metrics:
     reconstruction_bias: Σ x·x̂ / Σ |x̂|², by which reconstructions would have to be multiplied to fit best
       (Rajamanoharan et al. 2024, 2404.16014).
     dead: share of the latents that were active in none of the rows.
+    explained_variance_by_layer: of a crosscoder.
     """
 
     rows: int
@@ -44,23 +45,28 @@ class Metrics:
     l2_ratio: float
     reconstruction_bias: float
     dead: float
+    explained_variance_by_layer: tuple[float, ...] | None = None
 
-    def to_json(self) -> dict[str, float]:
-        return asdict(self)
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-@partial(jax.jit, static_argnums=0)
-def _sums(form: Form, params: Params, x: Array, shift: Array) -> dict[str, Array]:
-    """Of rows [b, d]; `shift` [d] is near their mean, so that float32 sums lose nothing."""
+@partial(jax.jit, static_argnums=(0, 1))
+def _sums(form: Form, layers: int, params: Params, x: Array, y: Array, shift: Array) -> dict[str, Array]:
+    """Of rows [b, d] and [b, o]; `shift` [o] is near the mean of these, so that float32 sums lose nothing."""
     f = encode(form, params, x)
     out = decode(form, params, f)
-    from_mean = x - shift[None]
-    norm, of_out = jnp.linalg.norm(x, axis=1), jnp.linalg.norm(out, axis=1)
-    dot = jnp.sum(x * out, axis=1)
+    from_mean = y - shift[None]
+    norm, of_out = jnp.linalg.norm(y, axis=1), jnp.linalg.norm(out, axis=1)
+    dot = jnp.sum(y * out, axis=1)
     tiny = jnp.float32(1e-20)
+
+    def by_layer(values: Array) -> Array:
+        return jnp.sum(jnp.square(values).reshape(len(values), layers, -1), axis=2)
+
     return {
-        "error": jnp.sum(jnp.square(x - out), axis=1),
-        "square": jnp.sum(jnp.square(from_mean), axis=1),
+        "error": by_layer(y - out),
+        "square": by_layer(from_mean),
         "shifted": jnp.sum(from_mean, axis=0),
         "l0": jnp.sum((f > 0).astype(jnp.float32), axis=1),
         "cosine": dot / jnp.maximum(norm * of_out, tiny),
@@ -71,34 +77,32 @@ def _sums(form: Form, params: Params, x: Array, shift: Array) -> dict[str, Array
     }
 
 
-def measure(sae: SparseAutoencoder, rows: np.ndarray) -> Metrics:
-    """Of rows [n, d_in], which it reconstructs."""
-    shift = rows.astype(np.float64).mean(axis=0)
+def measure(sae: SparseAutoencoder, rows: np.ndarray, targets: np.ndarray, layers: int = 1) -> Metrics:
+    """Of rows [n, d_in], from which it is to reconstruct the targets [n, d_out]; `layers` are those of a crosscoder."""
+    shift = targets.mean(axis=0, dtype=np.float64)
     sums: dict[str, Any] = {}
     fired = np.zeros(sae.d_sae, bool)
-    for part in _parts(rows):
-        found = _sums(sae.form, sae.params, part, jnp.asarray(shift, jnp.float32))
+    for x, y in zip(_parts(rows), _parts(targets), strict=True):
+        found = _sums(sae.form, layers, sae.params, x, y, jnp.asarray(shift, jnp.float32))
         fired |= np.asarray(found.pop("fired"))
+        shifted = np.asarray(found.pop("shifted"), np.float64)
+        sums["shifted"] = sums.get("shifted", 0.0) + shifted
         for name, value in found.items():
-            sums[name] = sums.get(name, 0.0) + _added(value, name == "shifted")
+            sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64).sum(axis=0)
     n = len(rows)
-    variance = sums["square"] - (sums["shifted"] ** 2).sum() / n
+    variance = sums["square"] - (sums["shifted"] ** 2).reshape(layers, -1).sum(axis=1) / n
+    by_layer = 1 - sums["error"] / variance
     return Metrics(
         rows=n,
-        explained_variance=float(1 - sums["error"] / variance),
+        explained_variance=float(1 - sums["error"].sum() / variance.sum()),
         l0=float(sums["l0"] / n),
-        mse=float(sums["error"] / n / rows.shape[1]),
+        mse=float(sums["error"].sum() / n / targets.shape[1]),
         cosine=float(sums["cosine"] / n),
         l2_ratio=float(sums["ratio"] / n),
         reconstruction_bias=float(sums["dot"] / max(sums["own"], 1e-300)),
         dead=float(1 - fired.mean()),
+        explained_variance_by_layer=tuple(by_layer.tolist()) if layers > 1 else None,
     )
-
-
-def _added(value: Array, by_dimension: bool) -> Any:
-    """float64: what is [d] already, as it is; what is of each row, over all of them."""
-    found = np.asarray(value, np.float64)
-    return found if by_dimension else found.sum()
 
 
 @partial(jax.jit, static_argnums=0)
@@ -108,13 +112,14 @@ def _kth(form: Form, params: Params, x: Array, k: Array, guess: Array) -> Array:
     return kth_largest_of_all(activations, jnp.ones(activations.shape[1]), count, guess)
 
 
-def calibrated(params: Params, rows: np.ndarray, k: float, guess: float) -> float:
+def calibrated(form: Form, params: Params, rows: np.ndarray, k: float, guess: float) -> float:
     """The threshold with which rows have k active latents on average, of a folded BatchTopK SAE.
 
-    It is the mean of those of parts of the rows: the moving average of training lags behind a short one.
+    It is the mean of those of parts of the rows: the moving average of training lags behind a short one. `form` is that
+    of a ReLU, which leaves all activations that there are to be chosen from.
     """
     whole = [part for part in _parts(rows) if len(part) == ROWS_AT_ONCE] or [rows.astype(np.float32)]
-    found = [_kth(Form("relu"), params, part, jnp.float32(k), jnp.float32(guess)) for part in whole]
+    found = [_kth(form, params, part, jnp.float32(k), jnp.float32(guess)) for part in whole]
     return float(np.mean([float(each) for each in found]))
 
 

@@ -6,14 +6,13 @@ In: a run, an array or the path of either, and the options of the command. Out: 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jax_extract.errors import UserError
 from jax_extract.sae.autoencoder import SparseAutoencoder
-from jax_extract.sae.command import sae_train
+from jax_extract.sae.command import InMemory, sae_train
 from jax_extract.sae.config import SaeTrainConfig
 from jax_extract.store.reader import Run
 from jax_extract.terminal import Terminal
@@ -21,12 +20,14 @@ from models.nearest import nearest
 
 
 def train_saes(
-    activations: str | Path | Run | np.ndarray, output_dir: str | Path, *, silent: bool = False, **options: Any
+    activations: str | Path | InMemory, output_dir: str | Path, *, silent: bool = False, **options: Any
 ) -> dict[str, SparseAutoencoder]:
     """Trains sparse autoencoders, or goes on where an earlier call ended.
 
     Args:
-      activations: a run, or the path of one; rows [rows, width] or [rows, layers, width], or a file of them.
+      activations: a run, or the path of one; rows [rows, width] or [rows, layers, width], or a file of them; or an
+        iterable of batches of such rows, arrays or tensors, with `training_rows`. A second call with the same rows
+        goes on.
       output_dir: where each SAE gets a folder.
       silent: tell nothing on the terminal.
       options: those of `jax-extract sae train`, one value or several: `k=32`, `k=[16, 32]`, `architecture="topk"`.
@@ -39,8 +40,8 @@ def train_saes(
     """
     held = None if isinstance(activations, str | Path) else activations
     said = str(activations) if held is None else "in memory"
-    if held is not None and not isinstance(held, Run | np.ndarray):
-        raise UserError(f"{activations!r:.60} is neither a run nor an array of rows; give one, or the path of one")
+    if held is not None and not isinstance(held, Run | Iterable):
+        raise UserError(f"{activations!r:.60} is no run, array of rows or iterable of such; give one, or a path")
     config = SaeTrainConfig(said, str(output_dir), **_as_flags(options))
     summary = sae_train(config, Terminal(silent=silent), held)
     return {sae["name"]: SparseAutoencoder.open(Path(output_dir) / sae["name"]) for sae in summary["saes"]}

@@ -3,10 +3,13 @@
 In: an architecture, a seed, the mean of the rows. Out: float32 arrays under SAELens' names: W_enc [d_in, d_sae],
 W_dec [d_sae, d_out], b_dec [d_out]; b_enc [d_sae], of a gated one b_gate, b_mag and r_mag [d_sae] instead; threshold
 [d_sae] of a JumpReLU SAE. Directions of the decoder are uniformly random rows of one small norm, the encoder is its
-transpose (Anthropic, circuits update of April 2024), and the bias of the decoder is the mean of the rows.
+transpose (Anthropic, circuits update of April 2024), and the bias of the decoder is the mean of the rows. A direction
+of a crosscoder has a part for each layer, of equal norms.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
@@ -27,8 +30,10 @@ def first_parameters(
     """
     d_in, d_out, d_sae = architecture.d_in, architecture.d_out, architecture.d_sae
     random = np.random.default_rng([seed, d_out, d_sae])
-    decoder = random.uniform(-1.0, 1.0, (d_sae, d_out)).astype(np.float32)
-    decoder *= decoder_norm / np.linalg.norm(decoder, axis=1, keepdims=True)
+    drawn = random.uniform(-1.0, 1.0, (d_sae, d_out)).astype(np.float32)
+    parts = drawn.reshape(d_sae, architecture.layers, -1)
+    parts *= decoder_norm / np.sqrt(architecture.layers) / np.linalg.norm(parts, axis=2, keepdims=True)
+    decoder = parts.reshape(d_sae, d_out)
     if d_in == d_out:
         encoder = decoder.T.copy()
     else:
@@ -41,3 +46,15 @@ def first_parameters(
     if architecture.name == "jumprelu":
         found["threshold"] = np.full(d_sae, FIRST_THRESHOLD, np.float32)
     return found
+
+
+def norms_by_layer(decoder: Any, layers: int, xp: Any = np) -> Any:
+    """[f, layers], of the parts that directions [f, o] have for each layer; their sums are the norms that losses have.
+
+    That is the norm itself where there is one layer, and what Lindsey et al. (Anthropic, October 2024) weigh the
+    latents of a crosscoder by.
+
+    Args:
+      xp: numpy or jax.numpy, whichever `decoder` is of.
+    """
+    return xp.sqrt(xp.sum(xp.square(decoder.reshape(decoder.shape[0], layers, -1)), axis=2))

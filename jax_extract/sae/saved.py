@@ -18,6 +18,7 @@ from jax_extract.sae.folder import CONFIG_FILE, WEIGHTS_FILE, config_of, write
 from jax_extract.sae.jobs import Job
 from jax_extract.sae.metrics import Metrics
 from jax_extract.sae.parameters import Parameters
+from jax_extract.sae.sources import key_of
 from jax_extract.store.folders import write_file
 from jax_extract.training.checkpoints import HERE, Kind, TrainerState, save, save_here
 from jax_extract.training.place import first_other
@@ -57,35 +58,39 @@ class StoredSae:
     Attributes:
       tensors: by SAELens' names.
       metrics: of rows that are held out.
-      scale: of its input, which is folded in.
+      scale: of its input, which is folded in; of a crosscoder one of each layer.
       averaged_threshold: of a BatchTopK SAE, the moving average of training, in units of the stored activations.
     """
 
     job: Job
     tensors: Parameters
     metrics: Metrics
-    scale: float
+    scale: list[float]
     averaged_threshold: float | None
 
     def described(self, about: Mapping[str, Any], step: int) -> dict[str, Any]:
         """What the summary and cfg.json say of it; `about` is said of all of a sweep."""
         job = self.job
+        layers = [site.layer for site in job.sites]
+        several = len(layers) > 1
         said: dict[str, Any] = {
             "name": job.name,
             "architecture": job.architecture.name,
-            "layer": job.site.layer,
-            "hook_point": job.site.hook,
+            "layer": layers if several else layers[0],
+            "hook_point": job.sites[0].hook,
             "d_in": job.architecture.d_in,
             "d_sae": job.architecture.d_sae,
             "sparsity": job.sparsity,
             "learning_rate": job.learning_rate,
             "seed": job.seed,
             "baseline": job.baseline,
-            "input_scale": self.scale,
+            "input_scale": self.scale if several else self.scale[0],
             "step": step,
             "trained_on": dict(about),
             "metrics": self.metrics.to_json(),
         }
+        if job.architecture.is_transcoder:
+            said["target_hook_point"] = job.targets[0].hook
         if job.architecture.widths:
             said["matryoshka_widths"] = list(job.architecture.widths)
         if self.averaged_threshold is not None:
@@ -98,14 +103,16 @@ class StoredSae:
 
     def write(self, folder: Path, about: Mapping[str, Any], step: int) -> None:
         """Makes the folder that SAELens loads."""
+        names, architecture = about["hook_names"], self.job.architecture
         metadata = {
             "model_name": about.get("model_name"),
-            "hook_name": about["hook_names"].get(str(self.job.site.layer)),
+            "hook_name": None if architecture.layers > 1 else names.get(key_of(self.job.sites[0])),
+            **({"hook_name_out": names.get(key_of(self.job.targets[0]))} if architecture.is_transcoder else {}),
             "l0": self.metrics.l0,
             "jax_extract": self.described(about, step),
         }
         folder.mkdir(exist_ok=True)
-        write(folder, config_of(self.job.architecture, metadata), self.tensors)
+        write(folder, config_of(architecture, metadata), self.tensors)
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,8 @@ class Choice(NamedTuple):
     """What differs between SAEs of one shape; arrays [s] over SAEs, or of one.
 
     Attributes:
-      source, target: int32, which layer is encoded and which reconstructed.
-      scale_in, scale_out: float32, which rows of either are multiplied by.
+      source, target: int32, which layer is encoded and which reconstructed; of a crosscoder all are.
+      scales: float32 [layers], which rows of each are multiplied by.
       k, sparsity: as of `Knobs`, at the end of their warm-up.
       learning_rate: float32.
       encoder, decoder: int32, what of them is trained: all (`FREE`), nothing (`HELD`), or the length of every direction
@@ -71,8 +71,7 @@ class Choice(NamedTuple):
 
     source: Array
     target: Array
-    scale_in: Array
-    scale_out: Array
+    scales: Array
     k: Array
     sparsity: Array
     learning_rate: Array
@@ -147,10 +146,11 @@ def train_step(
     Args:
       rows: [b, layers, width], unscaled.
     """
-    x = _layer(rows, choice.source) * choice.scale_in
-    y = x
-    if not architecture.centred:
-        y = _layer(rows, choice.target) * choice.scale_out
+    if architecture.layers > 1:
+        x = (rows.astype(jnp.float32) * choice.scales[None, :, None]).reshape(rows.shape[0], -1)
+    else:
+        x = _layer(rows, choice.source) * choice.scales[choice.source]
+    y = _layer(rows, choice.target) * choice.scales[choice.target] if architecture.is_transcoder else x
     params = state.params
     if architecture.name == "jumprelu":  # below zero it would let negative activations through
         params = {**params, "threshold": jnp.maximum(params["threshold"], 0)}

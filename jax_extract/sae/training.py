@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jax_extract.devices.mesh import BATCH_AXES
 from jax_extract.devices.sharding import named
 from jax_extract.sae.architecture import OVER_BATCH, Architecture
-from jax_extract.sae.autoencoder import SparseAutoencoder
+from jax_extract.sae.autoencoder import Form, SparseAutoencoder
 from jax_extract.sae.folder import config_of, folded, with_threshold
 from jax_extract.sae.jobs import Job, choices_of
 from jax_extract.sae.metrics import calibrated, measure
@@ -73,7 +73,8 @@ class SweepProgram:
     def _first(self, jobs: Sequence[Job]) -> State:
         drawn = []
         for job in jobs:
-            mean = self._scales.mean[job.place] * self._scales.factor[job.place]
+            goals = list(job.goals)
+            mean = (self._scales.mean[goals] * self._scales.factor[goals][:, None]).reshape(-1)
             drawn.append(State.start(first_parameters(job.architecture, job.seed, mean)))
         return jax.tree.map(lambda *leaves: np.stack(leaves), *drawn)
 
@@ -149,16 +150,19 @@ class SaeTraining:
 
     def _stored(self, state: State, i: int, job: Job) -> StoredSae:
         params = {name: np.asarray(value[i]) for name, value in state.params.items()}
-        scale, averaged = float(self.scales.factor[job.place]), None
-        tensors = folded(job.architecture, params, scale, scale)
+        scale_in, scale_out = self.scales.factor[list(job.sources)], self.scales.factor[list(job.goals)]
+        tensors, averaged = folded(job.architecture, params, scale_in, scale_out), None
         if job.architecture.name in OVER_BATCH:
-            guess = float(state.guess[i]) / scale
-            tensors = with_threshold(tensors, calibrated(tensors, self.calibration[:, job.place], job.sparsity, guess))
-            averaged = (float(state.threshold[i]) + float(state.rest[i])) / scale
+            unit = float(scale_out.mean())  # of the stored activations
+            form, guess = Form("relu", job.architecture.centred), float(state.guess[i]) / unit
+            threshold = calibrated(form, tensors, job.encoded(self.calibration), job.sparsity, guess)
+            tensors = with_threshold(tensors, threshold)
+            averaged = (float(state.threshold[i]) + float(state.rest[i])) / unit
         sae = SparseAutoencoder(
             config_of(job.architecture, {}), {n: jnp.asarray(value) for n, value in tensors.items()}
         )
-        return StoredSae(job, tensors, measure(sae, self.held_out[:, job.place]), scale, averaged)
+        metrics = measure(sae, job.encoded(self.held_out), job.reconstructed(self.held_out), job.architecture.layers)
+        return StoredSae(job, tensors, metrics, scale_in.tolist(), averaged)
 
     def _say(self, word: str, step: int, values: dict[str, np.ndarray]) -> None:
         jobs = self.jobs

@@ -250,7 +250,7 @@ class Run:
 
     def shuffled(
         self,
-        layers: int | str | Iterable[int] | None = None,
+        layers: int | str | Iterable[int | str | Site] | None = None,
         hook: str | None = None,
         rows: int = 4096,
         seed: int = 0,
@@ -269,7 +269,8 @@ class Run:
 
         Args:
           layers: one layer for batches [rows, width]; several for [rows, layers, width]. A name such as
-            `blocks.12.hook_resid_post` says layer and hook point at once.
+            `blocks.12.hook_resid_post` says layer and hook point at once, and so does one of `run.sites`; all must be
+            of one width.
           hook: hook point; `after_block` where none is named.
           rows: of a batch.
           seed: equal seeds give equal orders; every epoch has another.
@@ -288,7 +289,10 @@ class Run:
         """
         several = None if isinstance(layers, str) or not isinstance(layers, Iterable) else [*layers]
         wanted: list[Any] = [layers] if several is None else several
-        sites = tuple(self.site(*asked(layer, hook, None)) for layer in wanted)
+        sites = tuple(
+            self.site(where.layer, where.hook) if isinstance(where, Site) else self.site(*asked(where, hook, None))
+            for where in wanted
+        )
         settings = ShuffleSettings(
             sites,
             several is not None,

@@ -100,6 +100,11 @@ class ShuffleSettings:
     def __post_init__(self) -> None:
         if not self.sites or len(set(self.sites)) < len(self.sites):
             raise UserError("layers must name at least one layer, and none twice")
+        if other := next((site for site in self.sites if site.width != self.sites[0].width), None):
+            first = self.sites[0]
+            raise UserError(
+                f"{other.hook} has {other.width} values a row, and {first.hook} {first.width}; give those of one width"
+            )
         for name, least in (("rows", 1), ("seed", 0), ("epochs", 1), ("buffer_bytes", 1), ("read_bytes", 1)):
             value = getattr(self, name)
             if not (_is_whole(value, least) or (name == "epochs" and value is None)):

@@ -108,7 +108,7 @@ class Source:
 
     @property
     def row_bytes(self) -> int:
-        """At one site; all have the same width, because they are of one hook point."""
+        """At one site; all have the same width."""
         return self.sites[0].width * self.dtype.itemsize
 
     def fill(self, pool: Pool, piece: tuple[int, int, int], slots: np.ndarray, piece_bytes: int) -> None:

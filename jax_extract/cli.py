@@ -45,7 +45,7 @@ commands:
              rows of every layer for all models that finetune has trained, and for their base model
   compile    what a run will need on a TPU slice, by the TPU's compiler: memory, traffic, time, cost
   inspect    summarise a run, or one shard
-  plot       pictures of a run, or of a training
+  plot       pictures of a run, of a training, or of sparse autoencoders
   status     which parts of a run are committed, missing and torn
   verify     read a run again and recompute samples of it
   upload     bring a run from a directory into a bucket
@@ -53,6 +53,7 @@ commands:
   walks      make a dataset of random walks on a graph
   train      train a small language model on walks
   sae train  train sparse autoencoders on the activations of a run
+  sae eval   measure them on held-out samples, and in the model
   token-representations
              what a model makes of every token of its vocabulary
 
@@ -328,6 +329,20 @@ def _sae_train(argv: list[str]) -> None:
     sae_train(config)
 
 
+def _sae_eval(argv: list[str]) -> None:
+    from jax_extract.devices import compilation_cache
+    from jax_extract.sae.evaluation.config import SaeEvalConfig
+
+    config = _parse(SaeEvalConfig, argv, "jax-extract sae eval")
+    config.check()
+    if interruption.listening:
+        startup.leave_torch_out()
+    compilation_cache.start()
+    from jax_extract.sae.evaluation.command import sae_eval
+
+    sae_eval(config)
+
+
 def _token_representations(argv: list[str]) -> None:
     interruption.again = "give the same command again"
     from jax_extract.devices import compilation_cache
@@ -489,7 +504,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
 }
 
 
-_OF_SAES: dict[str, Callable[[list[str]], None]] = {"train": _sae_train}
+_OF_SAES: dict[str, Callable[[list[str]], None]] = {"train": _sae_train, "eval": _sae_eval}
 
 
 if __name__ == "__main__":

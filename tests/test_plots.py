@@ -424,7 +424,7 @@ def test_means_places_and_models_of_others_are_refused_by_name(
         "every row is the mean of a sample; colour by one of its fields: label, line, size", means, color_by="token"
     )
     refused("the mean of a sample, which is of no token", means, pictures=("lens",))
-    refused("holds no run, no training and no token representations", tmp_path)
+    refused("holds no run, no training, no sparse autoencoders and no token representations", tmp_path)
     refused("--pictures pca is not of a training", stage / "run", pictures=("pca",))
     refused(r"there is no token_representations.npz", stage / "run" / "final_model", pictures=("nodes",))
     refused("there is no array of 'ffn_out'", stage / "run", hook_points=("ffn_out",), pictures=("nodes",))

@@ -82,6 +82,7 @@ class ForwardProgram:
         self.decoder = Decoder(port, config, numerics, make_gather(self.specs))
         self._run = jax.jit(self._on_mesh, static_argnums=0)
         self._lens = jax.jit(self._lens_on_mesh)
+        self._losses = jax.jit(self._losses_on_mesh)
 
     def run(self, wanted: Wanted, inputs: Inputs, interventions: tuple[Intervention, ...] = ()) -> Outputs:
         """On the host; waits for it."""
@@ -89,9 +90,36 @@ class ForwardProgram:
 
     def logits_of(self, rows: np.ndarray) -> np.ndarray:
         """Rows float32 [n, d] of the residual stream behind final norm and head -> [n, v]."""
+        return np.asarray(self._lens(self.params, self._for_devices(rows)[:, None]))[: len(rows), 0]
+
+    def next_token_losses(self, rows: np.ndarray, reference: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """float32 [n, 2], in nats: how unlikely the tokens int32 [n] are behind rows float32 [n, d] of the residual
+        stream, and the KL divergence of that prediction from the one behind the rows of `reference`.
+        """
+        given = [self._for_devices(each)[:, None] for each in (rows, reference)]
+        return np.asarray(self._losses(self.params, *given, self._for_devices(tokens)))[: len(rows)]
+
+    def _for_devices(self, rows: np.ndarray) -> np.ndarray:
+        """Padded with zeros to as many as devices can share, of which there are few lengths."""
         size = self.mesh.size * rounded(-(-len(rows) // self.mesh.size))
-        padded = np.concatenate([rows, np.zeros((size - len(rows), rows.shape[1]), np.float32)])
-        return np.asarray(self._lens(self.params, padded[:, None]))[: len(rows), 0]
+        return np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)])
+
+    def _losses_on_mesh(self, params: Parameters, rows: Array, reference: Array, tokens: Array) -> Array:
+        def on_device(params: Parameters, rows: Array, reference: Array, tokens: Array) -> Array:
+            decoder = self.decoder
+
+            def log_probabilities(rows: Array) -> Array:
+                x = decoder.port.final_norm(decoder.config, params, rows, decoder.gather)
+                return jax.nn.log_softmax(decoder.logits(params, x)[:, 0].astype(jnp.float32))
+
+            found, expected = log_probabilities(rows), log_probabilities(reference)
+            missed = -jnp.take_along_axis(found, tokens[:, None], axis=1)[:, 0]
+            return jnp.stack([missed, jnp.sum(jnp.exp(expected) * (expected - found), axis=1)], axis=1)
+
+        given = (self.specs, BATCH_SPEC, BATCH_SPEC, BATCH_SPEC)
+        return jax.shard_map(on_device, mesh=self.mesh, in_specs=given, out_specs=BATCH_SPEC, check_vma=False)(
+            params, rows, reference, tokens
+        )
 
     def _lens_on_mesh(self, params: Parameters, rows: Array) -> Array:
         def on_device(params: Parameters, rows: Array) -> Array:

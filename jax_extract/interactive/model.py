@@ -337,6 +337,36 @@ class Model:
             raise UserError(f"rows have the shape {list(values.shape)}; expected [rows, {width}]")
         return self._program.logits_of(values)
 
+    def next_token_losses(self, rows: Any, tokens: Any, reference: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        """How well the model predicts tokens from rows of the residual stream behind its last block, in nats.
+
+        Args:
+          rows: [rows, width], such as those of `after_block` at the last layer, of a run under edits.
+          tokens: the token that follows each of them.
+          reference: rows of the same tokens in a run without edits; `rows` where left out.
+
+        Returns:
+          float32 [rows] twice: the cross-entropy of each token, and the KL divergence of the prediction from that of
+          `reference`. Never are the logits of all rows in memory.
+
+        Raises:
+          UserError: they have another width, or other lengths.
+        """
+        found = np.asarray(rows, np.float32)
+        expected = found if reference is None else np.asarray(reference, np.float32)
+        following = np.asarray(tokens, np.int32)
+        width = self.config.hidden_size
+        if found.shape != (len(following), width) or expected.shape != found.shape:
+            raise UserError(
+                f"rows of shape {list(found.shape)}, reference rows of {list(expected.shape)} and {len(following)} "
+                f"tokens do not belong together; expected [tokens, {width}] twice"
+            )
+        most = max(1, _LOGITS_AT_ONCE // 2 // self.config.vocab_size)
+        parts = [slice(start, start + most) for start in range(0, len(found), most)]
+        losses = [self._program.next_token_losses(found[some], expected[some], following[some]) for some in parts]
+        missed, divergence = np.concatenate([np.zeros((0, 2), np.float32), *losses]).T
+        return missed, divergence
+
     def extract(
         self,
         texts: Sequence[str] | Mapping[str, str],

@@ -1,4 +1,4 @@
-"""`jax-extract plot`: pictures of a run or of a training, as PNG and SVG.
+"""`jax-extract plot`: pictures of a run, of a training or of a sweep of SAEs, as PNG and SVG.
 
 In: a place, what is wanted of it. Out: files in a folder, and a line for each.
 """
@@ -44,7 +44,7 @@ def plot(config: PlotConfig, terminal: Terminal | None = None) -> list[Path]:
 
 
 def _pictures(config: PlotConfig, terminal: Terminal) -> Iterator[Drawn | LeftOut]:
-    from jax_extract.plotting import of_run, of_training
+    from jax_extract.plotting import of_run, of_saes, of_training
 
     if config.place.startswith(BUCKET_SCHEME):
         _require(config, of_run.PICTURES, "a run")
@@ -53,12 +53,15 @@ def _pictures(config: PlotConfig, terminal: Terminal) -> Iterator[Drawn | LeftOu
     if (folder / RUN_FILE).is_file():
         _require(config, of_run.PICTURES, "a run")
         return of_run.RunPictures(open_activations(folder), config, terminal).draw()
+    if of_saes.SaePictures.holds(folder):
+        _require(config, of_saes.PICTURES, "a sweep of sparse autoencoders")
+        return of_saes.SaePictures(folder, config).draw()
     if (place := of_training.StagePlace.find(folder)) is not None:
         _require(config, of_training.PICTURES, "a training")
         return of_training.StagePictures(place, config).draw()
     raise UserError(
-        f"{config.place!r} holds no run, no training and no token representations; give what --activations_dir, "
-        "--output_dir or --representation_dir named"
+        f"{config.place!r} holds no run, no training, no sparse autoencoders and no token representations; give what "
+        "--activations_dir, --output_dir or --representation_dir named"
     )
 
 

@@ -13,20 +13,20 @@ import tyro
 from jax_extract.errors import UserError
 from jax_extract.layer_words import LayerWord, layer_words
 
-Picture = Literal["norms", "spectrum", "pca", "lens", "loss", "nodes"]
+Picture = Literal["norms", "spectrum", "pca", "lens", "loss", "nodes", "pareto", "density"]
 FEWEST_ROWS = 2
 TOKEN, POSITION = "token", "position"  # what rows are coloured by, unless it is a field
 
 
 @dataclass(frozen=True)
 class PlotConfig:
-    """Draw pictures of a run, or of a training of stage 02, as PNG and SVG.
+    """Draw pictures of a run, of a training of stage 02, or of sparse autoencoders, as PNG and SVG.
 
     Attributes:
-      place: run directory or gs://bucket/prefix; or the folder of a training or of token representations.
+      place: run directory or gs://bucket/prefix; or the folder of a training, of SAEs or of token representations.
       output_dir: folder for the pictures; by default plots/ in the place.
-      pictures: norms, spectrum, pca, lens (of a run), loss (of a training), nodes (of token representations); by
-        default all that there is something for.
+      pictures: norms, spectrum, pca, lens (of a run), loss (of a training), nodes (of token representations), pareto,
+        density (of SAEs); by default all that there is something for.
       layers: counted from 0, or from the end: 3, -1 (the last), 2-5 (both among them), all, or several of these; by
         default all that the run holds.
       hook_points: by name or TransformerLens name; by default all that the run holds.

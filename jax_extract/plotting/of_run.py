@@ -8,13 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jax_extract.errors import UserError
-from jax_extract.inputs.tokenize import tokenizer_digest
+from jax_extract.interactive.model_of_run import ModelOfRun
 from jax_extract.layer_words import layers_of
 from jax_extract.plotting.colouring import Colouring, colouring_of
 from jax_extract.plotting.components import Components
@@ -25,18 +23,13 @@ from jax_extract.plotting.pca import draw_pca
 from jax_extract.plotting.pictures import Drawn, LeftOut
 from jax_extract.plotting.reading import SampledRows
 from jax_extract.plotting.spectrum import draw_spectrum
-from jax_extract.progress import LOADING
 from jax_extract.store.parts import Site
 from jax_extract.store.reader import Run
 from jax_extract.store.sample import SampleActivations
 from jax_extract.store.token_text import token_texts
 from jax_extract.terminal import Terminal, plural, ranges_text
-from jax_extract.weights.open_model import OpenModel
 from models.hooks import DEFAULT_HOOK_POINT, GATED, resolve_hook_points
 from models.positions import Positions
-
-if TYPE_CHECKING:
-    from jax_extract.interactive.model import Model
 
 PICTURES: tuple[Picture, ...] = ("norms", "spectrum", "pca", "lens")
 _SPECTRA, _PANELS, _LENS_LAYERS = 12, 6, 16  # layers of a picture, spread over those of the run
@@ -80,7 +73,7 @@ class RunPictures:
         if self.config.sample is not None:
             self.run.sample(self.config.sample)
         if self.config.model_path is not None:
-            _ = self._tokenizer
+            _ = self._model.tokenizer
         if self.config.wants("pca"):
             _ = self._colouring
         if self.config.asked("lens") and (why := self._why_no_lens) is not None:
@@ -155,50 +148,13 @@ class RunPictures:
 
     @cached_property
     def _colouring(self) -> Colouring | None:
-        return colouring_of(self.config.color_by, self._sampled, self._token_texts)
+        return colouring_of(self.config.color_by, self._sampled, self._model.token_texts)
 
     # ------------------------------------------------------------------------------------------------ the model
 
-    def _token_texts(self, token_ids: np.ndarray) -> list[str]:
-        """As the model's tokenizer has them; their numbers where that is not on this machine."""
-        if self._tokenizer is None:
-            self.terminal.line(
-                "note", f"{self._not_here}: tokens are shown by their numbers; --model_path names another"
-            )
-            return [f"[{token}]" for token in token_ids.tolist()]
-        return token_texts(self._tokenizer, token_ids)
-
     @cached_property
-    def _model_path(self) -> str | None:
-        """As given, or where the run says that it lay, if it still does."""
-        if self.config.model_path is not None:
-            return self.config.model_path
-        path = str(self.run.metadata.get("model_path") or "")
-        return path if path and Path(path).exists() else None
-
-    @property
-    def _not_here(self) -> str:
-        return f"the model {self.run.metadata.get('model_path')} is not on this machine"
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        if self._model_path is None:
-            return None
-        opened = OpenModel.open(self._model_path, self._revision, self.run.metadata.get("adapter"), needs_port=False)
-        self._require_same(tokenizer_digest(opened.tokenizer))
-        return opened.tokenizer
-
-    @property
-    def _revision(self) -> str | None:
-        """That of the run, for the run's own model."""
-        return None if self.config.model_path is not None else self.run.metadata.get("model_revision")
-
-    def _require_same(self, tokenizer: str) -> None:
-        if tokenizer != self.run.metadata["tokenizer_hash"]:
-            raise UserError(
-                f"the tokenizer of {self._model_path} is not the one that this run was made with; give the model of "
-                "the run as --model_path"
-            )
+    def _model(self) -> ModelOfRun:
+        return ModelOfRun(self.run, self.config.model_path, self.terminal)
 
     @property
     def _why_no_lens(self) -> str | None:
@@ -207,8 +163,8 @@ class RunPictures:
             return f"there is no {DEFAULT_HOOK_POINT} among what is drawn, which the final norm and the head read"
         if (self._sampled.token_ids < 0).all():
             return "every row is the mean of a sample, which is of no token"
-        if self._model_path is None:
-            return f"{self._not_here}; give --model_path"
+        if self._model.path is None:
+            return f"{self._model.not_here}; give --model_path"
         return None
 
     @property
@@ -218,7 +174,7 @@ class RunPictures:
     def _lens(self) -> Drawn:
         chosen = _spread(self._sites_of_lens, _LENS_LAYERS)
         tokens = self._tokens_of_lens()
-        model = self._loaded()
+        model = self._model.load()
         found = Lens.of(
             [int(site.layer or 0) for site in chosen],
             lambda layer: np.concatenate([sample.get(layer)[row : row + 1] for sample, row in tokens]),
@@ -261,22 +217,6 @@ class RunPictures:
         if self.config.asked(picture):
             raise UserError(f"--pictures {picture}: {why}")
         return LeftOut(picture, why)
-
-    def _loaded(self) -> Model:
-        from jax_extract.interactive.model import load_model
-
-        meta = self.run.metadata
-        self._tokenizer  # noqa: B018 (which sees to it that it is the run's, before weights are read)
-        assert self._model_path is not None, "who calls sees to it"
-        with self.terminal.waiting(LOADING):
-            model = load_model(self._model_path, adapter=meta.get("adapter"), revision=self._revision)
-        shape = model.config.num_hidden_layers, model.config.hidden_size
-        if shape != (expected := (meta["num_hidden_layers"], meta["hidden_dim"])):
-            raise UserError(
-                f"{self._model_path} has {shape[0]} layers of width {shape[1]} and the model of this run "
-                f"{expected[0]} of width {expected[1]}; give the model of the run as --model_path"
-            )
-        return model
 
 
 def _norms_of(rows: np.ndarray) -> np.ndarray:

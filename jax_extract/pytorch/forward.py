@@ -181,6 +181,14 @@ class TorchForward:
             given = torch.from_numpy(rows)[None].to(self.device, next(self._causal.parameters()).dtype)
             return self.logits(self.base.get_submodule(norm.path)(given))[0].float().cpu().numpy()
 
+    def next_token_losses(self, rows: np.ndarray, reference: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """See `ForwardProgram.next_token_losses`."""
+        found, expected = (
+            torch.log_softmax(torch.from_numpy(self.logits_of(each)), dim=1) for each in (rows, reference)
+        )
+        missed = -found.gather(1, torch.from_numpy(tokens.astype(np.int64))[:, None])[:, 0]
+        return torch.stack([missed, (expected.exp() * (expected - found)).sum(dim=1)], dim=1).numpy()
+
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Of rows behind the final norm, [b, t, d] -> [b, t, vocabulary]."""
         config = self._causal.config.get_text_config()

@@ -1,7 +1,8 @@
 """How well an SAE does on rows that it was not trained on.
 
-In: an SAE as it is stored, held-out rows. Out: `Metrics`. Sums are made a part of the
-rows at a time, on the device, and added in float64. Formulas: docs/sae.md.
+In: an SAE as it is stored, held-out rows and whose they are. Out: `Sums` by sample, and the `Metrics` that they come
+to, of all samples or of any of them as often as is wanted. What is summed is made a part of the rows at a time, on the
+device, and added in float64. Formulas: docs/sae.md.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import numpy as np
 from jax import Array
 
 from jax_extract.sae.autoencoder import Form, Params, SparseAutoencoder, decode, encode
-from jax_extract.sae.selection import kth_largest_of_all
+from jax_extract.sae.selection import counted, kth_largest_of_all
 
 ROWS_AT_ONCE = 2_048
+VALUES = ("explained_variance", "l0", "mse", "cosine", "l2_ratio", "reconstruction_bias")
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,63 @@ class Metrics:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Over the rows of each of s samples.
+
+    Attributes:
+      rows: float64 [s].
+      of_rows: float64 [s, 5]: active latents, cosines, ratios of norms, x·x̂ and |x̂|².
+      error, square: float64 [s, layers], squared distances of rows from their reconstruction, and from near their mean.
+      shifted: float64 [s, d_out], distances from near their mean.
+      fired: int64 [d_sae], rows of any sample in which each latent is active.
+    """
+
+    rows: np.ndarray
+    of_rows: np.ndarray
+    error: np.ndarray
+    square: np.ndarray
+    shifted: np.ndarray
+    fired: np.ndarray
+
+    def metrics(self) -> Metrics:
+        """Of all samples."""
+        one = np.ones((1, len(self.rows)))
+        [values] = self.values(one)
+        by_layer = tuple(self._by_layer(one)[0].tolist()) if self.error.shape[1] > 1 else None
+        known = dict(zip(VALUES, values.tolist(), strict=True))
+        dead = float(1 - (self.fired > 0).mean())
+        return Metrics(rows=int(self.rows.sum()), **known, dead=dead, explained_variance_by_layer=by_layer)
+
+    def values(self, times: np.ndarray) -> np.ndarray:
+        """float64 [t, 6]: the metrics from `explained_variance` to `reconstruction_bias`, of samples taken so many
+        times.
+
+        Args:
+          times: float64 [t, s].
+        """
+        n = times @ self.rows
+        error, square = (times @ sums for sums in (self.error, self.square))
+        variance = square.sum(axis=1) - ((times @ self.shifted) ** 2).sum(axis=1) / n
+        l0, cosine, ratio, dot, own = (times @ self.of_rows).T
+        error = error.sum(axis=1)
+        bias = dot / np.maximum(own, 1e-300)
+        return np.stack(
+            [1 - error / variance, l0 / n, error / n / self.shifted.shape[1], cosine / n, ratio / n, bias], 1
+        )
+
+    def _by_layer(self, times: np.ndarray) -> np.ndarray:
+        """float64 [t, layers], explained variances."""
+        layers = self.error.shape[1]
+        squares = ((times @ self.shifted) ** 2).reshape(len(times), layers, -1).sum(axis=2)
+        return 1 - times @ self.error / (times @ self.square - squares / (times @ self.rows)[:, None])
+
+
 @partial(jax.jit, static_argnums=(0, 1))
-def _sums(form: Form, layers: int, params: Params, x: Array, y: Array, shift: Array) -> dict[str, Array]:
+def _measured(form: Form, layers: int, params: Params, x: Array, y: Array, shift: Array) -> tuple[Array, ...]:
     """Of rows [b, d] and [b, o]; `shift` [o] is near the mean of these, so that float32 sums lose nothing."""
     f = encode(form, params, x)
     out = decode(form, params, f)
-    from_mean = y - shift[None]
     norm, of_out = jnp.linalg.norm(y, axis=1), jnp.linalg.norm(out, axis=1)
     dot = jnp.sum(y * out, axis=1)
     tiny = jnp.float32(1e-20)
@@ -64,45 +117,32 @@ def _sums(form: Form, layers: int, params: Params, x: Array, y: Array, shift: Ar
     def by_layer(values: Array) -> Array:
         return jnp.sum(jnp.square(values).reshape(len(values), layers, -1), axis=2)
 
-    return {
-        "error": by_layer(y - out),
-        "square": by_layer(from_mean),
-        "shifted": jnp.sum(from_mean, axis=0),
-        "l0": jnp.sum((f > 0).astype(jnp.float32), axis=1),
-        "cosine": dot / jnp.maximum(norm * of_out, tiny),
-        "ratio": of_out / jnp.maximum(norm, tiny),
-        "dot": dot,
-        "own": jnp.square(of_out),
-        "fired": jnp.any(f > 0, axis=0),
-    }
+    active = f > 0
+    cosine, ratio = dot / jnp.maximum(norm * of_out, tiny), of_out / jnp.maximum(norm, tiny)
+    of_rows = jnp.stack([jnp.sum(active.astype(jnp.float32), axis=1), cosine, ratio, dot, jnp.square(of_out)], axis=1)
+    return of_rows, by_layer(y - out), by_layer(y - shift[None]), counted(active)
 
 
-def measure(sae: SparseAutoencoder, rows: np.ndarray, targets: np.ndarray, layers: int = 1) -> Metrics:
-    """Of rows [n, d_in], from which it is to reconstruct the targets [n, d_out]; `layers` are those of a crosscoder."""
-    shift = targets.mean(axis=0, dtype=np.float64)
-    sums: dict[str, Any] = {}
-    fired = np.zeros(sae.d_sae, bool)
+def sums_of(
+    sae: SparseAutoencoder, rows: np.ndarray, targets: np.ndarray, begins: np.ndarray | None = None, layers: int = 1
+) -> Sums:
+    """Of rows [n, d_in], from which it is to reconstruct the targets [n, d_out].
+
+    Args:
+      begins: int64 [s], where the rows of each sample begin, ascending from 0 and none twice; None for one sample.
+      layers: of a crosscoder.
+    """
+    begins = np.zeros(1, np.int64) if begins is None else begins
+    shift = targets.mean(axis=0, dtype=np.float64).astype(np.float32)
+    found: list[list[np.ndarray]] = []
+    fired = np.zeros(sae.d_sae, np.int64)
     for x, y in zip(_parts(rows), _parts(targets), strict=True):
-        found = _sums(sae.form, layers, sae.params, x, y, jnp.asarray(shift, jnp.float32))
-        fired |= np.asarray(found.pop("fired"))
-        shifted = np.asarray(found.pop("shifted"), np.float64)
-        sums["shifted"] = sums.get("shifted", 0.0) + shifted
-        for name, value in found.items():
-            sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64).sum(axis=0)
-    n = len(rows)
-    variance = sums["square"] - (sums["shifted"] ** 2).reshape(layers, -1).sum(axis=1) / n
-    by_layer = 1 - sums["error"] / variance
-    return Metrics(
-        rows=n,
-        explained_variance=float(1 - sums["error"].sum() / variance.sum()),
-        l0=float(sums["l0"] / n),
-        mse=float(sums["error"].sum() / n / targets.shape[1]),
-        cosine=float(sums["cosine"] / n),
-        l2_ratio=float(sums["ratio"] / n),
-        reconstruction_bias=float(sums["dot"] / max(sums["own"], 1e-300)),
-        dead=float(1 - fired.mean()),
-        explained_variance_by_layer=tuple(by_layer.tolist()) if layers > 1 else None,
-    )
+        *of_rows, active = map(np.asarray, _measured(sae.form, layers, sae.params, x, y, jnp.asarray(shift)))
+        found.append([each.astype(np.float64) for each in of_rows])
+        fired += active
+    each, error, square = (np.add.reduceat(np.concatenate(column), begins) for column in zip(*found, strict=True))
+    shifted = np.add.reduceat(targets - shift.astype(np.float64), begins)
+    return Sums(np.diff([*begins, len(rows)]).astype(np.float64), each, error, square, shifted, fired)
 
 
 @partial(jax.jit, static_argnums=0)

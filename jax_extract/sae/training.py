@@ -24,7 +24,7 @@ from jax_extract.sae.architecture import OVER_BATCH, Architecture
 from jax_extract.sae.autoencoder import Form, SparseAutoencoder
 from jax_extract.sae.folder import config_of, folded, with_threshold
 from jax_extract.sae.jobs import Job, choices_of
-from jax_extract.sae.metrics import calibrated, measure
+from jax_extract.sae.metrics import calibrated, sums_of
 from jax_extract.sae.parameters import first_parameters
 from jax_extract.sae.rows import Rows, Scales
 from jax_extract.sae.saved import StoredSae
@@ -161,7 +161,8 @@ class SaeTraining:
         sae = SparseAutoencoder(
             config_of(job.architecture, {}), {n: jnp.asarray(value) for n, value in tensors.items()}
         )
-        metrics = measure(sae, job.encoded(self.held_out), job.reconstructed(self.held_out), job.architecture.layers)
+        rows, targets = job.encoded(self.held_out), job.reconstructed(self.held_out)
+        metrics = sums_of(sae, rows, targets, layers=job.architecture.layers).metrics()
         return StoredSae(job, tensors, metrics, scale_in.tolist(), averaged)
 
     def _say(self, word: str, step: int, values: dict[str, np.ndarray]) -> None:

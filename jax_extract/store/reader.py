@@ -23,6 +23,7 @@ from jax_extract.store.ledger import Key, Ledger, Record, part_name
 from jax_extract.store.metadata import metadata_of
 from jax_extract.store.parts import PartContent, Site, offsets
 from jax_extract.store.row_sums import RowStatistics, RowSums, SummedRows
+from jax_extract.store.rows_in_memory import RowsInMemory
 from jax_extract.store.sample import DEFAULT_HOOK_POINT, ActivationBatch, RunRows, SampleActivations, asked
 from jax_extract.store.saving import Provenance, save
 from jax_extract.store.shuffled.rows import ShuffledRows, ShuffleSettings
@@ -227,6 +228,30 @@ class Run:
                 samples[to] = content.sample_indices[place]
                 positions[to], tokens[to] = of_rows[0][start:stop], of_rows[1][start:stop]
         return RunRows(tuple(self._ids), order.row_offsets, samples, positions, tokens)
+
+    def with_rows(self, rows: Mapping[Site, np.ndarray]) -> Run:
+        """A run in memory of the same samples with other rows: what `Edit(…, "patch", source=run)` can put in their
+        place.
+
+        Args:
+          rows: of sites, [rows, width] in the order of `get`.
+
+        Raises:
+          UserError: they have another shape.
+        """
+        for site, each in rows.items():
+            if each.shape != (len(self.rows), site.width):
+                raise UserError(
+                    f"rows of {site.hook} have the shape {list(each.shape)}; expected {[len(self.rows), site.width]}"
+                )
+        parts = []
+        for number, part in enumerate(self._parts):
+            content = part.content
+            order = np.zeros(content.rows, np.int64)
+            for place, (start, stop) in enumerate(itertools.pairwise(content.row_offsets.tolist())):
+                order[start:stop] = np.arange(stop - start) + self._order.first_row[number, place]
+            parts.append(RowsInMemory(content, {site: each[order] for site, each in rows.items()}))
+        return Run(self.metadata, tuple(rows), parts)
 
     def batches(
         self,

@@ -81,21 +81,25 @@ class RowsWanted:
                     f"positions={self.positions!r} has no meaning for this run: its rows are means over all tokens of "
                     "their samples; leave it out"
                 )
-            kept &= self._of_positions(positions, content)
+            lengths = np.array([len(tokens) for tokens in content.token_ids])
+            kept &= self.at(positions, np.repeat(lengths, np.diff(content.row_offsets)) - 1)
         if self.samples is not None:
             kept &= np.repeat(_answer(self.samples, content.sample_indices, "samples"), np.diff(content.row_offsets))
         if self.without_tokens:
             kept &= ~np.isin(content.row_token_ids, np.array(self.without_tokens))
         return kept
 
-    def _of_positions(self, positions: np.ndarray, content: PartContent) -> np.ndarray:
+    def at(self, positions: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """bool [rows] of positions int32 [rows] alone; `last` is that of the last token of each row's sample."""
         if not isinstance(self.positions, str):
-            assert self.positions is not None
-            return _answer(self.positions, positions, "positions")
+            return (
+                np.ones(len(positions), bool)
+                if self.positions is None
+                else _answer(self.positions, positions, "positions")
+            )
         kind, _, number = self.positions.partition(":")
         if kind == "last":
-            lengths = np.array([len(tokens) for tokens in content.token_ids])
-            return positions == np.repeat(lengths, np.diff(content.row_offsets)) - 1
+            return positions == last
         if kind == "at":
             return np.isin(positions, np.array(number.split(","), np.int64))
         if kind == "every":

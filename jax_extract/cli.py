@@ -54,6 +54,8 @@ commands:
   train      train a small language model on walks
   sae train  train sparse autoencoders on the activations of a run
   sae eval   measure them on held-out samples, and in the model
+  sae features
+             a page of the features of one, and the same for Neuronpedia
   token-representations
              what a model makes of every token of its vocabulary
 
@@ -343,6 +345,20 @@ def _sae_eval(argv: list[str]) -> None:
     sae_eval(config)
 
 
+def _sae_features(argv: list[str]) -> None:
+    from jax_extract.devices import compilation_cache
+    from jax_extract.sae.features.config import SaeFeaturesConfig
+
+    config = _parse(SaeFeaturesConfig, argv, "jax-extract sae features")
+    config.check()
+    if interruption.listening:
+        startup.leave_torch_out()
+    compilation_cache.start()
+    from jax_extract.sae.features.command import sae_features
+
+    sae_features(config)
+
+
 def _token_representations(argv: list[str]) -> None:
     interruption.again = "give the same command again"
     from jax_extract.devices import compilation_cache
@@ -504,7 +520,11 @@ _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
 }
 
 
-_OF_SAES: dict[str, Callable[[list[str]], None]] = {"train": _sae_train, "eval": _sae_eval}
+_OF_SAES: dict[str, Callable[[list[str]], None]] = {
+    "train": _sae_train,
+    "eval": _sae_eval,
+    "features": _sae_features,
+}
 
 
 if __name__ == "__main__":

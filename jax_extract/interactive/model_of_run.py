@@ -62,11 +62,14 @@ class ModelOfRun:
     def token_texts(self, token_ids: np.ndarray) -> list[str]:
         """As the model's tokenizer has them; their numbers where that is not on this machine."""
         if self.tokenizer is None:
-            self.terminal.line(
-                "note", f"{self.not_here}: tokens are shown by their numbers; --model_path names another"
-            )
+            _ = self._told_of_numbers
             return [f"[{token}]" for token in token_ids.tolist()]
         return token_texts(self.tokenizer, token_ids)
+
+    @cached_property
+    def _told_of_numbers(self) -> None:
+        """Said once."""
+        self.terminal.line("note", f"{self.not_here}: tokens are shown by their numbers; --model_path names another")
 
     def load(self, mesh_shape: str | None = None) -> Model:
         """The whole model; UserError where it is another one."""

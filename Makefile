@@ -1,4 +1,5 @@
 # make demo   real activations of a real model on real ARC tasks, from nothing, in a few minutes
+# make demo-sae   from nothing to a page of features of sparse autoencoders, in ten minutes; TEXTS=file for texts of yours
 # make test   the test suite; with EVERY_FAMILY=1, tests that need one model of each port take every family
 # make lint   ruff, pyright and shellcheck
 # make bench  the benchmark of docs/performance.md; BENCH="--help" for its options
@@ -9,13 +10,16 @@ BIN := .venv/bin
 PROCESSES = $$($(BIN)/python -c 'import os; print(min(4, (os.cpu_count() or 1) + 2))')
 DEMO_OUTPUT := demo_output/activations
 
-.PHONY: demo test lint bench clean
+.PHONY: demo demo-sae test lint bench clean
 
 demo: .venv/core
 	@assets=$$($(BIN)/python launch/demo_assets.py) && \
 	$(BIN)/python distributed_inference_with_activations.py --model_path "$$assets/smollm2-135m-instruct.gguf" \
 	  --tasks_file "$$assets/arc-agi-1.json" --n_tasks 25 --activations_dir $(DEMO_OUTPUT) --overwrite
 	@echo && $(BIN)/jax-extract inspect $(DEMO_OUTPUT)
+
+demo-sae: .venv/core
+	@$(BIN)/python launch/demo_sae.py $(if $(TEXTS),--texts "$(TEXTS)")
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder

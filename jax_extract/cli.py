@@ -323,7 +323,7 @@ def _sae_train(argv: list[str]) -> None:
     config.check()
     if config.overwrite:
         interruption.again = "run the same command again without --overwrite to go on"
-    if interruption.listening:
+    if interruption.listening and config.backend == "jax":
         startup.leave_torch_out()
     compilation_cache.start()
     from jax_extract.sae.command import sae_train

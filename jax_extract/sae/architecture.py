@@ -8,7 +8,7 @@ the numbers that may differ between SAEs of one compiled step. Names are those o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from jax_extract.errors import UserError
 from models.nearest import nearest
@@ -20,6 +20,12 @@ WITH_L1 = ("standard", "gated")
 WITH_K = ("topk", "batchtopk", "matryoshka_batchtopk")
 OVER_BATCH = ("batchtopk", "matryoshka_batchtopk")
 SparsityLoss = Literal["step", "tanh"]
+ANTHROPIC: dict[str, Any] = {  # JumpReLU as of the circuits update of January 2025
+    "sparsity_loss": "tanh",
+    "bandwidth": 2.0,
+    "ste_to_input": True,
+    "pre_act_coefficient": 3e-6,
+}
 
 
 @dataclass(frozen=True)

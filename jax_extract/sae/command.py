@@ -31,7 +31,7 @@ from jax_extract.sae.sources_array import ArraySource, is_array_file, read_array
 from jax_extract.sae.sources_iterator import IteratorSource
 from jax_extract.sae.sources_run import RunSource
 from jax_extract.sae.step import Schedule
-from jax_extract.sae.training import SaeTraining, States, SweepProgram
+from jax_extract.sae.training import SaeTraining, Sweep, SweepProgram
 from jax_extract.store.folders import require_usable
 from jax_extract.store.parts import Site
 from jax_extract.store.reader import Run, open_activations
@@ -60,8 +60,13 @@ def sae_train(
     output = user_path(config.output_dir, "--output_dir")
     source = source_of(config, held_in_memory)
     jobs = jobs_of(config, source.sites)
+    if config.backend == "torch":
+        from jax_extract.sae.saelens import require_saelens, torch_device
+
+        require_saelens(jobs)
+        torch_device(config.device)
     require_usable(output, "--output_dir")
-    use_devices(config.device)
+    use_devices(config.device if config.backend == "jax" else "cpu")
     mesh = make_mesh(parse_mesh_shape(config.mesh_shape) if config.mesh_shape else None)
     if config.batch_size % mesh.size:
         raise UserError(
@@ -143,7 +148,7 @@ class _Sweep:
             )
         schedule = self._schedule()
         self._tell(schedule, scales, len(aside), len(set(samples.tolist())))
-        program = SweepProgram(grouped(self.jobs), schedule, scales, self.mesh)
+        program = self._program(schedule, scales)
         before = found.state if found else None
         log, pending = (before.log_history, before.pending_losses) if before else ([], [])
         kept = known[scales.keeps(known)]
@@ -158,6 +163,14 @@ class _Sweep:
         sweep.save_end(self.output)
         self._conclude(sweep.saes, time.perf_counter() - started)
         return sweep.summary
+
+    def _program(self, schedule: Schedule, scales: Scales) -> Sweep:
+        if self.config.backend == "jax":
+            return SweepProgram(grouped(self.jobs), schedule, scales, self.mesh)
+        from jax_extract.sae.saelens import SaeLensSweep, torch_device
+
+        device = torch_device(self.config.device)
+        return SaeLensSweep(grouped(self.jobs), schedule, scales, self.config.batch_size, device)
 
     # --------------------------------------------------------------------------- what decides what
 
@@ -176,7 +189,7 @@ class _Sweep:
         """What decides the weights, in JSON."""
         source = self.rows.source
         names = "batch_size held_out positions largest_norm learning_rate_warm_up learning_rate_decay".split()
-        names += "sparsity_warm_up dead_after_rows".split()
+        names += "sparsity_warm_up dead_after_rows l0_loss".split()
         return {
             "data": {"digest": source.digest, "sites": [[site.hook, site.layer] for site in source.sites]},
             "saes": [job.name for job in self.jobs],
@@ -184,12 +197,14 @@ class _Sweep:
             **{name: getattr(self.config, name) for name in names},
             "learning_rate": list(self.config.learning_rate),
             "seed": list(self.config.seed),
+            "matryoshka_widths": list(self.config.matryoshka_widths),
         }
 
     def _numerics(self) -> dict[str, Any]:
         """What decides their last bits."""
-        versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
-        return {"device_kind": device_kind(), "devices": self.mesh.size, **versions}
+        packages = _PACKAGES if self.config.backend == "jax" else (*_PACKAGES, "torch", "sae-lens")
+        versions = {name: importlib.metadata.version(name) for name in packages}
+        return {"backend": self.config.backend, "device_kind": device_kind(), "devices": self.mesh.size, **versions}
 
     def _about(self, scales: Scales) -> dict[str, Any]:
         """What is said in every SAE's metadata of what it was trained on."""
@@ -205,11 +220,12 @@ class _Sweep:
 
     # ------------------------------------------------------------------------------ state, and back
 
-    def _states(self, program: SweepProgram, found: Found | None) -> States:
+    def _states(self, program: Sweep, found: Found | None) -> Any:
         if found is None:
             return program.start()
         mend = f"remove {found.folder} to go on from the checkpoint before it, {KIND.anew}"
-        states = load_optimizer(found.folder / OPTIMIZER_FOLDER, program.start(), mend)
+        like = program.states(program.start())
+        states = program.resume(load_optimizer(found.folder / OPTIMIZER_FOLDER, like, mend))
         if found.state.data is None:
             raise UserError(f"{found.folder} does not say where in the rows it was; {mend}")
         self.rows.state = found.state.data
@@ -223,14 +239,14 @@ class _Sweep:
             step, steps, epoch, list(log), self._settings(), self._numerics(), pending, dict(self.rows.state)
         )
 
-    def _saved(self, training: SaeTraining, step: int, states: States, pending: list[Any]) -> SavedSweep:
+    def _saved(self, training: SaeTraining, step: int, states: Any, pending: list[Any]) -> SavedSweep:
         state = self._state(step, training.log, pending)
         return SavedSweep(training.stored(states), self._about(training.scales), state)
 
-    def _save(self, training: SaeTraining, step: int, states: States, pending: list[Any]) -> None:
+    def _save(self, training: SaeTraining, step: int, states: Any, pending: list[Any]) -> None:
         folder = checkpoint_folder(self.output, step)
         self._saved(training, step, states, pending).save_checkpoint(
-            folder, lambda to: save_optimizer(to, jax.tree.leaves(states))
+            folder, lambda to: save_optimizer(to, jax.tree.leaves(training.program.states(states)))
         )
 
     # ------------------------------------------------------------------------------- what is told
@@ -252,13 +268,18 @@ class _Sweep:
         self.terminal.line(
             "saes",
             f"{plural(trained, self._noun())} ({widths}) and {plural(len(self.jobs) - trained, 'baseline')} in one "
-            f"pass on {plural(self.mesh.size, self.mesh.devices.flat[0].device_kind + ' device')}",
+            f"pass {self._where()}",
         )
         self.terminal.line(
             "plan",
             f"{plural(schedule.steps, 'step')} of {self.config.batch_size:,} rows, {_epochs(self, schedule):.2g} "
             f"epochs; a checkpoint every {self.config.save_steps:,}",
         )
+
+    def _where(self) -> str:
+        if self.config.backend == "torch":
+            return "by SAELens' trainer"
+        return f"on {plural(self.mesh.size, self.mesh.devices.flat[0].device_kind + ' device')}"
 
     def _noun(self) -> str:
         if self.config.crosscoder:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from jax_extract.devices.choice import DeviceChoice
 from jax_extract.errors import UserError
-from jax_extract.sae.architecture import NAMES, WITH_K, WITH_L1, canonical
+from jax_extract.sae.architecture import NAMES, WITH_K, WITH_L1, SparsityLoss, canonical
 from models.nearest import nearest
 
 _MOST = 2**31 - 1
@@ -40,6 +41,8 @@ class SaeTrainConfig:
       l1_coefficient: factor of the L1 loss of standard and gated, on rows scaled to a mean norm of the square root of
         their width (docs/sae.md has the factors of other conventions).
       l0_coefficient: factor of the L0 loss of jumprelu.
+      l0_loss: of jumprelu: step (DeepMind's), or tanh (Anthropic's, with their estimator and loss against dead
+        latents).
       matryoshka_widths: of the nested dictionaries, without the last one, as shares of the latents.
       batch_size: rows of a step.
       training_rows: how many rows in all; by default each row once.
@@ -57,6 +60,7 @@ class SaeTrainConfig:
       save_steps: a checkpoint every so many steps.
       eval_steps: metrics of the held-out rows every so many steps, and at the end.
       logging_steps: a line every so many steps.
+      backend: jax, or torch for SAELens' own trainer on the same rows, which takes no --mesh_shape.
       device: auto, cpu, gpu or tpu.
       mesh_shape: DATA,MODEL over all devices; by default all on DATA.
       overwrite: remove what is in output_dir and start anew.
@@ -75,6 +79,7 @@ class SaeTrainConfig:
     k: tuple[float, ...] = (32.0,)
     l1_coefficient: tuple[float, ...] = (5.0,)
     l0_coefficient: tuple[float, ...] = (1.0,)
+    l0_loss: SparsityLoss = "step"
     matryoshka_widths: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.5)
     batch_size: int = 4096
     training_rows: int | None = None
@@ -91,6 +96,7 @@ class SaeTrainConfig:
     save_steps: int = 1_000
     eval_steps: int = 500
     logging_steps: int = 50
+    backend: Literal["jax", "torch"] = "jax"
     device: DeviceChoice = "auto"
     mesh_shape: str | None = None
     overwrite: bool = False
@@ -113,6 +119,8 @@ class SaeTrainConfig:
                     raise UserError(f"--{name} {value} must be a positive number")
 
     def _check_names(self) -> None:
+        if self.backend == "torch" and self.mesh_shape is not None:
+            raise UserError(f"--mesh_shape {self.mesh_shape} is of JAX; leave it out with --backend torch")
         if self.crosscoder and self.target_hook is not None:
             raise UserError(
                 f"--crosscoder and --target_hook {self.target_hook} are both given; a crosscoder reconstructs what it "

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jax_extract.errors import UserError
-from jax_extract.sae.architecture import WITH_K, Architecture, canonical
+from jax_extract.sae.architecture import ANTHROPIC, WITH_K, Architecture, canonical
 from jax_extract.sae.config import NONE, SaeTrainConfig
 from jax_extract.sae.folder import stored_name
 from jax_extract.sae.step import FREE, HELD, LENGTHS, Choice
@@ -144,6 +144,7 @@ def _architecture(
         widths=nested,
         centred=config.target_hook is None and not config.crosscoder,
         layers=len(encoded),
+        **(ANTHROPIC if name == "jumprelu" and config.l0_loss == "tanh" else {}),
     )
     stored_name(architecture)  # refuses what SAELens has no name for
     return architecture

@@ -17,7 +17,7 @@ from jax_extract.sae.architecture import Architecture
 
 Parameters = dict[str, np.ndarray]
 DECODER_NORM = 0.1
-FIRST_THRESHOLD = 0.01  # of a JumpReLU SAE, in units of scaled rows
+FIRST_THRESHOLD = {"step": 0.01, "tanh": 0.1}  # of a JumpReLU SAE, by its sparsity loss, in units of scaled rows
 
 
 def first_parameters(
@@ -44,7 +44,7 @@ def first_parameters(
     biases = ("b_gate", "b_mag", "r_mag") if architecture.name == "gated" else ("b_enc",)
     found |= {name: np.zeros(d_sae, np.float32) for name in biases}
     if architecture.name == "jumprelu":
-        found["threshold"] = np.full(d_sae, FIRST_THRESHOLD, np.float32)
+        found["threshold"] = np.full(d_sae, FIRST_THRESHOLD[architecture.sparsity_loss], np.float32)
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -58,10 +58,15 @@ class SweepProgram:
 
     def start(self) -> States:
         """Before the first step."""
-        return tuple(self.place(self._first(jobs)) for jobs in self.groups.values())
+        return self.resume(tuple(first_state(jobs, self._scales) for jobs in self.groups.values()))
 
-    def place(self, state: State) -> State:
-        return jax.device_put(state, named(self.mesh, P()))
+    def resume(self, states: States) -> States:
+        """The same on the devices."""
+        return jax.device_put(states, named(self.mesh, P()))
+
+    def states(self, states: States) -> States:
+        """What is saved, of each group."""
+        return states
 
     def step(self, states: States, rows: np.ndarray) -> tuple[States, Array]:
         """A step of every SAE on rows [b, layers, width]; and float32 [jobs, 5], `_TOLD` of each."""
@@ -70,13 +75,15 @@ class SweepProgram:
         told = [found for _, found in done]
         return tuple(state for state, _ in done), told[0] if len(told) == 1 else jnp.concatenate(told)
 
-    def _first(self, jobs: Sequence[Job]) -> State:
-        drawn = []
-        for job in jobs:
-            goals = list(job.goals)
-            mean = (self._scales.mean[goals] * self._scales.factor[goals][:, None]).reshape(-1)
-            drawn.append(State.start(first_parameters(job.architecture, job.seed, mean)))
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *drawn)
+
+def first_state(jobs: Sequence[Job], scales: Scales) -> State:
+    """Before the first step, stacked over jobs of one shape."""
+    drawn = []
+    for job in jobs:
+        goals = list(job.goals)
+        mean = (scales.mean[goals] * scales.factor[goals][:, None]).reshape(-1)
+        drawn.append(State.start(first_parameters(job.architecture, job.seed, mean)))
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *drawn)
 
 
 def _steps_of(
@@ -84,6 +91,18 @@ def _steps_of(
 ) -> tuple[State, Array]:
     states, found = train_steps(architecture, schedule, states, choices, rows)
     return states, jnp.stack([getattr(found, name).astype(jnp.float32) for name in _TOLD], axis=1)
+
+
+class Sweep(Protocol):
+    """What takes steps; its states are whatever it likes to be given again."""
+
+    groups: dict[Architecture, list[Job]]
+    schedule: Schedule
+
+    def start(self) -> Any: ...
+    def resume(self, states: States) -> Any: ...
+    def states(self, states: Any) -> States: ...
+    def step(self, states: Any, rows: np.ndarray) -> tuple[Any, Any]: ...
 
 
 @dataclass
@@ -94,13 +113,13 @@ class SaeTraining:
     calibration: [n, layers, width] rows that are, for thresholds.
     """
 
-    program: SweepProgram
+    program: Sweep
     rows: Rows
     scales: Scales
     held_out: np.ndarray
     calibration: np.ndarray
     batch_size: int
-    checkpoint: Callable[[SaeTraining, int, States, list[Any]], None]
+    checkpoint: Callable[[SaeTraining, int, Any, list[Any]], None]
     terminal: Terminal
     log: Log = field(default_factory=list)
 
@@ -127,7 +146,7 @@ class SaeTraining:
     def units_of(self, batch: np.ndarray) -> int:
         return len(batch)
 
-    def step(self, state: States, batch: np.ndarray) -> tuple[States, Array]:
+    def step(self, state: Any, batch: np.ndarray) -> tuple[Any, Any]:
         return self.program.step(state, batch)
 
     def tell(self, step: int, measured: Measured) -> None:
@@ -135,17 +154,17 @@ class SaeTraining:
         means["explained_variance"] = 1 - means["mse"] / means["variance"]
         self._say("train", step, means)
 
-    def evaluate(self, step: int, state: States) -> None:
+    def evaluate(self, step: int, state: Any) -> None:
         found = [sae.metrics for sae in self.stored(state)]
         names = ("explained_variance", "l0", "dead")
         self._say("evaluate", step, {name: np.array([getattr(each, name) for each in found]) for name in names})
 
-    def save(self, step: int, state: States, measured: Measured) -> None:
+    def save(self, step: int, state: Any, measured: Measured) -> None:
         self.checkpoint(self, step, state, _finite(measured, step).tolist())
 
-    def stored(self, states: States) -> list[StoredSae]:
+    def stored(self, states: Any) -> list[StoredSae]:
         """Each SAE as it would be stored now."""
-        pairs = zip(states, self.program.groups.values(), strict=True)
+        pairs = zip(self.program.states(states), self.program.groups.values(), strict=True)
         return [self._stored(state, i, job) for state, jobs in pairs for i, job in enumerate(jobs)]
 
     def _stored(self, state: State, i: int, job: Job) -> StoredSae:

@@ -33,6 +33,7 @@ from jax_extract.extraction.model_fields import (
     require_meaning_as_begun,
     require_same_fields,
 )
+from jax_extract.extraction.named_source import source_named
 from jax_extract.extraction.pending import Committed, pending_parts
 from jax_extract.extraction.place import Place, keep_config, kept_by
 from jax_extract.extraction.planned_input import PlannedInput
@@ -58,7 +59,7 @@ from jax_extract.extraction.summary import (
 )
 from jax_extract.inputs.planning.slabs import PlanSettings, Shapes, SlabShape
 from jax_extract.inputs.planning.windows import shapes_of
-from jax_extract.inputs.sources import Source, open_source
+from jax_extract.inputs.sources import Source
 from jax_extract.inputs.tokenize import Continued, tokenizer_digest
 from jax_extract.inputs.tokenizing.share import Share
 from jax_extract.inputs.wrapping import Kept
@@ -148,7 +149,7 @@ def open_request(
     as_begun = of_the_same_hook_points(of_the_same_commits(config, place, processes), place, processes)
     with processes.together():
         place.written_to.require_usable()
-        source = source or _open_source(config)
+        source = source or source_named(config)
         job = Job.open(as_begun)
         place.require_usable()
         require_open_files(len(job.sites))
@@ -363,30 +364,6 @@ class _Extraction:
                 raise meanwhile from None
 
         return Ledger(self.place.storage, self.processes.of_first(start))
-
-
-def _open_source(config: ExtractConfig) -> Source:
-    source = open_source(
-        config.tasks_file,
-        config.dataset,
-        n_tasks=config.n_tasks,
-        n_samples=config.n_samples,
-        encoder=config.grid_encoder,
-        seed=config.seed,
-        split=config.split,
-        dataset_config=config.dataset_config,
-        text_column=config.text_column,
-        id_column=config.id_column,
-        skip_bad_tasks=config.skip_bad_tasks,
-    )
-    if (most := config.max_new_tokens) is None:
-        return source
-    of_source = source.fingerprint  # answers leave less room to prompts
-
-    def known() -> str | None:
-        return (found := of_source()) and f"{found}, --max_new_tokens {most}"
-
-    return dataclasses.replace(source, fingerprint=known)
 
 
 def _unknown() -> None:

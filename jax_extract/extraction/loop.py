@@ -165,7 +165,7 @@ def run_parts(
             with statistics.waiting("writer"):
                 budget.acquire(needed)
             with statistics.waiting("device"):  # a CPU device computes some programs before it returns
-                captured = program.run(*_pack(step, program))
+                captured = program.run(*packed(step, program))
             statistics.first_step_seconds = statistics.first_step_seconds or seconds_since_start()
             in_flight.append((step, captured))
             if len(in_flight) > STEPS_IN_FLIGHT:
@@ -233,7 +233,7 @@ def rows_of_part(part: Part, work: Work, positions: Positions) -> list[RowPiece]
     return pieces
 
 
-def _pack(step: Step, program: Program) -> tuple[np.ndarray, np.ndarray, list[Placed]]:
+def packed(step: Step, program: Program) -> tuple[np.ndarray, np.ndarray, list[Placed]]:
     """This host's token ids [devices * rows, length] and lengths [devices * rows, samples], int32; the rest is 0.
 
     And where the samples lie, where the program makes edits of them.

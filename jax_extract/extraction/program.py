@@ -151,7 +151,15 @@ class CaptureProgram:
         return devices * captured_bytes(self.plan, self._config, shape, platform_of(self.mesh), self.rows_travel)
 
     def run(self, tokens: np.ndarray, lengths: np.ndarray, placed: Iterable[Placed] = ()) -> dict[str, Array]:
-        """Starts a step and the way of its captures to the host; returns at once.
+        """Starts a step and the way of its captures to the host, and returns at once; see `start`."""
+        captured = self.start(tokens, lengths, placed)
+        for array in captured.values():
+            for shard in self._wanted(array):
+                shard.copy_to_host_async()
+        return captured
+
+    def start(self, tokens: np.ndarray, lengths: np.ndarray, placed: Iterable[Placed] = ()) -> dict[str, Array]:
+        """Starts a step whose captures stay on the devices; returns at once.
 
         Args:
           tokens: int32 [devices_of_host * rows, length]; its i-th device gets the i-th block of rows.
@@ -166,11 +174,7 @@ class CaptureProgram:
         rows = tokens.shape[0] // self.devices_of_host
         execute = self.compiled(SlabShape(tokens.shape[1], rows, lengths.shape[1]))
         changes = self._put_changes(placed, tokens.shape, lengths.shape[1])
-        captured = execute(self._params, self._put(tokens, rows), self._put(lengths, rows), changes)
-        for array in captured.values():
-            for shard in self._wanted(array):
-                shard.copy_to_host_async()
-        return captured
+        return execute(self._params, self._put(tokens, rows), self._put(lengths, rows), changes)
 
     def on_host(self, captured: Mapping[str, Array]) -> list[Blocks]:
         """Of each device of this host, in their order, site -> [rows, positions, width].

@@ -24,7 +24,7 @@ from jax_extract.errors import UserError, user_path
 from jax_extract.layer_words import layer_words, layers_of
 from jax_extract.sae.config import SaeTrainConfig
 from jax_extract.sae.jobs import Job, grouped, jobs_of
-from jax_extract.sae.rows import Rows, Scales
+from jax_extract.sae.rows import Rows, RowsOfTraining, Scales
 from jax_extract.sae.saved import KIND, SUMMARY_FILE, SavedSweep, StoredSae, read_summary
 from jax_extract.sae.sources import HeldOut, Source
 from jax_extract.sae.sources_array import ArraySource, is_array_file, read_array
@@ -58,8 +58,11 @@ def sae_train(
     """
     config.check()
     output = user_path(config.output_dir, "--output_dir")
-    source = source_of(config, held_in_memory)
-    jobs = jobs_of(config, source.sites)
+    terminal = terminal or Terminal()
+    if config.online and config.backend == "jax":
+        use_devices(config.device)
+    rows = rows_of(config, terminal, held_in_memory)
+    jobs = jobs_of(config, rows.source.sites)
     if config.backend == "torch":
         from jax_extract.sae.saelens import require_saelens, torch_device
 
@@ -72,9 +75,18 @@ def sae_train(
         raise UserError(
             f"--batch_size {config.batch_size} cannot be shared between {mesh.size} devices; give a multiple of that"
         )
-    training = _Sweep(config, output, jobs, Rows(source, config.batch_size), mesh, terminal or Terminal())
+    training = _Sweep(config, output, jobs, rows, mesh, terminal)
     with held(KIND, output, config.overwrite):
         return training.run_all()
+
+
+def rows_of(config: SaeTrainConfig, terminal: Terminal, held_in_memory: InMemory | None = None) -> RowsOfTraining:
+    """What is trained on; UserError where there is nothing such."""
+    if not config.online:
+        return Rows(source_of(config, held_in_memory), config.batch_size)
+    from jax_extract.sae.online.opening import open_online
+
+    return open_online(config, lambda word: None)
 
 
 def source_of(config: SaeTrainConfig, held_in_memory: InMemory | None = None) -> Source:
@@ -127,7 +139,7 @@ class _Sweep:
     config: SaeTrainConfig
     output: Path
     jobs: Sequence[Job]
-    rows: Rows
+    rows: RowsOfTraining
     mesh: Mesh
     terminal: Terminal
 
@@ -211,7 +223,7 @@ class _Sweep:
         config, source = self.config, self.rows.source
         return {
             **source.about,
-            "activations": config.activations,
+            "activations": config.activations if not config.online else f"{config.model_path}, online",
             "digest": source.digest,
             "rows": self._schedule().steps * config.batch_size,
             "largest_norm": {"times_median": config.largest_norm, "norms": _finite(scales.largest.tolist())},
@@ -259,7 +271,7 @@ class _Sweep:
         )
         self.terminal.line(
             "rows",
-            f"{self.config.activations}: {self.rows.source.rows:,} rows of {where} to train on"
+            f"{self._what()}: {self.rows.source.rows:,} rows of {where} to train on"
             + (f", positions {positions}" if (positions := self.rows.source.about["positions"]) else "")
             + f"; {held_out:,} of {plural(samples, 'other sample')} held out",
         )
@@ -275,6 +287,10 @@ class _Sweep:
             f"{plural(schedule.steps, 'step')} of {self.config.batch_size:,} rows, {_epochs(self, schedule):.2g} "
             f"epochs; a checkpoint every {self.config.save_steps:,}",
         )
+
+    def _what(self) -> str:
+        config = self.config
+        return f"{config.model_path} on {config.tasks_file or config.dataset}" if config.online else config.activations
 
     def _where(self) -> str:
         if self.config.backend == "torch":

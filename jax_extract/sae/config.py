@@ -26,9 +26,13 @@ class SaeTrainConfig:
     All of a sweep are trained in one pass over the rows. The same command again goes on from the last whole checkpoint.
 
     Attributes:
-      activations: a run that jax-extract extract wrote, a directory or gs://bucket/prefix.
+      activations: a run that jax-extract extract wrote, a directory or gs://bucket/prefix; or a file of rows.
       output_dir: where every SAE gets a folder that SAELens loads, beside checkpoint-STEP/ and
         sae_training_summary.json.
+      online: train on activations of model_path while they are computed, and store none.
+      model_path, adapter, revision, tasks_file, dataset, dataset_config, split, text_column, n_samples, chat_template,
+        context_tokens, max_seq_length, dtype: with online, the model and its texts, as of extract.
+      buffer_rows: with online, rows that wait on the devices, in which they are shuffled.
       layers: of the run, as 12, 10-12 or all; each gets SAEs of its own. All of the run by default.
       hook: hook point, by its name or TransformerLens' name.
       target_hook: hook point that is reconstructed from the rows of hook at the same layer, of the same width; makes
@@ -67,8 +71,23 @@ class SaeTrainConfig:
       allow_numeric_change: go on although devices or library versions changed, which changes the last bits.
     """
 
-    activations: str
-    output_dir: str
+    activations: str = ""
+    output_dir: str = "saes"
+    online: bool = False
+    model_path: str = ""
+    adapter: str | None = None
+    revision: str | None = None
+    tasks_file: str | None = None
+    dataset: str | None = None
+    dataset_config: str | None = None
+    split: str | None = None
+    text_column: str | None = None
+    n_samples: int | None = None
+    chat_template: bool = False
+    context_tokens: int | None = None
+    max_seq_length: int | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+    buffer_rows: int = 131_072
     layers: str | None = None
     hook: str = "after_block"
     target_hook: str | None = None
@@ -103,9 +122,17 @@ class SaeTrainConfig:
     allow_numeric_change: bool = False
 
     def check(self) -> None:
+        if self.online == bool(self.activations):
+            raise UserError(
+                "give --activations, or --online True with --model_path and its texts"
+                if not self.online
+                else f"--activations {self.activations} and --online are both given; leave one out"
+            )
+        if self.online and self.backend == "torch":
+            raise UserError("--online computes with JAX; leave --backend torch out")
         self._check_names()
         self._check_shares()
-        for name in ("batch_size", "dead_after_rows", "save_steps", "eval_steps", "logging_steps"):
+        for name in ("batch_size", "buffer_rows", "dead_after_rows", "save_steps", "eval_steps", "logging_steps"):
             if not 1 <= getattr(self, name) <= _MOST:
                 raise UserError(f"--{name} {getattr(self, name)} must be from 1 to {_MOST}")
         if self.training_rows is not None and self.training_rows < self.batch_size:

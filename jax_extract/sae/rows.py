@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from jax_extract.errors import UserError
-from jax_extract.sae.sources import Source
+from jax_extract.sae.sources import Known, Source
 
-_MEASURED = 1 << 16  # rows that scales are made of
-_HELD_OUT_ROWS = 1 << 15  # at most: more say the same and take longer
+MEASURED_ROWS = 1 << 16  # rows that scales are made of
+HELD_OUT_ROWS = 1 << 15  # at most: more say the same and take longer
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,20 @@ class _Piece:
         return len(self.rows) - self.used
 
 
+class RowsOfTraining(Protocol):
+    """What SAEs are trained on, as `Rows` has it."""
+
+    state: dict[str, Any]
+    left_out: int
+    not_finite: int
+
+    @property
+    def source(self) -> Known: ...
+    def measured(self) -> np.ndarray: ...
+    def held_out(self) -> tuple[np.ndarray, np.ndarray]: ...
+    def batches(self, scales: Scales, /) -> Iterator[Any]: ...
+
+
 class Rows:
     """Attributes:
     source: where they come from.
@@ -103,11 +117,11 @@ class Rows:
 
     def measured(self) -> np.ndarray:
         """[n, layers, width], some rows that are trained on, the same ones for the same seed."""
-        return self.source.some(False, _MEASURED)[0]
+        return self.source.some(False, MEASURED_ROWS)[0]
 
     def held_out(self) -> tuple[np.ndarray, np.ndarray]:
         """[n, layers, width] of rows that are not trained on, and int64 [n], their samples."""
-        return self.source.some(True, _HELD_OUT_ROWS)
+        return self.source.some(True, HELD_OUT_ROWS)
 
     def batches(self, scales: Scales) -> Iterator[np.ndarray]:
         """[b, layers, width], without end, from `state` on."""

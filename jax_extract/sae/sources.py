@@ -32,8 +32,8 @@ class Reader(Protocol):
     def close(self) -> None: ...
 
 
-class Source(Protocol):
-    """What is trained on."""
+class Known(Protocol):
+    """What is said of what is trained on."""
 
     @property
     def digest(self) -> str:
@@ -54,6 +54,10 @@ class Source(Protocol):
     def about(self) -> dict[str, Any]:
         """What is said of it in every SAE, in JSON."""
         ...
+
+
+class Source(Known, Protocol):
+    """What is trained on."""
 
     def reader(self) -> Reader: ...
 

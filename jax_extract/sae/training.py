@@ -26,7 +26,7 @@ from jax_extract.sae.folder import config_of, folded, with_threshold
 from jax_extract.sae.jobs import Job, choices_of
 from jax_extract.sae.metrics import calibrated, sums_of
 from jax_extract.sae.parameters import first_parameters
-from jax_extract.sae.rows import Rows, Scales
+from jax_extract.sae.rows import RowsOfTraining, Scales
 from jax_extract.sae.saved import StoredSae
 from jax_extract.sae.step import Schedule, State, train_steps
 from jax_extract.terminal import Terminal
@@ -114,7 +114,7 @@ class SaeTraining:
     """
 
     program: Sweep
-    rows: Rows
+    rows: RowsOfTraining
     scales: Scales
     held_out: np.ndarray
     calibration: np.ndarray

@@ -1,0 +1,1 @@
+"""Training on activations that are never stored: they stay on the devices that computed them."""

@@ -270,8 +270,8 @@ class _Batch:
         def of(size: int) -> tuple[Array, Array, Array]:
             if not size:
                 return jnp.float32(0), dh, decoder
-            _, at = lax.top_k(self.dead.astype(jnp.int32), size)
-            is_dead = self.dead[at]
+            [at] = jnp.nonzero(self.dead, size=size, fill_value=0)
+            is_dead = jnp.arange(size) < count
             values, order = pre[:, at], jnp.where(is_dead[None], pre[:, at] * self.norms[at][None], -jnp.inf)
             if size > a.aux_k:
                 wanted = (order >= kth_largest_of_rows(order, a.aux_k)) & is_dead[None]

@@ -46,15 +46,7 @@ class SweepProgram:
         self._batch = batch
         factors = scales.factor.tolist()
         self._choices = [jax.device_put(choices_of(jobs, factors), whole) for jobs in groups.values()]
-        self._steps = [
-            jax.jit(
-                partial(_steps_of, architecture, schedule),
-                donate_argnums=0,
-                in_shardings=(whole, whole, batch),
-                out_shardings=(whole, whole),
-            )
-            for architecture in groups
-        ]
+        self._steps = [step_program(architecture, schedule, mesh) for architecture in groups]
 
     def start(self) -> States:
         """Before the first step."""
@@ -74,6 +66,18 @@ class SweepProgram:
         done = [step(*given, placed) for step, *given in zip(self._steps, states, self._choices, strict=True)]
         told = [found for _, found in done]
         return tuple(state for state, _ in done), told[0] if len(told) == 1 else jnp.concatenate(told)
+
+
+def step_program(architecture: Architecture, schedule: Schedule, mesh: Mesh) -> Any:
+    """The jitted (states, choices, rows) -> states, measured; rows are shared out over the devices, SAEs are on
+    each."""
+    whole, batch = named(mesh, P()), named(mesh, P(BATCH_AXES))
+    return jax.jit(
+        partial(_steps_of, architecture, schedule),
+        donate_argnums=0,
+        in_shardings=(whole, whole, batch),
+        out_shardings=(whole, whole),
+    )
 
 
 def first_state(jobs: Sequence[Job], scales: Scales) -> State:

@@ -7,13 +7,15 @@
 Both are given the same rows in the same order, the same first weights and the same hyper-parameters, by `train_saes`
 with `backend` jax and torch. SAELens' own evaluation measures what either has stored: the mean correlation of decoder
 directions with the features (each with one, MCC), F1 of latents as detectors, explained variance, L0. A model of 512
-features in 128 dimensions that fire as Zipf's law has it. Printed are means over seeds, and twice the standard error of
+features in 256 dimensions that fire as Zipf's law has it. Printed are means over seeds, and twice the standard error of
 the difference.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import itertools
 import sys
 import tempfile
@@ -35,9 +37,9 @@ BACKENDS = {"jax": "ours", "torch": "SAELens"}
 ARCHITECTURES = {
     "batchtopk": {"k": 9.0},
     "matryoshka_batchtopk": {"k": 9.0},
-    "standard": {"l1_coefficient": 0.6},
+    "standard": {"l1_coefficient": 2.0},
 }
-FEATURES, WIDTH, LATENTS, BATCH = 512, 128, 512, 1_024
+FEATURES, WIDTH, LATENTS, BATCH = 512, 256, 512, 1_024
 EVALUATED = 50_000
 
 
@@ -45,7 +47,7 @@ def main() -> int:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES), choices=list(ARCHITECTURES))
     words.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    words.add_argument("--rows", type=int, default=1_000_000, help="default: 1,000,000")
+    words.add_argument("--rows", type=int, default=300_000, help="default: 300,000")
     args = words.parse_args()
     warnings.simplefilter("ignore")  # of the other library
     print(title(describe()), flush=True)
@@ -74,7 +76,7 @@ def trained(architecture: str, backend: str, seed: int, rows: int) -> dict[str, 
 
     model = synthetic_model(seed)
     options: dict[str, Any] = {**ARCHITECTURES[architecture], "architecture": architecture, "d_sae": LATENTS}
-    options |= {"batch_size": BATCH, "training_rows": rows, "seed": seed, "learning_rate": 1e-3, "baselines": "none"}
+    options |= {"batch_size": BATCH, "training_rows": rows, "seed": seed, "learning_rate": 3e-3, "baselines": "none"}
     options |= {"dead_after_rows": 100_000, "largest_norm": 0.0, "eval_steps": 10**6, "save_steps": 10**6}
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +121,8 @@ def synthetic_model(seed: int) -> Any:
         std_firing_magnitudes=0.3,
         seed=seed,
     )
-    return SyntheticModel(config, device="cpu")
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+        return SyntheticModel(config, device="cpu")
 
 
 def batches(model: Any, seed: int) -> Iterator[Any]:

@@ -6,14 +6,10 @@ nothing but sums over rows crosses, the largest of them one gradient; no chip ho
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from compiled_elsewhere import facts_of
 from sae_tpu_worker import BATCH, LATENTS, LAYERS, ROOM, SLOTS, WIDTH
 
 from jax_extract.devices import libtpu
@@ -28,19 +24,7 @@ pytestmark = pytest.mark.skipif(not libtpu.is_installed(), reason="libtpu is not
 @pytest.fixture(scope="module")
 def programs() -> dict[str, dict[str, Any]]:
     """From a process of its own, which the compiler of another platform shares with nothing."""
-    worker = Path(__file__).with_name("sae_tpu_worker.py")
-    root = str(worker.parent.parent)
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(worker), "v5e:8x8"],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4_000:]
-    return json.loads(done.stdout)
+    return facts_of("sae_tpu_worker.py")
 
 
 def test_rows_reach_the_ring_without_crossing_chips(programs: dict[str, dict[str, Any]]) -> None:

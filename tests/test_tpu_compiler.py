@@ -9,15 +9,12 @@ row, and its captures travel: they cross chips too, and every chip holds all.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from compiled_elsewhere import facts_of
 
 from jax_extract.compilation.config import CompileConfig
 from jax_extract.compilation.hlo import collectives
@@ -36,20 +33,7 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def programs() -> dict[str, dict[str, Any]]:
     """Case -> facts; from a process of its own, which the compiler of another platform shares with nothing."""
-    worker = Path(__file__).with_name("tpu_compiler_worker.py")
-    root = str(worker.parent.parent)
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(worker), "v5e:8x8"],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4_000:]
-    assert not done.stderr, "the compiler speaks"
-    found = json.loads(done.stdout)
+    found = facts_of("tpu_compiler_worker.py")
     assert len(found) == (6 if os.environ.get("EVERY_FAMILY") else 3)
     assert [facts["slab"] for facts in found.values()] == [
         [facts["tokens"], 8, 16 if facts["travels"] else 1] for facts in found.values()

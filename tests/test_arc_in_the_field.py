@@ -16,7 +16,8 @@ from small_run import whole_lines
 
 from jax_extract.config import ExtractConfig
 from jax_extract.errors import UserError
-from jax_extract.extraction.command import _left_out, _open_source
+from jax_extract.extraction.command import _left_out
+from jax_extract.extraction.named_source import source_named
 from jax_extract.extraction.prepare import Job
 from jax_extract.extraction.summary import tell_input
 from jax_extract.generation.arc import predicted_grid
@@ -304,7 +305,7 @@ def test_the_options_reach_the_reader_and_the_input_line_says_what_was_left_out(
 ) -> None:
     rows = [{"key": f"k{n}", **(task() if n < 2 else {"train": []})} for n in range(6)]
     path = write_lines(tmp_path / "corpus.jsonl", *rows)
-    source = _open_source(ExtractConfig(tasks_file=str(path), id_column="key", skip_bad_tasks=True))
+    source = source_named(ExtractConfig(tasks_file=str(path), id_column="key", skip_bad_tasks=True))
     assert ids(source) == ["k0_0", "k1_0"]
     counts = InputCounts(samples=2, tokens=8, longest_sample=4)
     job = SimpleNamespace(contexts=None, model=SimpleNamespace(tokenizer_notes=()))

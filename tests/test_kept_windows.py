@@ -13,8 +13,8 @@ from small_run import snapshot, write_arc, write_jsonl
 
 from jax_extract import UserError
 from jax_extract.config import ExtractConfig
-from jax_extract.extraction.command import _open_source
 from jax_extract.extraction.kept_windows import KeptWindow, Planned, keep, kept_windows
+from jax_extract.extraction.named_source import source_named
 from jax_extract.inputs.contexts import ContextCounts, ContextForm, KnownContexts, join
 from jax_extract.inputs.fingerprint import fingerprint
 from jax_extract.inputs.planning.slabs import PlanSettings
@@ -164,8 +164,8 @@ def test_a_fingerprint_is_of_bytes_names_and_options(tmp_path: Path) -> None:
     assert str(first).startswith("sha256:")
     assert len({first, of(path, n_samples=1), of(path, text_column="text"), of(path, id_column="id")}) == 4
     config = ExtractConfig(tasks_file=str(path))
-    assert _open_source(config).fingerprint() == first
-    assert _open_source(replace(config, max_new_tokens=9)).fingerprint() not in (None, first), "prompts are shorter"
+    assert source_named(config).fingerprint() == first
+    assert source_named(replace(config, max_new_tokens=9)).fingerprint() not in (None, first), "prompts are shorter"
     path.write_text(path.read_text() + "\n")
     assert of(path) != first
     task = folder / "sub" / "x.json"

@@ -306,6 +306,17 @@ def test_every_row_of_an_iterator_comes_once_in_its_order_or_is_held_out() -> No
     np.testing.assert_array_equal(other.read(), following)
 
 
+def test_batches_come_as_data_loaders_give_them_and_all_of_one_shape() -> None:
+    import torch
+    from torch.utils.data import DataLoader, TensorDataset
+
+    loader = DataLoader(TensorDataset(torch.ones(3_000, 5)), batch_size=50)  # gives lists of one tensor
+    assert IteratorSource(loader, 100, HeldOut(0.05, 0), 2_000).reader().read().shape == (100, 1, 5)
+    mixed = [np.ones((10, 5), np.float32), np.ones((10, 6), np.float32)]
+    with pytest.raises(UserError, match=r"has rows of \[1, 6\], and those before of \[1, 5\]"):
+        IteratorSource(mixed, 100, HeldOut(0.05, 0), 2_000)
+
+
 def test_an_iterator_that_ends_says_so_and_a_list_begins_anew() -> None:
     held_out = HeldOut(0.05, 0)
     with pytest.raises(UserError, match=r"the iterator ended after [\d,]+ rows, and training_rows asks for 9,000"):

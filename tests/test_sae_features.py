@@ -77,7 +77,7 @@ def test_each_feature_has_the_texts_in_which_it_is_most_active(
     assert [feature["i"] for feature in data["features"]] == alive.tolist()
     for feature in data["features"]:
         f = latents[:, feature["i"]]
-        assert feature["d"] == pytest.approx((f > 0).mean(), rel=1e-3)
+        assert feature["d"] == pytest.approx((f > 0).sum() / (rows.positions > 0).sum(), rel=1e-3)
         assert feature["m"] == pytest.approx(f.max(), rel=1e-3)
         by_text = np.maximum.reduceat(f, rows.row_offsets[:-1])
         expected = np.sort(by_text[by_text > 0])[::-1][:TOPS]
@@ -131,6 +131,7 @@ def test_neighbours_are_those_of_numpy(place: Path, data: dict[str, Any], latent
     other = unit(np.asarray(SparseAutoencoder.open(sae_of(place, 1)).params["W_dec"]))
     cosines, on = decoder @ decoder.T, latents > 0
     np.fill_diagonal(cosines, -1)
+    later = open_activations(place / "act").rows.positions > 0
     batch = json.loads((made / "neuronpedia" / "batch-0.json").read_text())["features"]
     for feature, told in zip(data["features"], batch, strict=True):
         i = feature["i"]
@@ -145,7 +146,7 @@ def test_neighbours_are_those_of_numpy(place: Path, data: dict[str, Any], latent
         assert name == "seed 1" and j == (other @ decoder[i]).argmax()
         assert cosine == pytest.approx((other @ decoder[i]).max(), abs=1e-3)
         for j, value in zip(told["correlated_features_indices"], told["correlated_features_pearson"], strict=True):
-            assert value == pytest.approx(np.corrcoef(latents[:, i], latents[:, j])[0, 1], abs=1e-3)
+            assert value == pytest.approx(np.corrcoef(latents[later, i], latents[later, j])[0, 1], abs=1e-3)
 
 
 def test_logits_are_those_of_the_direction_behind_norm_and_head(place: Path, data: dict[str, Any]) -> None:
@@ -181,6 +182,12 @@ def test_no_text_becomes_markup(made: Path) -> None:
     assert "https://" not in page and "default-src 'none'" in page
 
 
+def test_seeds_beside_it_are_found_from_a_relative_path(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    config = SaeFeaturesConfig(f"saes/{sae_of(place).name}", output_dir="relative", features=("5",))
+    assert '"seeds":[["seed 1"' in sae_features(config, Terminal(silent=True)).read_text()
+
+
 @pytest.mark.parametrize("waiting", [10, 1 << 21])
 def test_what_is_kept_of_a_stream_is_what_sorting_all_of_it_keeps(waiting: int, monkeypatch: Any) -> None:
     monkeypatch.setattr("jax_extract.sae.features.kept._WAITING", waiting)
@@ -206,12 +213,15 @@ def test_some_features_are_chosen_and_mistakes_are_told(place: Path, tmp_path: P
     for said, flags in {
         "holds 2 SAEs; name one of them": [place / "saes"],
         "--features 'many' is no number": [sae_of(place), "--features", "many"],
+        "--features all 3 names all and others": [sae_of(place), "--features", "all", "3"],
         "--features 99: this SAE has the features 0 to 31": [sae_of(place), "--features", "1", "99"],
         "--rows 0 must be from 1": [sae_of(place), "--rows", "0"],
         "--contexts 0 0 must be two numbers": [sae_of(place), "--contexts", "0", "0"],
     }.items():
         done = run(*flags, "--output_dir", tmp_path / "refused")
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    fifths = SaeFeaturesConfig(str(sae_of(place)), output_dir=str(tmp_path / "f"), features=("5",), contexts=(0, 2))
+    assert '"top":[]' in sae_features(fifths, Terminal(silent=True)).read_text()
     means = tmp_path / "means"
     run_here(place / "model", place / "in.jsonl", means, layers_to_extract=(LAYER,), positions="mean")
     with pytest.raises(UserError, match="are means over texts, which no token can be shown of"):

@@ -103,6 +103,12 @@ def test_every_batch_is_the_next_one_from_every_state(place: Path, tmp_path: Pat
         np.testing.assert_array_equal(np.asarray(next(other.batches(scales))), batches[i + 1], err_msg=str(states[i]))
 
 
+def test_another_model_of_the_same_shape_is_another_training(place: Path, whole: Path, tmp_path: Path) -> None:
+    make_model(tmp_path / "other", layers=4, hidden=WIDTH, seed=1)
+    with pytest.raises(UserError, match="holds SAEs with data digest"):
+        sae_train(config(place, whole, model_path=str(tmp_path / "other")), Terminal(silent=True))
+
+
 def flags(place: Path, output: Path) -> list[object]:
     found: list[object] = ["sae", "train", "--online", "True", "--model_path", place / "model"]
     found += ["--tasks_file", place / "in.jsonl", "--output_dir", output]

@@ -165,7 +165,7 @@ def run_parts(
             with statistics.waiting("writer"):
                 budget.acquire(needed)
             with statistics.waiting("device"):  # a CPU device computes some programs before it returns
-                captured = program.run(*packed(step, program))
+                captured = program.run(*packed(step.shape, step.work[program.host], program))
             statistics.first_step_seconds = statistics.first_step_seconds or seconds_since_start()
             in_flight.append((step, captured))
             if len(in_flight) > STEPS_IN_FLIGHT:
@@ -233,16 +233,20 @@ def rows_of_part(part: Part, work: Work, positions: Positions) -> list[RowPiece]
     return pieces
 
 
-def packed(step: Step, program: Program) -> tuple[np.ndarray, np.ndarray, list[Placed]]:
+def packed(
+    shape: SlabShape, works: Sequence[Work | None], program: Program
+) -> tuple[np.ndarray, np.ndarray, list[Placed]]:
     """This host's token ids [devices * rows, length] and lengths [devices * rows, samples], int32; the rest is 0.
 
     And where the samples lie, where the program makes edits of them.
     """
-    shape, rows = step.shape, program.devices_of_host * step.shape.rows
+    rows = program.devices_of_host * shape.rows
     tokens = np.zeros((rows, shape.length), np.int32)
     lengths = np.zeros((rows, shape.samples), np.int32)
     placed: list[Placed] = []
-    for device, work in enumerate(step.work[program.host]):
+    for device, work in enumerate(works):
+        if work is None:
+            continue
         place = work.slab.first
         for row, count in enumerate(work.slab.counts, device * shape.rows):
             ids = np.concatenate([work.arrangement.tokens_at(i) for i in range(place, place + count)])

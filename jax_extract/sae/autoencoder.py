@@ -56,7 +56,7 @@ class Form(NamedTuple):
     def of(cls, config: Mapping[str, Any]) -> Form:
         kind = _ENCODED_BY[config["architecture"]]
         by_norm = kind == "topk" and bool(config.get("rescale_acts_by_decoder_norm"))
-        return cls(kind, bool(config.get("apply_b_dec_to_input", True)), int(config.get("k", 0)), by_norm)
+        return cls(kind, bool(config.get("apply_b_dec_to_input", True)), int(config.get("k") or 0), by_norm)
 
 
 def encode(form: Form, params: Params, x: Array) -> Array:
@@ -169,6 +169,9 @@ def _require_shapes(folder: Path, config: dict[str, Any], tensors: dict[str, Any
         d_out = int(config.get("d_out", d_in))
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{folder / folders.CONFIG_FILE} lacks d_in or d_sae; write it again") from None
+    k = config.get("k")
+    if _ENCODED_BY[config["architecture"]] == "topk" and not (isinstance(k, int) and 1 <= k <= d_sae):
+        raise UserError(f"{folder / folders.CONFIG_FILE} has k {k!r}; expected a whole number from 1 to {d_sae}")
     expected = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
     expected |= dict.fromkeys(_NEEDS[_ENCODED_BY[config["architecture"]]], (d_sae,))
     for name, shape in expected.items():

@@ -149,6 +149,11 @@ class _Sweep:
         if found is not None and found.is_final:
             self.terminal.line("done", f"it was there already: {self.output / SUMMARY_FILE}")
             return read_summary(self.output)
+        if found is not None:
+            mend = f"remove {found.folder} to go on from the checkpoint before it, {KIND.anew}"
+            if found.state.data is None:
+                raise UserError(f"{found.folder} does not say where in the rows it was; {mend}")
+            self.rows.state = found.state.data
         with self.terminal.waiting("reading rows"):
             known = self.rows.measured()
             scales = Scales.of(known, config.largest_norm)
@@ -238,9 +243,6 @@ class _Sweep:
         mend = f"remove {found.folder} to go on from the checkpoint before it, {KIND.anew}"
         like = program.states(program.start())
         states = program.resume(load_optimizer(found.folder / OPTIMIZER_FOLDER, like, mend))
-        if found.state.data is None:
-            raise UserError(f"{found.folder} does not say where in the rows it was; {mend}")
-        self.rows.state = found.state.data
         self.terminal.line("resume", f"goes on from step {found.state.global_step:,} of {found.folder}/")
         return states
 

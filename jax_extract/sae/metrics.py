@@ -7,6 +7,7 @@ device, and added in float64. Formulas: docs/sae.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -50,7 +51,11 @@ class Metrics:
     explained_variance_by_layer: tuple[float, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """JSON has no infinity and no NaN, which rows without variance give: those are null."""
+        said = {name: value for name, value in asdict(self).items() if value is not None}
+        return {
+            name: value if isinstance(value, tuple) or math.isfinite(value) else None for name, value in said.items()
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +98,7 @@ class Sums:
         variance = square.sum(axis=1) - ((times @ self.shifted) ** 2).sum(axis=1) / n
         l0, cosine, ratio, dot, own = (times @ self.of_rows).T
         error = error.sum(axis=1)
+        variance[variance <= 0] = np.nan
         bias = dot / np.maximum(own, 1e-300)
         return np.stack(
             [1 - error / variance, l0 / n, error / n / self.shifted.shape[1], cosine / n, ratio / n, bias], 1

@@ -90,10 +90,13 @@ class _Piece:
 class RowsOfTraining(Protocol):
     """What SAEs are trained on, as `Rows` has it."""
 
-    state: dict[str, Any]
     left_out: int
     not_finite: int
 
+    @property
+    def state(self) -> dict[str, Any]: ...
+    @state.setter
+    def state(self, state: dict[str, Any], /) -> None: ...
     @property
     def source(self) -> Known: ...
     def measured(self) -> np.ndarray: ...

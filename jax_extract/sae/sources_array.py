@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from jax_extract.errors import UserError, user_path
@@ -25,6 +26,8 @@ ARRAYS = (".npy", ".npz", ".safetensors", ".pt")
 
 def as_rows(array: np.ndarray, name: str) -> np.ndarray:
     """[n, layers, width]; UserError where it is no array of rows."""
+    if array.dtype == np.dtype("V2"):  # what NumPy makes of bfloat16 in a file
+        array = array.view(ml_dtypes.bfloat16)
     if array.ndim not in _DIMENSIONS or array.dtype.kind not in "fV" or not array.size:
         raise UserError(
             f"{name} has the shape {list(array.shape)} and the dtype {array.dtype}; expected floating-point rows "

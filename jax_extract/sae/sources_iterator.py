@@ -127,8 +127,17 @@ class IteratorReader:
 
 def _rows_of(batches: Iterable[Any]) -> Iterator[np.ndarray]:
     """[b, layers, width] of each; UserError where one is no array of rows."""
-    for batch in batches:
+    shape: tuple[int, ...] | None = None
+    for given in batches:
+        # A data loader over one tensor gives lists of one.
+        batch: Any = given[0] if isinstance(given, list | tuple) and len(given) == 1 else given
         rows = batch.detach().cpu() if hasattr(batch, "detach") else batch
         if str(getattr(rows, "dtype", "")) == "torch.bfloat16":
             rows = rows.float()
-        yield as_rows(np.asarray(rows), _NAME)
+        found = as_rows(np.asarray(rows), _NAME)
+        shape = shape or found.shape[1:]
+        if found.shape[1:] != shape:
+            raise UserError(
+                f"{_NAME} has rows of {list(found.shape[1:])}, and those before of {list(shape)}; give one shape"
+            )
+        yield found

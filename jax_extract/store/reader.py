@@ -215,6 +215,13 @@ class Run:
         return tensor_of(rows) if torch else rows
 
     @property
+    def sample_indices(self) -> np.ndarray:
+        """int64 [samples], places in the input, in its order: those of `run[0]`, `run[1]`, ….  The rows are not
+        read."""
+        found = [part.content.sample_indices for part in self._parts]
+        return np.sort(np.concatenate([np.zeros(0, np.int64), *found]))
+
+    @property
     def rows(self) -> RunRows:
         """Whose the rows are that `get` gives: 20 bytes each, read from the sidecars."""
         order = self._order

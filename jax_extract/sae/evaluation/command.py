@@ -48,15 +48,15 @@ def sae_eval(config: SaeEvalConfig, terminal: Terminal | None = None) -> dict[st
     """
     config.check()
     terminal = terminal or Terminal()
+    use_devices(config.device)
     saes = open_saes(config.saes)
-    place = config.activations or next((sae.trained_on.get("activations") for sae in saes if sae.trained_on), None)
+    place = config.activations or next((sae.run for sae in saes if sae.run), None)
     if place is None:
         raise UserError("these SAEs do not say what they were trained on; name a run with --activations")
     run = open_activations(str(place))
     for sae in saes:
         _require_widths(sae, [sae.sites(run), sae.targets(run)])
-    use_devices(config.device)
-    rows = HeldOutRows.of(run, saes, config.rows, config.seed)
+    rows = HeldOutRows.of(run, str(place), saes, config.rows, config.seed)
     return _Evaluation(config, saes, rows, ModelOfRun(run, config.model_path, terminal), terminal).run_all()
 
 
@@ -80,7 +80,7 @@ class _Evaluation:
         trained = [i for i, sae in enumerate(self.saes) if sae.baseline is None]
         on_front = [trained[i] for i in front([points[i] for i in trained])]
         found = {
-            "activations": str(self.rows.place),
+            "activations": rows.place,
             "rows": len(rows),
             "samples": len(rows.samples),
             "held_out": rows.held_out,
@@ -131,12 +131,26 @@ class _Evaluation:
         if self.model.path is None:
             self.terminal.line("note", f"{self.model.not_here}: what it loses is left out; --model_path names another")
             return None
+        if why := self._why_no_splice():
+            self.terminal.line("note", f"{why}, so what the model loses is left out")
+            return None
         chosen = [sample for sample in self.rows.samples if len(sample.token_ids) >= _FEWEST_TOKENS]
         texts = {sample.sample_id: sample.token_ids for sample in chosen[: self.config.loss_samples]}
         sites = dict.fromkeys(
             site for sae in self.saes for site in (*sae.sites(self.rows.run), *sae.targets(self.rows.run))
         )
-        return Spliced(self.model.load(self.config.mesh_shape), texts, list(sites)) if texts else None
+        if not texts:
+            return None
+        positions = str(self.rows.run.metadata.get("positions") or "all")
+        return Spliced(self.model.load(self.config.mesh_shape), texts, list(sites), positions)
+
+    def _why_no_splice(self) -> str | None:
+        """None where rows can be replaced in the model."""
+        if str(self.rows.run.metadata.get("positions")).startswith("mean"):
+            return "rows of this run are means over texts"
+        if any(site.hook == "final_norm" for sae in self.saes for site in sae.targets(self.rows.run)):
+            return "final_norm is behind all that the model computes"
+        return None
 
     @cached_property
     def _losses(self) -> dict[Any, Losses]:
@@ -154,7 +168,9 @@ class _Evaluation:
         clean = self._once(None, bar, lambda: spliced.losses)
         zero, mean = (
             self._once(
-                (targets, sae.positions, kind), bar, lambda kind=kind: spliced.ablated(targets, sae.positions, kind)
+                (kind, targets, sae.positions, *map(sae.largest_norm, (*sae.sites(self.rows.run), *targets))),
+                bar,
+                lambda kind=kind: spliced.ablated(sae, kind),
             )
             for kind in _ABLATIONS
         )
@@ -271,6 +287,7 @@ def _plain(interval: Interval) -> dict[str, float | None]:
     return {name: value if np.isfinite(value) else None for name, value in interval.to_json().items()}
 
 
-def _text(interval: Mapping[str, float], form: str) -> str:
-    value, low, high = (format(interval[name], form) for name in ("value", "low", "high"))
+def _text(interval: Mapping[str, float | None], form: str) -> str:
+    each = (interval[name] for name in ("value", "low", "high"))
+    value, low, high = ("–" if number is None else format(number, form) for number in each)
     return f"{value} ({low} to {high})"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jax_extract.errors import UserError, user_path
+from jax_extract.errors import UserError, damage_is_told, user_path
 from jax_extract.sae.autoencoder import SparseAutoencoder
 from jax_extract.sae.folder import CONFIG_FILE
 from jax_extract.sae.saved import SUMMARY_FILE, read_summary
@@ -37,7 +37,15 @@ class OpenedSae:
     @property
     def positions(self) -> str:
         """Which tokens' rows it is for."""
-        return self.trained_on.get("positions") or "from:1"
+        positions = self.trained_on.get("positions") or "from:1"
+        return "all" if positions.startswith("mean") else positions  # of a run of means, all rows are such
+
+    @property
+    def run(self) -> str | None:
+        """Where the run lies that it was trained on; None where it was no run."""
+        about = self.trained_on
+        of_run = "array" not in about and "input" not in about and about.get("activations") != "in memory"
+        return about.get("activations") if of_run else None
 
     @property
     def layers(self) -> int:
@@ -59,7 +67,7 @@ class OpenedSae:
     def siblings(self) -> tuple[Any, ...]:
         """What it has in common with those that differ by their seed alone."""
         names = ("architecture", "d_sae", "sparsity", "learning_rate", "baseline", "target_hook_point")
-        return (*(str(self.said.get(name)) for name in (*names, "layer", "hook_point")), self.folder.parent)
+        return (*(str(self.said.get(name)) for name in (*names, "layer", "hook_point")), self.folder.resolve().parent)
 
     def sites(self, run: Run) -> tuple[Site, ...]:
         """What it encodes; UserError where the run does not hold it."""
@@ -103,9 +111,10 @@ def open_saes(places: Sequence[str]) -> list[OpenedSae]:
         if (folder / CONFIG_FILE).is_file():
             found.setdefault(folder.resolve(), _opened(folder))
         elif (folder / SUMMARY_FILE).is_file():
-            for sae in read_summary(folder)["saes"]:
-                inner = folder / Path(sae["name"]).name
-                found.setdefault(inner.resolve(), _opened(inner))
+            with damage_is_told(str(folder / SUMMARY_FILE), "write it again with jax-extract sae train"):
+                names = [Path(str(sae["name"])).name for sae in read_summary(folder)["saes"]]
+            for name in names:
+                found.setdefault((folder / name).resolve(), _opened(folder / name))
         else:
             raise UserError(f"{folder} holds no {SUMMARY_FILE} and no {CONFIG_FILE}; give what sae train wrote")
     return list(found.values())
@@ -113,4 +122,8 @@ def open_saes(places: Sequence[str]) -> list[OpenedSae]:
 
 def _opened(folder: Path) -> OpenedSae:
     sae = SparseAutoencoder.open(folder)
-    return OpenedSae(folder.resolve().name, folder, sae, sae.metadata.get("jax_extract") or {})
+    with damage_is_told(str(folder / CONFIG_FILE), "write it again, or restore it from a copy"):
+        said = sae.metadata.get("jax_extract") or {}
+        if said and not (isinstance(said, dict) and {"layer", "hook_point"} <= set(said)):
+            raise ValueError("metadata.jax_extract lacks layer or hook_point")
+    return OpenedSae(folder.resolve().name, folder, sae, said)

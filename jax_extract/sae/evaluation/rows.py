@@ -34,26 +34,26 @@ class HeldOutRows:
     _read: dict[tuple[str, int | None], np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, run: Run, saes: Sequence[OpenedSae], most: int, seed: int) -> HeldOutRows:
+    def of(cls, run: Run, place: str, saes: Sequence[OpenedSae], most: int, seed: int) -> HeldOutRows:
         """Samples drawn by the seed, as long as all their rows are no more than `most`; one at least."""
         digest = digest_of_run(run)
-        places = {sae.trained_on.get("activations") for sae in saes if sae.trained_on}
         trained_here = [sae for sae in saes if sae.trained_on.get("digest") == digest and sae.held_out is not None]
-        everything = np.array([sample.sample_index for sample in run.samples()], np.int64)
+        everything = run.sample_indices
         kept = np.ones(len(everything), bool)
         for held_out in {(h.share, h.seed): h for sae in trained_here if (h := sae.held_out) is not None}.values():
             kept &= held_out(everything)
         if not kept.any():
             raise UserError("no sample was held out of the training of all of these SAEs; measure them one by one")
-        chosen, total = [], 0
-        for place in np.random.default_rng(seed).permutation(np.flatnonzero(kept)).tolist():
-            sample = run[place]
+        chosen: dict[int, SampleActivations] = {}
+        total = 0
+        for number in np.random.default_rng(seed).permutation(np.flatnonzero(kept)).tolist():
+            sample = run[number]
             total += len(sample.positions)
             if chosen and total > most:
                 break
-            chosen.append(place)
+            chosen[number] = sample
         is_held_out = len(trained_here) == len(saes)
-        return cls(run, str(next(iter(places), "")), [run[place] for place in sorted(chosen)], is_held_out)
+        return cls(run, place, [chosen[number] for number in sorted(chosen)], is_held_out)
 
     def __len__(self) -> int:
         return sum(len(sample.positions) for sample in self.samples)

@@ -39,11 +39,13 @@ class Spliced:
     """Attributes:
     texts: token ids by the id of their sample, of two tokens at least.
     sites: of all SAEs, what they encode and what they reconstruct.
+    positions: of the run that they were trained on, which has rows of no other tokens.
     """
 
     model: Model
     texts: Mapping[str, np.ndarray]
     sites: Sequence[Site]
+    positions: str = "all"
 
     @cached_property
     def clean(self) -> Run:
@@ -57,27 +59,33 @@ class Spliced:
 
     def replaced(self, sae: OpenedSae) -> Losses:
         """Of the model under the reconstructions of an SAE."""
-        encoded = sae.sites(self.clean)
-        rows = {site: np.asarray(self.clean.get(site.layer, site.hook), np.float32) for site in encoded}
-        kept = self._wanted(sae.positions)
-        for site, each in rows.items():
-            with np.errstate(over="ignore"):
-                kept &= np.linalg.norm(each, axis=1) <= sae.largest_norm(site)
-        x = np.concatenate([rows[site][kept] for site in encoded], axis=1)
-        out = np.concatenate([np.asarray(sae.sae(x[i : i + _AT_ONCE])) for i in range(0, len(x), _AT_ONCE)])
+        kept = self._kept(sae)
+        x = np.concatenate([self._rows(site)[kept] for site in sae.sites(self.clean)], axis=1)
+        parts = [np.asarray(sae.sae(x[i : i + _AT_ONCE])) for i in range(0, len(x), _AT_ONCE)]
+        out = np.concatenate([np.zeros((0, sae.sae.d_out), np.float32), *parts])
         targets = sae.targets(self.clean)
-        parts = np.split(out, np.cumsum([site.width for site in targets])[:-1], axis=1)
-        return self._with(dict(zip(targets, parts, strict=True)), kept)
+        by_site = np.split(out, np.cumsum([site.width for site in targets])[:-1], axis=1)
+        return self._with(dict(zip(targets, by_site, strict=True)), kept)
 
-    def ablated(self, targets: Sequence[Site], positions: str, kind: str) -> Losses:
-        """Of the model where rows of some hook points are zeros, or their mean."""
-        kept = self._wanted(positions)
-        put = {}
-        for site in targets:
-            rows = np.asarray(self.clean.get(site.layer, site.hook), np.float32)
-            value = rows[kept].mean(axis=0, dtype=np.float64) if kind == "mean" else np.zeros(site.width)
-            put[site] = np.broadcast_to(value.astype(np.float32), (int(kept.sum()), site.width))
+    def ablated(self, sae: OpenedSae, kind: str) -> Losses:
+        """Of the model where those rows are zeros, or their mean, instead."""
+        kept, put = self._kept(sae), {}
+        for site in sae.targets(self.clean):
+            rows = self._rows(site)[kept]
+            value = rows.mean(axis=0, dtype=np.float64) if kind == "mean" and len(rows) else np.zeros(site.width)
+            put[site] = np.broadcast_to(value.astype(np.float32), rows.shape)
         return self._with(put, kept)
+
+    def _rows(self, site: Site) -> np.ndarray:
+        return np.asarray(self.clean.get(site.layer, site.hook), np.float32)
+
+    def _kept(self, sae: OpenedSae) -> np.ndarray:
+        """bool [rows]: those that the SAE is for, by position and by norm, of tokens that the run has rows of."""
+        kept = self._wanted(sae.positions) & self._wanted(self.positions)
+        for site in dict.fromkeys((*sae.sites(self.clean), *sae.targets(self.clean))):
+            with np.errstate(over="ignore"):
+                kept &= np.linalg.norm(self._rows(site), axis=1) <= sae.largest_norm(site)
+        return kept
 
     def _with(self, rows: Mapping[Site, np.ndarray], kept: np.ndarray) -> Losses:
         there = {}

@@ -58,11 +58,12 @@ def sae_features(config: SaeFeaturesConfig, terminal: Terminal | None = None) ->
     """
     config.check()
     terminal = terminal or Terminal()
+    use_devices(config.device)
     sae = _one(config.sae)
     if beyond := [number for number in config.numbers or () if number >= sae.sae.d_sae]:
         raise UserError(f"--features {beyond[0]}: this SAE has the features 0 to {sae.sae.d_sae - 1}")
     others = _others(config, sae)
-    place = config.activations or sae.trained_on.get("activations")
+    place = config.activations or sae.run
     if place is None:
         raise UserError("this SAE does not say what it was trained on; name a run with --activations")
     run = open_activations(str(place))
@@ -73,7 +74,6 @@ def sae_features(config: SaeFeaturesConfig, terminal: Terminal | None = None) ->
         )
     output = user_path(config.output_dir or str(sae.folder / "features"), "--output_dir")
     require_usable(output, "--output_dir")
-    use_devices(config.device)
     texts = Texts.of(run, sae, config.rows, config.seed)
     return _Features(config, texts, others, ModelOfRun(run, config.model_path, terminal), output, terminal).make()
 
@@ -99,7 +99,7 @@ class _Features:
         features: list[Feature] = []
         for start in range(0, len(latents), _TOGETHER):
             features += self._looked_up(latents[start : start + _TOGETHER], first, tops, some, logits)
-        self._write(features, first.counts)
+        self._write(features, first.counts, first.rows)
         return self.output / PAGE_FILE
 
     def _read(self, take: Callable[[Any], None], of: str) -> None:
@@ -144,7 +144,7 @@ class _Features:
             found.append(
                 Feature(
                     latent=latent,
-                    density=float(first.counts[latent] / self.texts.rows),
+                    density=float(first.counts[latent] / first.rows),
                     largest=float(max([0.0, *top[latent].value, *random[latent].value])),
                     edges=edges,
                     counts=counts,
@@ -152,7 +152,7 @@ class _Features:
                     groups=groups,
                     nearest=nearest[slot],
                     together=firing_together(latent, both, first.counts),
-                    correlated=correlated(latent, both, first.sums, first.squares, self.texts.rows),
+                    correlated=correlated(latent, both, first.sums, first.squares, first.rows),
                     matches=matches[slot],
                     logits=logits.get(latent),
                     direction=self._decoder[latent],
@@ -196,9 +196,9 @@ class _Features:
 
     # ------------------------------------------------------------------------------------- what is written
 
-    def _write(self, features: Sequence[Feature], counts: np.ndarray) -> None:
+    def _write(self, features: Sequence[Feature], counts: np.ndarray, rows: int) -> None:
         texts, sae = self.texts, self.texts.sae
-        shares = counts[counts > 0] / texts.rows
+        shares = counts[counts > 0] / rows
         density, _ = np.histogram(np.log10(shares), _DENSITIES)
         dead = float((counts == 0).mean())
         site = sae.targets(texts.run)[-1]
@@ -209,8 +209,8 @@ class _Features:
                 dict.fromkeys(f"{s.hook}" + ("" if s.layer is None else f" {s.layer}") for s in sae.sites(texts.run))
             ),
             f"{sae.sae.d_sae:,} latents",
-            f"L0 {counts.sum() / texts.rows:.1f}",
-            f"{dead:.1%} never active in {texts.rows:,} rows",
+            f"L0 {counts.sum() / rows:.1f}",
+            f"{dead:.1%} never active in {rows:,} rows",
         ]
         self.output.mkdir(parents=True, exist_ok=True)
         ids = [sample.sample_id for sample in texts.samples]

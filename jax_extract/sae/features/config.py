@@ -61,6 +61,8 @@ class SaeFeaturesConfig:
         for word in self.features:
             if word != ALL and not word.isdecimal():
                 raise UserError(f"--features {word!r} is no number; give how many, several numbers, or all")
+        if ALL in self.features and len(self.features) > 1:
+            raise UserError(f"--features {' '.join(self.features)} names all and others; give one of both")
         if not self.features:
             raise UserError("--features is empty; give how many, several numbers, or all")
 

@@ -59,6 +59,8 @@ class Kept:
     _least: np.ndarray | None = None  # float32 [latents], a priority that an entry must pass to be kept
 
     def add(self, entries: Entries) -> None:
+        if not self.most:
+            return
         if self._least is not None:
             entries = entries.some(entries.priority > self._least[entries.latent])
         self._waiting.append(entries)
@@ -74,6 +76,6 @@ class Kept:
         counts = np.bincount(found.latent, minlength=self.latents)
         ends = np.cumsum(counts) - 1
         full = counts == self.most
-        least[full] = found.priority[ends[full]]
+        least[full] = found.priority[ends[full]] if self.most else np.inf
         self._least = least
         return found

@@ -59,8 +59,8 @@ def page(
 
 def as_json(data: Any) -> str:
     """JSON that may lie in a script element."""
-    said = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return said.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    said = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return said.replace("<", "\\u003c")
 
 
 def rounded(value: float) -> float:

@@ -31,6 +31,7 @@ class Block:
       first_row: of the stream.
       samples: their places in `Texts.samples`.
       rows: int64 [n], places of the active latents' rows in the stream; latents: int64 [n]; values: float32 [n].
+      count: rows that the SAE is for.
     """
 
     first_row: int
@@ -38,6 +39,7 @@ class Block:
     rows: np.ndarray
     latents: np.ndarray
     values: np.ndarray
+    count: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +97,9 @@ class Texts:
                 for s in samples
             ]
         )
+        if not len(x):
+            nothing = np.zeros(0, np.int64)
+            return Block(first, places, nothing, nothing, np.zeros(0, np.float32), 0)
         meant = np.concatenate([self._meant(sample) for sample in samples]) & is_finite(x[:, None])
         at = 0
         for site in sites:
@@ -105,7 +110,7 @@ class Texts:
         rows, latents, values = (np.concatenate(column) for column in zip(*found, strict=True))
         rows = rows + np.repeat(np.arange(len(found)) * _ROWS, [len(each) for each, _, _ in found])
         kept = meant[rows]
-        return Block(first, places, rows[kept] + first, latents[kept], values[kept])
+        return Block(first, places, rows[kept] + first, latents[kept], values[kept], int(meant.sum()))
 
     def _active(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         padded = np.zeros((_ROWS, x.shape[1]), np.float32)  # of one length, so that one program does all
@@ -128,10 +133,12 @@ class FirstPass:
     Attributes:
       counts: int64 [latents], rows in which each is active.
       sums, squares: float64 [latents], of their activations.
+      rows: that the SAE is for.
     """
 
     def __init__(self, texts: Texts, contexts: int, seed: int) -> None:
         latents = texts.sae.sae.d_sae
+        self.rows = 0
         self.counts = np.zeros(latents, np.int64)
         self.sums, self.squares = np.zeros(latents), np.zeros(latents)
         self._texts = texts
@@ -139,6 +146,7 @@ class FirstPass:
         self._random = np.random.default_rng(seed)
 
     def take(self, block: Block) -> None:
+        self.rows += block.count
         latents, values = len(self.counts), block.values.astype(np.float64)
         self.counts += np.bincount(block.latents, minlength=latents)
         self.sums += np.bincount(block.latents, values, latents)

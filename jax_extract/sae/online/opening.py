@@ -49,10 +49,15 @@ def open_online(config: SaeTrainConfig, say: Callable[[str], None]) -> OnlineRow
 def _sites(config: SaeTrainConfig, job: Job) -> list[Site]:
     """Of hook, and then of target_hook."""
     known = job.model.family.hook_points(job.model.config)
-    sites: list[Site] = []
+    halves: list[list[Site]] = []
     for name in filter(None, (config.hook, config.target_hook)):
-        [hook] = resolve_hook_points([name], known)
-        sites += [site for site in job.sites if site.hook == hook]
+        found = list(resolve_hook_points([name], known))
+        if len(found) > 1:
+            raise UserError(f"{name!r} names {len(found)} hook points; name one")
+        halves.append([site for site in job.sites if site.hook == found[0]])
+    sites = [site for half in halves for site in half]
+    if len({tuple(site.layer for site in half) for half in halves}) > 1:
+        raise UserError(f"{config.target_hook} has no layers as {config.hook} has them; a transcoder is of one layer")
     if other := next((site for site in sites if site.width != sites[0].width), None):
         raise UserError(
             f"{other.hook} has {other.width} values a row, and {sites[0].hook} {sites[0].width}; give those of one "

@@ -12,13 +12,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax import Array
 
 from jax_extract.errors import UserError
+from jax_extract.inputs.tokenize import tokenizer_digest
+from jax_extract.inputs.wrapping import Kept
 from jax_extract.sae.online.forward import Forward, Slab, chunks
 from jax_extract.sae.online.ring import Ring
 from jax_extract.sae.rows import HELD_OUT_ROWS, MEASURED_ROWS, Scales
@@ -27,6 +29,7 @@ from jax_extract.store.parts import Site
 from jax_extract.store.shuffled.order import random_order
 
 _SLABS_AHEAD = 4  # of a device, that are computed before rows of them are waited for
+_PLANNED_FOR_SOME = 2_048  # samples
 _SPARE = 1.25  # slots of a device by its share of a window: slabs are not equally full
 
 
@@ -62,12 +65,23 @@ class OnlineRows:
         self.read = self.left_out = self.not_finite = 0
         self._forward, self._batch, self._held_out = forward, batch, held_out
         self._window = max(1, min(window, training_rows) // batch) * batch
-        self.state: dict[str, Any] = {"epoch": 0, "slab": 0, "skipped": 0, "window": 0, "batch": 0}
+        self._state: dict[str, Any] = {"epoch": 0, "slab": 0, "skipped": 0, "window": 0, "batch": 0}
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {**self._state, "kept": self._forward.kept.as_json()}
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        self._forward.kept = Kept.of_json(state["kept"])
+        self._state = {name: int(value) for name, value in state.items() if name != "kept"}
 
     @property
     def digest(self) -> str:
         """Of what decides which rows there are."""
-        known = [self._forward.job.identity(), self._forward.source.fingerprint(), self._forward.source.name]
+        job, config, source = self._forward.job, self._forward.config, self._forward.source
+        known: list[Any] = [job.identity(), config.chat_template, tokenizer_digest(job.model.tokenizer)]
+        known += [job.weights().provenance(), job.backend.fingerprint(), source.fingerprint(), source.name]
         said = json.dumps([*known, str(self._forward.settings), self._window], sort_keys=True, default=str)
         return hashlib.sha256(said.encode()).hexdigest()[:32]
 
@@ -103,8 +117,8 @@ class OnlineRows:
         ahead = _SLABS_AHEAD * self._forward.most_rows
         slots = int(self._window / devices * _SPARE) + 2 * ahead
         ring = Ring(self._forward.job.plan, self.sites, self._forward.program.mesh, slots)
-        flow = _Flow(self, ring, scales, dict(self.state))
-        number, used = int(self.state["window"]), int(self.state["batch"])
+        flow = _Flow(self, ring, scales, self._state)
+        number, used = self._state["window"], self._state["batch"]
         while True:
             flow.fill(self._window)
             order = random_order(self._window, self._forward.seed, number)
@@ -115,7 +129,7 @@ class OnlineRows:
                 used += 1
                 begins = following if used == self._window // self._batch else flow.begin
                 done = used == self._window // self._batch
-                self.state = {**begins, "window": number + done, "batch": 0 if done else used}
+                self._state = {**begins, "window": number + done, "batch": 0 if done else used}
                 yield ring.draw(where[chosen], at[chosen])
             flow.drop(self._window)
             number, used = number + 1, 0
@@ -123,10 +137,11 @@ class OnlineRows:
     def _some(self, samples: Any, most: int) -> tuple[np.ndarray, np.ndarray]:
         found, of, total = [], [], 0
         forward = self._forward
-        for some in chunks(forward.slabs(samples, 0), forward.program.devices):
+        for some in chunks(forward.slabs(samples, 0, _PLANNED_FOR_SOME), forward.program.devices):
             for together, captured in forward.compute(some):
                 blocks = forward.program.on_host(captured)
-                for slab, block in zip(together, blocks, strict=False):
+                for device, slab in sorted(together.items()):
+                    block = blocks[device]
                     rows = [np.asarray(block[site.key], np.float32) for site in self.sites]
                     kept = [np.concatenate([each[i, :n] for i, n in enumerate(slab.counts)]) for each in rows]
                     found.append(np.stack(kept, axis=1))
@@ -137,6 +152,19 @@ class OnlineRows:
         if not found:
             return np.zeros((0, len(self.sites), self.sites[0].width), np.float32), np.zeros(0, np.int64)
         return np.concatenate(found)[:most], np.concatenate(of)[:most]
+
+
+class _Lengths(Sequence[int]):
+    """How many slots each device has free, as it is when it is asked."""
+
+    def __init__(self, free: Sequence[Sequence[int]]) -> None:
+        self._free = free
+
+    def __len__(self) -> int:
+        return len(self._free)
+
+    def __getitem__(self, device: Any) -> Any:
+        return len(self._free[device])
 
 
 class _Flow:
@@ -161,7 +189,7 @@ class _Flow:
         while sum(len(came.slots) for came in self._waiting) < wanted:
             epoch, slabs = next(self._chunks)
             came = {}
-            for together, captured in self._owner._forward.compute(slabs):
+            for together, captured in self._owner._forward.compute(slabs, _Lengths(self._free)):
                 came |= self._put(epoch, together, captured)
             self._waiting += [came[slab.number] for slab in slabs]
 
@@ -205,20 +233,25 @@ class _Flow:
                 raise UserError("all samples are held out; give a smaller --held_out, or more samples")
             epoch, first = epoch + 1, 0
 
-    def _put(self, epoch: int, slabs: Sequence[Slab], captured: Any) -> dict[int, _Came]:
+    def _put(self, epoch: int, slabs: Mapping[int, Slab], captured: Any) -> dict[int, _Came]:
         """Into the ring, without rows that are left out; by the slab's number."""
         owner, devices = self._owner, len(self._free)
-        shape = slabs[0].work.slab.shape
+        shape = next(iter(slabs.values())).work.slab.shape
         room, a_row = owner._forward.room(shape), owner._forward.room(shape) // shape.rows
         rows = np.zeros((devices, room), np.int32)
         slots = np.full((devices, room), self._ring.slots, np.int32)
-        for device, slab in enumerate(slabs):
+        for device, slab in slabs.items():
+            if len(slab.samples) > len(self._free[device]):
+                raise UserError(
+                    f"the ring of --buffer_rows {owner._window:,} has no room for a slab on one of {devices} devices; "
+                    "give more rows"
+                )
             real = np.concatenate([np.arange(n) + i * a_row for i, n in enumerate(slab.counts)])
             rows[device, : len(real)] = real
             slots[device, : len(real)] = [self._free[device].pop() for _ in real]
         squares = self._ring.put(captured, rows, slots)
         found = {}
-        for device, slab in enumerate(slabs):
+        for device, slab in slabs.items():
             count = len(slab.samples)
             of_slab, mine = squares[device, :count], slots[device, :count]
             finite = np.isfinite(of_slab).all(axis=1)

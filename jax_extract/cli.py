@@ -316,47 +316,47 @@ def _sae(argv: list[str]) -> None:
 
 
 def _sae_train(argv: list[str]) -> None:
-    from jax_extract.devices import compilation_cache
     from jax_extract.sae.config import SaeTrainConfig
 
     config = _parse(SaeTrainConfig, argv, "jax-extract sae train")
     config.check()
     if config.overwrite:
         interruption.again = "run the same command again without --overwrite to go on"
-    if interruption.listening and config.backend == "jax":
-        startup.leave_torch_out()
-    compilation_cache.start()
+    _ready_for_saes(needs_torch=config.backend == "torch")
     from jax_extract.sae.command import sae_train
 
     sae_train(config)
 
 
 def _sae_eval(argv: list[str]) -> None:
-    from jax_extract.devices import compilation_cache
     from jax_extract.sae.evaluation.config import SaeEvalConfig
 
     config = _parse(SaeEvalConfig, argv, "jax-extract sae eval")
     config.check()
-    if interruption.listening:
-        startup.leave_torch_out()
-    compilation_cache.start()
+    _ready_for_saes()
     from jax_extract.sae.evaluation.command import sae_eval
 
     sae_eval(config)
 
 
 def _sae_features(argv: list[str]) -> None:
-    from jax_extract.devices import compilation_cache
     from jax_extract.sae.features.config import SaeFeaturesConfig
 
     config = _parse(SaeFeaturesConfig, argv, "jax-extract sae features")
     config.check()
-    if interruption.listening:
-        startup.leave_torch_out()
-    compilation_cache.start()
+    _ready_for_saes()
     from jax_extract.sae.features.command import sae_features
 
     sae_features(config)
+
+
+def _ready_for_saes(needs_torch: bool = False) -> None:
+    """What comes before their modules are imported."""
+    from jax_extract.devices import compilation_cache
+
+    if interruption.listening and not needs_torch:
+        startup.leave_torch_out()
+    compilation_cache.start()
 
 
 def _token_representations(argv: list[str]) -> None:

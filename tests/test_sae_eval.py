@@ -15,6 +15,8 @@ from small_run import make_model, run_cli, run_here, write_jsonl
 
 from jax_extract import SparseAutoencoder, load_model, open_activations, train_saes
 from jax_extract.errors import UserError
+from jax_extract.plotting.command import plot
+from jax_extract.plotting.config import PlotConfig
 from jax_extract.sae.evaluation.command import EVALUATION_FILE, sae_eval
 from jax_extract.sae.evaluation.config import SaeEvalConfig
 from jax_extract.sae.evaluation.intervals import Bootstrap
@@ -170,6 +172,21 @@ def test_pictures_of_a_sweep_are_drawn(place: Path, found: dict[str, Any], tmp_p
     ]
     drawn = (tmp_path / "plots" / "pareto.svg").read_text()
     assert "Explained variance against active latents" in drawn
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("{", "is damaged"), ('{"saes": []}', "names no SAE"), ('{"saes": [{}]}', "is damaged"), ("[]", "is damaged")],
+)
+def test_a_damaged_summary_is_told_by_name(content: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "sae_training_summary.json").write_text(content)
+    with pytest.raises(UserError, match=said):
+        sae_eval(SaeEvalConfig((str(tmp_path),)), Terminal(silent=True))
+    with pytest.raises(UserError, match="is damaged"):
+        plot(PlotConfig(str(tmp_path)), Terminal(silent=True))
+    (tmp_path / EVALUATION_FILE).write_text(content)
+    with pytest.raises(UserError, match=rf"{EVALUATION_FILE} is damaged"):
+        plot(PlotConfig(str(tmp_path)), Terminal(silent=True))
 
 
 # ------------------------------------------------------------------------------------------ the parts of it

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jax_extract.errors import damage_is_told
+from jax_extract.errors import UserError, damage_is_told
 from jax_extract.plotting.config import Picture, PlotConfig
 from jax_extract.plotting.density import draw_density
 from jax_extract.plotting.pareto import Point, draw_pareto
@@ -33,24 +33,30 @@ class SaePictures:
         return (folder / SUMMARY_FILE).is_file() or (folder / EVALUATION_FILE).is_file()
 
     def draw(self) -> Iterator[Drawn | LeftOut]:
-        evaluated = self._evaluated()
-        saes = evaluated["saes"] if evaluated else [_flat(sae) for sae in read_summary(self.folder)["saes"]]
-        rows = f"{saes[0]['rows']:,} held-out rows" if evaluated is None else f"{evaluated['rows']:,} rows"
-        caption = f"{self.folder.name}  ·  {plural(len(saes), 'SAE')}  ·  {rows}"
+        evaluated = self.folder / EVALUATION_FILE
+        has_intervals = evaluated.is_file()
+        if has_intervals:
+            with damage_is_told(str(evaluated), "write it again with jax-extract sae eval"):
+                saes = json.loads(evaluated.read_text(encoding="utf-8"))["saes"]
+                points, rows = [_point(sae) for sae in saes], saes[0]["rows"]
+        else:
+            with damage_is_told(str(self.folder / SUMMARY_FILE), "write it again with jax-extract sae train"):
+                saes = [_flat(sae) for sae in read_summary(self.folder)["saes"]]
+                points, rows = [_point(sae) for sae in saes], saes[0]["rows"]
+        caption = f"{self.folder.resolve().name}  ·  {plural(len(saes), 'SAE')}  ·  {rows:,} rows"
         if self.config.wants("pareto"):
-            yield Drawn("pareto", draw_pareto([_point(sae) for sae in saes], caption))
+            yield Drawn("pareto", draw_pareto(points, caption))
         if self.config.wants("density"):
-            if evaluated is None:
-                yield LeftOut("density", f"there is no {EVALUATION_FILE} in {self.folder}; sae eval writes it")
+            if not has_intervals:
+                yield self._left_out("density", f"there is no {EVALUATION_FILE} in {self.folder}; sae eval writes it")
             else:
                 yield Drawn("density", draw_density(saes, caption))
 
-    def _evaluated(self) -> dict[str, Any] | None:
-        path = self.folder / EVALUATION_FILE
-        if not path.is_file():
-            return None
-        with damage_is_told(str(path), "write it again with jax-extract sae eval"):
-            return json.loads(path.read_text(encoding="utf-8"))
+    def _left_out(self, picture: Picture, why: str) -> LeftOut:
+        """UserError where it was asked for."""
+        if self.config.asked(picture):
+            raise UserError(f"--pictures {picture}: {why}")
+        return LeftOut(picture, why)
 
 
 def _flat(sae: dict[str, Any]) -> dict[str, Any]:

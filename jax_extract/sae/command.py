@@ -221,7 +221,8 @@ class _Sweep:
         """What decides their last bits."""
         packages = _PACKAGES if self.config.backend == "jax" else (*_PACKAGES, "torch", "sae-lens")
         versions = {name: importlib.metadata.version(name) for name in packages}
-        return {"backend": self.config.backend, "device_kind": device_kind(), "devices": self.mesh.size, **versions}
+        said = {"backend": self.config.backend, "device_kind": device_kind(), "devices": self.mesh.size, **versions}
+        return {**said, "model_dtype": str(self.config.dtype)} if self.config.online else said
 
     def _about(self, scales: Scales) -> dict[str, Any]:
         """What is said in every SAE's metadata of what it was trained on."""

@@ -113,6 +113,8 @@ def open_saes(places: Sequence[str]) -> list[OpenedSae]:
         elif (folder / SUMMARY_FILE).is_file():
             with damage_is_told(str(folder / SUMMARY_FILE), "write it again with jax-extract sae train"):
                 names = [Path(str(sae["name"])).name for sae in read_summary(folder)["saes"]]
+            if not names:
+                raise UserError(f"{folder / SUMMARY_FILE} names no SAE; write it again with jax-extract sae train")
             for name in names:
                 found.setdefault((folder / name).resolve(), _opened(folder / name))
         else:

@@ -81,7 +81,7 @@ class OnlineRows:
         """Of what decides which rows there are."""
         job, config, source = self._forward.job, self._forward.config, self._forward.source
         known: list[Any] = [job.identity(), config.chat_template, tokenizer_digest(job.model.tokenizer)]
-        known += [job.weights().provenance(), job.backend.fingerprint(), source.fingerprint(), source.name]
+        known += [job.weights().provenance(), source.fingerprint(), source.name]
         said = json.dumps([*known, str(self._forward.settings), self._window], sort_keys=True, default=str)
         return hashlib.sha256(said.encode()).hexdigest()[:32]
 

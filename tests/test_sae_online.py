@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_run import make_model, run_cli, run_here, write_jsonl
+from small_run import Told, make_model, run_cli, run_here, write_jsonl
 
 from jax_extract import SparseAutoencoder, open_activations, train_saes
 from jax_extract.errors import UserError
@@ -163,6 +163,15 @@ def test_it_learns_what_training_on_the_stored_run_learns(place: Path, whole: Pa
     for one, other in zip(online, stored, strict=True):
         assert one["metrics"]["rows"] == other["metrics"]["rows"]
         assert one["metrics"]["explained_variance"] == pytest.approx(other["metrics"]["explained_variance"], abs=0.03)
+
+
+def test_texts_that_were_cut_are_told(place: Path, tmp_path: Path) -> None:
+    told = Told()
+    sae_train(config(place, tmp_path / "out", max_seq_length=32, training_rows=4 * BATCH), told)
+    lengths = [len(sample.token_ids) for sample in open_activations(place / "act").samples()]
+    cut = sum(length > 32 for length in lengths)
+    assert f"{cut} of {len(lengths)} texts are longer than 32 tokens, and were cut there" in " ".join(told.lines)
+    assert "epochs" not in " ".join(told.lines)
 
 
 @pytest.mark.parametrize(

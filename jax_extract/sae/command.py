@@ -287,9 +287,12 @@ class _Sweep:
         )
         self.terminal.line(
             "plan",
-            f"{plural(schedule.steps, 'step')} of {self.config.batch_size:,} rows, {_epochs(self, schedule):.2g} "
-            f"epochs; a checkpoint every {self.config.save_steps:,}",
+            f"{plural(schedule.steps, 'step')} of {self.config.batch_size:,} rows"
+            + ("" if self.config.online else f", {_epochs(self, schedule):.2g} epochs")
+            + f"; a checkpoint every {self.config.save_steps:,}",
         )
+        for note in self.rows.notes:
+            self.terminal.line("note", note)
 
     def _what(self) -> str:
         config = self.config

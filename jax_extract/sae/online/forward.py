@@ -22,7 +22,7 @@ from jax_extract.extraction.loop import packed
 from jax_extract.extraction.prepare import Job, wrapping_of
 from jax_extract.extraction.program import CaptureProgram
 from jax_extract.extraction.schedule import Work, steps
-from jax_extract.inputs.planning.slabs import PlanSettings, Shapes, SlabShape
+from jax_extract.inputs.planning.slabs import PlanSettings, SlabShape
 from jax_extract.inputs.planning.windows import Window, plan_tables
 from jax_extract.inputs.sources import Source
 from jax_extract.inputs.token_table import TokenTable, windows_of
@@ -79,23 +79,29 @@ class Forward:
                 number += 1
 
     @cached_property
-    def _shapes(self) -> Shapes:
-        """Of the first window, which are those of all."""
+    def _first(self) -> Window:
+        """Of all samples; its shapes are those of all windows."""
         first = next(self._windows(lambda samples: np.ones(len(samples), bool)), None)
         if first is None:
             raise UserError("none of the texts has a token; there is nothing to train on")
-        return first.shapes
+        return first
+
+    @property
+    def truncated(self) -> tuple[int, int]:
+        """How many of the first samples were cut at the longest that there may be, and how many these are."""
+        table = self._first.arrangement.table
+        return int((table.full_lengths > table.lengths).sum()), len(table)
 
     @cached_property
     def program(self) -> CaptureProgram:
-        shapes = self._shapes
+        shapes = self._first.shapes
         program: Any = self.job.program(self.job.weights(), shapes, shapes[:1], self.say)
         return program
 
     @cached_property
     def most_rows(self) -> int:
         """Captured rows of a slab, at most."""
-        return max(self.room(shape) for shape in self._shapes)
+        return max(self.room(shape) for shape in self._first.shapes)
 
     def room(self, shape: SlabShape) -> int:
         """Rows that a device's captures of a slab have room for."""

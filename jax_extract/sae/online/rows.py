@@ -97,6 +97,13 @@ class OnlineRows:
             "input": self._forward.source.name,
         }
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of the input."""
+        cut, samples = self._forward.truncated
+        most = self._forward.job.max_length
+        return [f"{cut:,} of {samples:,} texts are longer than {most:,} tokens, and were cut there"] if cut else []
+
     def measured(self) -> np.ndarray:
         """[n, layers, width] on the host, the first rows of the first pass."""
         return self._some(self._held_out.trained_on, min(MEASURED_ROWS, self.rows))[0]
